@@ -1,0 +1,111 @@
+"""The only file that knows the Trainer from inside: what it supports, where it writes, which data it trains on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+from lightning_source.data import Examples, examples_of
+from lightning_source.store import MANIFEST
+
+
+def check_trainer(trainer: Any, module: Any) -> None:
+    """Refuse what would be recorded wrongly.
+
+    Raises:
+        MisconfigurationException: names the setting and the way out.
+    """
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise MisconfigurationException(
+            f"SourceCallback does not support the strategy `{type(trainer.strategy).__name__}` yet."
+            " HINT: train on one device (`devices=1`)."
+        )
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"`{type(module).__name__}` uses manual optimization, which SourceCallback does not support yet."
+            " HINT: return the loss from `training_step` with `automatic_optimization=True`."
+        )
+    if len(trainer.optimizers) != 1:
+        raise MisconfigurationException(
+            f"SourceCallback needs exactly one optimizer; `configure_optimizers` gave {len(trainer.optimizers)}."
+        )
+
+
+def run_directory(trainer: Any, dirpath: str | None) -> Path:
+    """Where the run goes: the argument, else beside the logger's files, else a fresh ``source-run`` directory.
+
+    A collective call under distributed strategies, as ``trainer.log_dir`` is. ``fast_dev_run`` writes to a temporary
+    directory, since it must leave nothing behind that looks like a run.
+    """
+    log_dir = trainer.log_dir
+    if trainer.fast_dev_run:
+        return Path(tempfile.mkdtemp(prefix="source-run-"))
+    if dirpath is not None:
+        return Path(dirpath).absolute()
+    base = Path(log_dir or trainer.default_root_dir).absolute() / "source-run"
+    path, version = base, 1
+    while (path / MANIFEST).exists():
+        path, version = base.with_name(f"source-run-v{version}"), version + 1
+    return path
+
+
+def planned_steps(trainer: Any) -> int | None:
+    """Optimizer steps that the settings allow for, or ``None`` where they set no end. Only a hint: runs end early."""
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if 0 < steps < float("inf") else None
+
+
+def clips_gradients(trainer: Any, module: Any) -> bool:
+    """Whether a step's gradient may be scaled before the optimizer sees it."""
+    return bool(trainer.gradient_clip_val) or is_overridden("configure_gradient_clipping", module)
+
+
+def training_examples(trainer: Any) -> Examples | None:
+    """The fit's training set in its own order; ``None`` where it has none (iterable), with a word on what follows."""
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader):
+        raise MisconfigurationException(
+            f"SourceCallback needs one training DataLoader, got `{type(loader).__name__}`. HINT: concatenate the"
+            " datasets (`torch.utils.data.ConcatDataset`)."
+        )
+    if isinstance(loader.dataset, IterableDataset):
+        rank_zero_warn(
+            "The training data are iterable, so examples have no stable ids: parameters are recorded, and factors and"
+            " scores wait until `attribute(..., train=a map-style dataset of the same examples)`."
+        )
+        return None
+    unseen = _left_out(trainer, loader)
+    if unseen:
+        rank_zero_warn(f"Training does not visit all examples alike ({'; '.join(unseen)}): scores assume that it does.")
+    return examples_of(loader)
+
+
+def _left_out(trainer: Any, loader: DataLoader) -> Sequence[str]:
+    reasons = []
+    if trainer.num_training_batches < len(loader):
+        reasons.append(f"`limit_train_batches` leaves {trainer.num_training_batches} of {len(loader)} batches")
+    sampler = loader.sampler
+    if not isinstance(sampler, (RandomSampler, SequentialSampler)) and loader.batch_size is not None:
+        reasons.append(f"the sampler is `{type(sampler).__name__}`")
+    if loader.drop_last and isinstance(sampler, SequentialSampler) and len(loader.dataset) % (loader.batch_size or 1):  # type: ignore[arg-type]
+        reasons.append("`drop_last` without shuffling never reaches the last examples")
+    return reasons
+
+
+def other_callbacks(trainer: Any, callback: Any) -> list[Any]:
+    """The Trainer's other callbacks of the same class."""
+    return [other for other in trainer.callbacks if other is not callback and isinstance(other, type(callback))]
+
+
+def scoring_device(trainer: Any) -> torch.device:
+    """The device that training ran on."""
+    return trainer.strategy.root_device

@@ -1,0 +1,396 @@
+"""The passes over data: calibration, factors, query gradients and one train pass per set of parameters.
+
+Everything a pass needs is in a :class:`Workspace`; everything it computes is a pure function of
+:mod:`lightning_source.factors` on what :mod:`lightning_source.capture` saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_source._guards import undisturbed
+from lightning_source.capture import Recording
+from lightning_source.data import Examples, GivenBatches, to_module
+from lightning_source.factors import (
+    Basis,
+    Captured,
+    CovarianceSums,
+    contract,
+    eigenbasis,
+    eigenvalue_sums,
+    mean_covariances,
+    squared_norms,
+)
+from lightning_source.layers import Block, clean_name
+from lightning_source.objective import CallScale, Losses, Measurement, Objective, ObjectiveSpec
+
+State = Mapping[str, Tensor]  # parameters and buffers by clean name
+Target = Callable[[Losses, Any], Tensor]
+
+
+@dataclass
+class BlockFactors:
+    """EK-FAC of one block: ``H = (Q_G ⊗ Q_A) diag(eigenvalues) (Q_G ⊗ Q_A)ᵀ``."""
+
+    basis: Basis
+    eigenvalues: Tensor  # [P, O, I]
+
+    def to_tensors(self, name: str) -> dict[str, Tensor]:
+        """Tensors for a file."""
+        found = {"activations": self.basis.activations, "gradients": self.basis.gradients, "values": self.eigenvalues}
+        return {f"{key}/{name}": value for key, value in found.items() if value is not None}
+
+    @classmethod
+    def from_tensors(cls, name: str, tensors: Mapping[str, Tensor]) -> BlockFactors:
+        """The inverse of :meth:`to_tensors`."""
+        basis = Basis(tensors.get(f"activations/{name}"), tensors.get(f"gradients/{name}"))
+        return cls(basis, tensors[f"values/{name}"])
+
+
+Factors = dict[str, BlockFactors]
+
+
+@dataclass
+class Workspace:
+    """A model under examination.
+
+    Attributes:
+        module: the LightningModule.
+        blocks: what is attributed.
+        objective: its training step.
+        spec: the objective's scale; ``None`` until :meth:`calibrate`.
+        seed: seeds label sampling, the choice of factor examples and the passes' global generators.
+        hooks: the LightningDataModule, if one was used.
+    """
+
+    module: Any
+    blocks: Sequence[Block]
+    objective: Objective
+    spec: ObjectiveSpec | None = None
+    seed: int = 0
+    hooks: Any = None
+
+    # ---------------------------------------------------------------- parameters
+
+    @contextmanager
+    def at(self, state: State) -> Iterator[None]:
+        """Passes inside run with these parameters and buffers, in eval mode; the model's own come back unchanged."""
+        own = _tensors_of(self.module)
+        missing = [name for name in state if name not in own]
+        if missing:
+            raise MisconfigurationException(_does_not_match(self.module, missing))
+        with undisturbed(self.module, self.seed):
+            kept = {name: own[name].detach().clone() for name in state}
+            try:
+                with torch.no_grad():
+                    for name, value in state.items():
+                        own[name].copy_(value)
+                yield
+            finally:
+                with torch.no_grad():
+                    for name, value in kept.items():
+                        own[name].copy_(value)
+
+    # ---------------------------------------------------------------- one batch
+
+    def losses(self, batch: Any, size: int, recording: Recording | None = None, hooked: bool = True) -> Losses:
+        """Evaluate the objective on a batch that is on the module's device."""
+        losses = self.objective.evaluate(batch, size, recording, hooked)
+        if self.spec is not None and self.spec.origin != "whole":
+            found = [call.name for call in losses.calls]
+            expected = [call.name for call in self.spec.calls]
+            if found != expected:
+                raise MisconfigurationException(
+                    f"`training_step` computed the losses {found} where calibration saw {expected}; their scales cannot"
+                    " be matched."
+                )
+        return losses
+
+    def captures(
+        self, data: Examples | GivenBatches, target: Target, ids: Any = None
+    ) -> Iterator[tuple[Tensor, dict[str, Captured]]]:
+        """Run over data: ``(ids, blocks by name)`` for each batch, gradients being those of ``target``."""
+        recording = Recording(self.module, self.blocks)
+        for index, batch in data.batches(ids):
+            batch = to_module(batch, self.module, self.hooks)
+            losses = self.losses(batch, len(index), recording)
+            with torch.enable_grad():
+                scalar = target(losses, batch)
+            if not torch.isfinite(scalar):
+                raise FloatingPointError(f"the objective is {float(scalar)} on examples {_shorten(index)}")
+            captured = recording.captured(scalar, len(index))
+            yield index, captured
+
+    # ---------------------------------------------------------------- calibration
+
+    def calibrate(self, data: Examples, examples_per_batch: float) -> ObjectiveSpec:
+        """Learn how training batches weight elements (method §4), from two batches of different size.
+
+        Args:
+            data: training examples.
+            examples_per_batch: mean number of examples in a micro-batch of training.
+        """
+        size = max(1, min(16, data.batch_size, len(data) // 2))
+        ids = list(range(min(len(data), 2 * size)))
+        whole, half = (self._evaluate(data, ids[:count]) for count in (len(ids), size))
+        if not whole.calls:
+            self.spec = self._calibrate_whole(data, ids, size, examples_per_batch)
+            return self.spec
+        if len(whole.calls) != len(half.calls):
+            raise MisconfigurationException("`training_step` computes another number of losses on another batch.")
+        ratio = self._hook_ratio(data, ids, whole)
+        scales = []
+        for index, (large, small) in enumerate(zip(whole.calls, half.calls, strict=True)):
+            kind = large.reduction
+            if len(ids) > size:
+                kept = whole.by_example(whole.scales[index])[:size].sum()
+                kind = _kind(float(half.by_example(half.scales[index]).sum() / kept), len(ids) / size)
+            elif kind == "none":
+                kind = "mean"
+            factor = examples_per_batch if kind == "sum" else 1 / self._weight_per_example(data, whole, index)
+            scales.append(CallScale(large.name, "sum" if kind == "sum" else "mean", factor * ratio))
+        hook = self.objective.hook
+        fisher = "empirical" if hook == "attribution_losses" else "true"
+        self.spec = ObjectiveSpec("hook" if hook else "recognised", fisher, tuple(scales))  # type: ignore[arg-type]
+        return self.spec
+
+    def _evaluate(self, data: Examples, ids: Sequence[int], hooked: bool = True, recording: Any = None) -> Losses:
+        batches = Examples(data.dataset, len(ids), data.collate)
+        (_, batch), *_ = batches.batches(ids)
+        return self.objective.evaluate(to_module(batch, self.module, self.hooks), len(ids), recording, hooked)
+
+    def _weight_per_example(self, data: Examples, losses: Losses, index: int) -> float:
+        """Mean normaliser an example adds to a training batch; a pass over data only where examples differ."""
+        weights = losses.by_example(losses.weights(index, "mean")[1]).sum(1)
+        if bool((weights == weights[0]).all()):
+            return float(weights[0])
+        total, ids = 0.0, factor_ids(len(data), 4096, self.seed)
+        for chosen, batch in data.batches(ids):
+            other = self.objective.evaluate(to_module(batch, self.module, self.hooks), len(chosen))
+            total += float(other.weights(index, "mean")[1].sum())
+        return total / len(ids)
+
+    def _hook_ratio(self, data: Examples, ids: Sequence[int], hooked: Losses) -> float:
+        """Where the module names its own losses: the constant between their mean and the loss that was trained."""
+        if self.objective.hook is None:
+            return 1.0
+        trained = self._evaluate(data, ids, hooked=False)
+        return float(trained.loss.detach() / hooked.loss.detach())
+
+    def _calibrate_whole(
+        self, data: Examples, ids: Sequence[int], size: int, examples_per_batch: float
+    ) -> ObjectiveSpec:
+        rows = []
+        for count in (len(ids), size):
+            recording = Recording(self.module, self.blocks)
+            losses = self._evaluate(data, ids[:count], recording=recording)
+            captured = recording.captured(losses.loss, count)
+            rows.append(torch.stack([c.gradients[:, :size].norm() for c in captured.values()]).norm())
+        kind = _kind(float(rows[1] / rows[0]), len(ids) / size) if len(ids) > size else "mean"
+        scale = CallScale("whole", kind, examples_per_batch if kind == "sum" else 1.0)  # type: ignore[arg-type]
+        return ObjectiveSpec("whole", "empirical", (scale,))
+
+    # ---------------------------------------------------------------- factors
+
+    def covariances(self, state: State, data: Examples, ids: Tensor) -> dict[str, CovarianceSums]:
+        """Covariance sums of every block at one set of parameters, labels sampled (method §5.1)."""
+        sums: dict[str, CovarianceSums] = {}
+        with self.at(state):
+            for _, captured in self.captures(data, self._fisher(), ids):
+                for name, one in captured.items():
+                    new = CovarianceSums.of(one)
+                    sums[name] = sums[name].merge(new) if name in sums else new
+        for block in self.blocks:
+            if block.name not in sums:  # control flow skipped it on every factor example: no curvature
+                parts, outputs, inputs = block.shape
+                new_zeros = self.module.parameters().__next__().new_zeros
+                zeros = (new_zeros(parts, inputs, inputs), new_zeros(parts, outputs, outputs))
+                sums[block.name] = CovarianceSums(*zeros, len(ids))
+            _require_finite(sums[block.name].activations, block.name, "activations")
+            _require_finite(sums[block.name].gradients, block.name, "gradients")
+            sums[block.name].examples = len(ids)  # a batch that skips the block has gradient 0 there
+        return sums
+
+    def eigenvalues(
+        self, state: State, data: Examples, ids: Tensor, bases: Mapping[str, Basis], samples: int
+    ) -> dict[str, Tensor]:
+        """Mean squared gradients of every block in the given bases, ``[P, O, I]`` (method §5.2)."""
+        sums: dict[str, Tensor] = {}
+        with self.at(state):
+            for draw in range(samples):
+                for _, captured in self.captures(data, self._fisher(offset=draw + 1), ids):
+                    for name, one in captured.items():
+                        new = eigenvalue_sums(one, bases[name])
+                        sums[name] = sums[name].add_(new) if name in sums else new
+        for name, total in sums.items():
+            _require_finite(total, name, "eigenvalues")
+        return {name: total / (len(ids) * samples) for name, total in sums.items()}
+
+    def _fisher(self, offset: int = 0) -> Target:
+        generator = torch.Generator(self.module.device).manual_seed(self.seed + offset)
+        spec = self._calibrated()
+        return lambda losses, batch: losses.fisher_target(spec, generator)
+
+    def _calibrated(self) -> ObjectiveSpec:
+        assert self.spec is not None
+        return self.spec
+
+    # ---------------------------------------------------------------- scoring
+
+    def query_gradients(
+        self, state: State, queries: Examples | GivenBatches, measurement: str | Measurement
+    ) -> dict[str, Tensor]:
+        """Gradients of the measurement, ``[Q, P, O, I]`` by block."""
+        with self.at(state):
+            found: dict[str, Tensor] = {}
+            for index, captured in self.captures(queries, self._measured(measurement)):
+                for name, one in captured.items():
+                    parts, _, _, outputs, inputs = one.shape
+                    rows = found.setdefault(
+                        name, one.activations.new_zeros(len(queries), parts, outputs, inputs)
+                    )
+                    rows[index] = one.per_example().transpose(0, 1)
+        for name, rows in found.items():
+            _require_finite(rows, name, "query gradients")
+        return found
+
+    def _measured(self, measurement: str | Measurement) -> Target:
+        spec = self._calibrated()
+        return lambda losses, batch: losses.measurement(spec, measurement, self.module, batch).sum()
+
+    def _trained(self) -> Target:
+        spec = self._calibrated()
+        return lambda losses, batch: losses.data_target(spec)
+
+    def inner_products(
+        self,
+        state: State,
+        data: Examples,
+        ids: Tensor | None,
+        vectors: Mapping[str, Tensor],
+        bases: Mapping[str, Basis] | None = None,
+        normalize: bool = False,
+    ) -> Tensor:
+        """``⟨vectors[q], g(z_n)⟩`` over all blocks, ``[Q, N]`` on the CPU: one pass over the examples.
+
+        Args:
+            state: parameters at which the examples' gradients are taken.
+            data: the examples.
+            ids: which of them; all by default.
+            vectors: ``[Q, P, O, I]`` by block.
+            bases: the eigenbases that ``vectors`` are written in; parameter space by default.
+            normalize: divide by the norm of the example's gradient (cosine similarity).
+        """
+        columns = []
+        queries = len(next(iter(vectors.values())))
+        with self.at(state):
+            for index, captured in self.captures(data, self._trained(), ids):
+                total = torch.zeros(queries, len(index), device=self.module.device)
+                norms = torch.zeros(len(index), device=self.module.device)
+                for name, one in captured.items():
+                    if normalize:
+                        norms += squared_norms(one)
+                    if name in vectors:
+                        total += contract(bases[name].rotate(one) if bases else one, vectors[name])
+                if not torch.isfinite(total).all():
+                    for name, one in captured.items():
+                        _require_finite(torch.stack([x.sum() for x in one]), name, f"gradients of examples {_shorten(index)}")
+                    raise FloatingPointError(f"scores overflow on examples {_shorten(index)}")
+                columns.append((total / norms.sqrt().clamp_min(1e-30) if normalize else total).cpu())
+        return torch.cat(columns, dim=1)
+
+
+    def collected(
+        self, state: State, data: Examples, ids: Tensor, bases: Mapping[str, Basis] | None, query: bool
+    ) -> dict[str, Captured]:
+        """Captures of a few examples, batches joined: their own loss as a query (``query``), or their ``g(z)``."""
+        target = self._measured("loss") if query else self._trained()
+        pieces: dict[str, list[Captured]] = {}
+        with self.at(state):
+            for _, captured in self.captures(data, target, ids):
+                for name, one in captured.items():
+                    pieces.setdefault(name, []).append(bases[name].rotate(one) if bases else one)
+        return {name: Captured(*(torch.cat(x, dim=1) for x in zip(*p, strict=True))) for name, p in pieces.items()}
+
+
+def factor_ids(total: int, limit: int | None, seed: int) -> Tensor:
+    """The examples that factor passes visit: all, or ``limit`` drawn without replacement, in ascending order."""
+    if limit is None or limit >= total:
+        return torch.arange(total)
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
+
+
+def fit_factors(
+    workspace: Workspace,
+    data: Examples,
+    ids: Tensor,
+    states: Sequence[Callable[[], State]],
+    weights: Sequence[float],
+    covariances: Sequence[dict[str, CovarianceSums] | None],
+    curvature: str,
+    samples: int,
+) -> tuple[Factors, list[dict[str, CovarianceSums]]]:
+    """EK-FAC of one segment: covariances averaged over its snapshots, eigenvalues in that averaged basis, averaged too.
+
+    Args:
+        workspace: the model.
+        data: training examples.
+        ids: the factor examples.
+        states: loads the parameters of each snapshot.
+        weights: the snapshots' weights, which sum to 1.
+        covariances: sums already known for a snapshot, else ``None``.
+        curvature: ``"ekfac"``, ``"kfac"`` (Kronecker eigenvalues, one pass fewer) or ``"diagonal"`` (no eigenbasis).
+        samples: label draws per example for the eigenvalues.
+
+    Returns:
+        The factors by block, and the covariance sums of each snapshot (empty for ``"diagonal"``).
+    """
+    names = [block.name for block in workspace.blocks]
+    known: list[dict[str, CovarianceSums]] = []
+    bases: dict[str, Basis] = dict.fromkeys(names, Basis(None, None))
+    values: dict[str, Tensor] = {}
+    if curvature != "diagonal":
+        known = [
+            one if one is not None else workspace.covariances(load(), data, ids)
+            for load, one in zip(states, covariances, strict=True)
+        ]
+        for name in names:
+            mean = mean_covariances([sums[name] for sums in known], weights)
+            bases[name], values[name] = eigenbasis(*mean, dtype=known[0][name].activations.dtype)
+    if curvature != "kfac":
+        values = {}
+        for load, weight in zip(states, weights, strict=True):
+            for name, new in workspace.eigenvalues(load(), data, ids, bases, samples).items():
+                values[name] = values[name] + weight * new if name in values else weight * new
+    return {name: BlockFactors(bases[name], values[name]) for name in names}, known
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    found = {clean_name(name): p for name, p in module.named_parameters()}
+    return found | {clean_name(name): b for name, b in module.named_buffers()}
+
+
+def _does_not_match(module: nn.Module, missing: Sequence[str]) -> str:
+    return f"`{type(module).__name__}` does not match the run: it has no {', '.join(missing[:5])}."
+
+
+def _kind(ratio: float, sizes: float) -> str:
+    """``"mean"`` if a smaller batch gave its examples ``sizes`` times the weight, ``"sum"`` if the same weight."""
+    return "mean" if ratio > sizes**0.5 else "sum"
+
+
+def _require_finite(values: Tensor, name: str, what: str) -> None:
+    if not torch.isfinite(values).all():
+        raise FloatingPointError(f"non-finite {what} at `{name}`")
+
+
+def _shorten(ids: Tensor) -> str:
+    listed = ", ".join(map(str, ids[:5].tolist()))
+    return listed + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")

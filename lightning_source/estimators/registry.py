@@ -1,0 +1,76 @@
+"""What an estimator is: how a query becomes vectors to contract with the examples' gradients."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_source.data import Examples, GivenBatches
+from lightning_source.engine import State
+from lightning_source.factors import Basis
+from lightning_source.objective import Measurement
+from lightning_source.run import Run
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is asked: examples and a measurement of each."""
+
+    run: Run
+    examples: Examples | GivenBatches
+    measurement: str | Measurement
+
+    def gradients(self, state: State) -> dict[str, Tensor]:
+        """Gradients of the measurement at some parameters, ``[Q, P, O, I]`` by block."""
+        return self.run.workspace.query_gradients(state, self.examples, self.measurement)
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """One term of a score: ``weight · ⟨vectors[q], g(z_n)⟩`` with the examples' gradients at ``state``."""
+
+    state: Callable[[], State]
+    vectors: Mapping[str, Tensor]
+    weight: float
+    bases: Mapping[str, Basis] | None = None  # the eigenbases that vectors are written in
+    segment: int = 0
+    normalize: bool = False  # divide by the norm of the example's gradient
+
+
+Estimator = Callable[..., Iterator[Contraction]]
+_ESTIMATORS: dict[str, Estimator] = {}
+
+
+def estimates(name: str) -> Callable[[Estimator], Estimator]:
+    """Decorator: the function ``(query, **options)`` yields the contractions of ``method=name``."""
+
+    def enter(estimator: Estimator) -> Estimator:
+        _ESTIMATORS[name] = estimator
+        return estimator
+
+    return enter
+
+
+def estimator_for(method: str, options: Mapping[str, Any]) -> Estimator:
+    """The estimator of a method, its options checked.
+
+    Raises:
+        MisconfigurationException: no such method, or an option that it does not take.
+    """
+    if method not in _ESTIMATORS:
+        known = ", ".join(f'"{name}"' for name in _ESTIMATORS)
+        raise MisconfigurationException(f'`method="{method}"` is not known. HINT: one of {known}.')
+    estimator = _ESTIMATORS[method]
+    allowed = [p.name for p in inspect.signature(estimator).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    wrong = sorted(options.keys() - set(allowed))
+    if wrong:
+        raise MisconfigurationException(
+            f'`method="{method}"` takes no option {", ".join(f"`{w}`" for w in wrong)}. HINT: its options are'
+            f" {', '.join(f'`{a}`' for a in allowed) or 'none'}."
+        )
+    return estimator

@@ -1,0 +1,54 @@
+"""Gradient products: TracIn over the snapshots (Pruthi et al. 2020), and dot product or cosine at the final model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_source.estimators.registry import Contraction, Query, estimates
+from lightning_source.run import Run
+from lightning_source.segments import Stretch, merge_all
+
+
+@estimates("tracin")
+def tracin(query: Query, *, snapshots: Literal["mean", "point"] | None = None) -> Iterator[Contraction]:
+    """``(1/N) Σ_c Λ_c ∇f(θ_c)ᵀ g(θ_c)``: one query pass and one train pass per snapshot, no curvature.
+
+    Args:
+        query: what is asked.
+        snapshots: ``"mean"`` or ``"point"`` parameters of the snapshots; the run's own setting by default.
+    """
+    run = query.run
+    which = snapshots or run.settings["snapshots"]
+    for index, segment in enumerate(run.segments()):
+        for snapshot in segment.snapshots:
+            load = partial(run.state, snapshot, which)
+            yield Contraction(load, _scaled(run, query.gradients(load()), snapshot), 1 / run.examples, segment=index)
+
+
+@estimates("grad-dot")
+def grad_dot(query: Query) -> Iterator[Contraction]:
+    """``(1/N) Λ ∇fᵀ g`` at the final model, ``Λ`` over all of training: SOURCE's limit for ``Λσ ≪ 1``; one train pass."""
+    run = query.run
+    vectors = _scaled(run, query.gradients(run.final()), merge_all(run.snapshots))
+    yield Contraction(run.final, vectors, 1 / run.examples)
+
+
+@estimates("grad-cos")
+def grad_cos(query: Query) -> Iterator[Contraction]:
+    """Cosine of the two gradients at the final model, in [-1, 1]: a similarity, not a change of ``f``; one train pass."""
+    run = query.run
+    gradients = query.gradients(run.final())
+    norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt().clamp_min(1e-30)
+    vectors = {name: g / norm.view(-1, 1, 1, 1) for name, g in gradients.items()}
+    yield Contraction(run.final, vectors, 1.0, normalize=True)
+
+
+def _scaled(run: Run, gradients: Mapping[str, Tensor], stretch: Stretch) -> dict[str, Tensor]:
+    """Gradients times each block's own Λ."""
+    groups = {block.name: block.group for block in run.coverage.blocks}
+    return {name: stretch.rates[groups[name]] * g for name, g in gradients.items()}

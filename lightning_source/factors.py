@@ -1,0 +1,206 @@
+"""EK-FAC statistics of one block as sums that add up, and the eigenbases made of them. Pure tensors.
+
+The one internal format: activations ``[P, B, T, I]`` and output gradients ``[P, B, T, O]``, where ``P`` counts equally
+shaped independent parts (a grouped convolution's groups; 1 elsewhere), ``B`` examples, ``T`` positions (tokens,
+pixels; 1 for a plain layer), ``I`` inputs (with a column of ones where the bias belongs to the block) and ``O``
+outputs. An example's gradient is ``Σ_t g_t a_tᵀ``, ``[P, O, I]``.
+
+Source: George et al. 2018 (EK-FAC); Bae et al. 2024, App. D; method §4 for the scale, which the caller puts into the
+output gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# One chunk of per-example matrices (positions > 1) may hold this many floats: 64 MiB in float32.
+CHUNK_FLOATS = 1 << 24
+
+
+class Captured(NamedTuple):
+    """What one pass saw at one block."""
+
+    activations: Tensor  # [P, B, T, I]
+    gradients: Tensor  # [P, B, T, O]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """``(P, B, T, O, I)``."""
+        parts, examples, positions, inputs = self.activations.shape
+        return parts, examples, positions, self.gradients.shape[-1], inputs
+
+    def __getitem__(self, examples: slice) -> Captured:  # type: ignore[override]
+        """The same capture for some of the examples."""
+        return Captured(self.activations[:, examples], self.gradients[:, examples])
+
+    def per_example(self) -> Tensor:
+        """Per-example gradients ``[P, B, O, I]``; materialised, so call it on chunks."""
+        return self.gradients.mT @ self.activations
+
+
+class Basis(NamedTuple):
+    """Eigenvectors of a block's two covariances, in columns; ``None`` stands for the identity."""
+
+    activations: Tensor | None  # [P, I, I]
+    gradients: Tensor | None  # [P, O, O]
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether rotating into this basis does nothing."""
+        return self.activations is None and self.gradients is None
+
+    def rotate(self, captured: Captured) -> Captured:
+        """Activations and output gradients in this basis: the example's gradient becomes ``Q_Gᵀ (Σ_t g aᵀ) Q_A``."""
+        return Captured(*(_times(x, q) for x, q in zip(captured, self, strict=True)))
+
+    def rotate_from(self, other: Basis, matrices: Tensor) -> Tensor:
+        """Matrices ``[..., P, O, I]`` given in the basis ``other``, in this one; one product a side."""
+        right = _change(other.activations, self.activations)
+        left = _change(other.gradients, self.gradients)
+        if right is not None:
+            matrices = matrices @ right
+        return matrices if left is None else left.mT @ matrices
+
+
+def _times(x: Tensor, eigenvectors: Tensor | None) -> Tensor:
+    """``x [P, B, T, F]`` times ``[P, F, F]``, as one matrix product a part."""
+    return x if eigenvectors is None else (x.flatten(1, 2) @ eigenvectors).view(x.shape)
+
+
+def _change(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """The orthogonal matrix that takes coordinates in ``old`` to coordinates in ``new``."""
+    if old is None or new is None:
+        return new if old is None else old.mT
+    return old.mT @ new
+
+
+@dataclass
+class CovarianceSums:
+    """Uncentred covariance sums of one block; :meth:`merge` adds up snapshots, batches and ranks."""
+
+    activations: Tensor  # [P, I, I], Σ over examples of the mean over positions of a aᵀ
+    gradients: Tensor  # [P, O, O], Σ over examples and positions of g gᵀ
+    examples: int  # number of examples summed
+
+    @classmethod
+    def of(cls, captured: Captured) -> CovarianceSums:
+        """The sums of one batch. Dividing ``a aᵀ`` by ``T`` keeps ``G ⊗ A`` at the scale of the EK-FAC eigenvalues."""
+        _, examples, positions, _, _ = captured.shape
+        a, g = (x.flatten(1, 2).to(accumulator_dtype(x)) for x in captured)
+        return cls(a.mT @ a / positions, g.mT @ g, examples)
+
+    def merge(self, other: CovarianceSums) -> CovarianceSums:
+        """The sums over both."""
+        return CovarianceSums(
+            self.activations + other.activations, self.gradients + other.gradients, self.examples + other.examples
+        )
+
+
+def accumulator_dtype(x: Tensor) -> torch.dtype:
+    """float64 stays; everything else accumulates in float32, since sums in half precision stall."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def mean_covariances(sums: Sequence[CovarianceSums], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """``E[a aᵀ]`` and ``E[g gᵀ]`` averaged over a segment's snapshots with the given weights (they sum to 1)."""
+    a = sum(w * s.activations.double() / s.examples for w, s in zip(weights, sums, strict=True))
+    g = sum(w * s.gradients.double() / s.examples for w, s in zip(weights, sums, strict=True))
+    assert isinstance(a, Tensor)
+    assert isinstance(g, Tensor)
+    return a, g
+
+
+def eigenbasis(activations: Tensor, gradients: Tensor, dtype: torch.dtype) -> tuple[Basis, Tensor]:
+    """Eigenvectors of both covariances and the Kronecker eigenvalues ``λ_G ⊗ λ_A`` (K-FAC), in ``dtype``.
+
+    The decomposition itself runs in float64.
+
+    Args:
+        activations: ``E[a aᵀ]``, ``[P, I, I]``.
+        gradients: ``E[g gᵀ]``, ``[P, O, O]``.
+        dtype: the dtype of what is returned.
+    """
+    values_a, vectors_a = torch.linalg.eigh(activations.double())
+    values_g, vectors_g = torch.linalg.eigh(gradients.double())
+    kronecker = values_g.clamp_min(0).unsqueeze(-1) * values_a.clamp_min(0).unsqueeze(-2)
+    return Basis(vectors_a.to(dtype), vectors_g.to(dtype)), kronecker.to(dtype)
+
+
+def eigenvalue_sums(captured: Captured, basis: Basis) -> Tensor:
+    """``Σ_examples (Q_Gᵀ (Σ_t g_t a_tᵀ) Q_A)²``, ``[P, O, I]``: EK-FAC's eigenvalues before the mean.
+
+    With one position this is a single product of squares and no per-example matrix exists; otherwise each side is
+    rotated before or after the sum over positions, whichever costs less, in chunks of bounded size.
+    """
+    parts, examples, positions, outputs, inputs = captured.shape
+    dtype = accumulator_dtype(captured.activations)
+    if positions == 1:
+        a, g = (x.squeeze(2).to(dtype).square() for x in basis.rotate(captured))
+        return g.mT @ a
+    # Rotating activations first costs B·T·I², afterwards B·O·I²: the same factor decides each side.
+    first = Basis(
+        basis.activations if positions < outputs else None, basis.gradients if positions < inputs else None
+    )
+    total = captured.activations.new_zeros(parts, outputs, inputs, dtype=dtype)
+    for chunk in chunks(captured):
+        matrices = first.rotate(chunk).per_example().to(dtype).transpose(0, 1)
+        total += basis.rotate_from(first, matrices).square_().sum(0)
+    return total
+
+
+def chunks(captured: Captured) -> list[Captured]:
+    """The capture split along its examples so that the per-example matrices of one chunk fit ``CHUNK_FLOATS``."""
+    parts, examples, _, outputs, inputs = captured.shape
+    step = max(1, CHUNK_FLOATS // (parts * outputs * inputs))
+    return [captured[start : start + step] for start in range(0, examples, step)]
+
+
+def squared_norms(captured: Captured) -> Tensor:
+    """Squared norm of each example's gradient, ``[B]``, without its matrix where there is one position."""
+    if captured.shape[2] == 1:
+        a, g = (x.squeeze(2).square().sum(-1) for x in captured)
+        return (a * g).sum(0)
+    return torch.cat([chunk.per_example().square().sum((0, 2, 3)) for chunk in chunks(captured)])
+
+
+def contract(captured: Captured, vectors: Tensor) -> Tensor:
+    """Inner products ``[Q, B]`` of ``vectors [Q, P, O, I]`` with the examples' gradients in the same basis.
+
+    With one position the smaller side is contracted first, so no per-example matrix exists; otherwise the matrices
+    are formed in chunks and meet all queries in one product.
+    """
+    parts, _, positions, outputs, inputs = captured.shape
+    queries = vectors.shape[0]
+    if positions > 1:
+        flat = vectors.reshape(queries, -1)
+        return torch.cat(
+            [flat @ chunk.per_example().transpose(0, 1).reshape(-1, flat.shape[1]).T for chunk in chunks(captured)], 1
+        )
+    a, g = (x.squeeze(2) for x in captured)  # [P, B, I], [P, B, O]
+    total = vectors.new_zeros(queries, a.shape[1])
+    for part in range(parts):
+        matrices = vectors[:, part]  # [Q, O, I]
+        if outputs <= inputs:
+            reduced = (matrices.reshape(-1, inputs) @ a[part].T).view(queries, outputs, -1)
+            total += torch.einsum("qob,bo->qb", reduced, g[part])
+        else:
+            total += torch.einsum("qbi,bi->qb", g[part] @ matrices, a[part])
+    return total
+
+
+def contract_diagonal(captured: Captured, query: Captured, weights: Tensor) -> Tensor:
+    """``Σ_oi weights ∘ (query gradient)_b ∘ (gradient)_b`` for every example ``b``, ``[B]``; ``weights [P, O, I]``."""
+    if captured.shape[2] == query.shape[2] == 1:
+        a, g = (x.squeeze(2) * y.squeeze(2) for x, y in zip(captured, query, strict=True))
+        return ((g @ weights) * a).sum((0, 2))
+    return torch.cat(
+        [
+            (x.per_example() * y.per_example() * weights.unsqueeze(1)).sum((0, 2, 3))
+            for x, y in zip(chunks(captured), chunks(query), strict=True)
+        ]
+    )

@@ -1,0 +1,10 @@
+"""The kinds of layer that can be attributed: one file each, entered by :func:`register`."""
+
+from lightning_source.layers import conv as conv
+from lightning_source.layers import linear as linear
+from lightning_source.layers.registry import Block as Block
+from lightning_source.layers.registry import LayerForm as LayerForm
+from lightning_source.layers.registry import blocks_of as blocks_of
+from lightning_source.layers.registry import clean_name as clean_name
+from lightning_source.layers.registry import form_of as form_of
+from lightning_source.layers.registry import register as register

@@ -1,0 +1,29 @@
+"""``nn.Linear`` on any leading dimensions: ``[B, ..., I]``, or examples flattened into rows, ``[B·T, I]``."""
+
+from torch import Tensor, nn
+
+from lightning_source.layers.registry import register
+
+
+@register(nn.Linear)
+class LinearForm:
+    """Every position is a row."""
+
+    def shape(self, module: nn.Linear) -> tuple[int, int, int]:
+        """``(1, out_features, in_features)``."""
+        return 1, module.out_features, module.in_features
+
+    def activations(self, module: nn.Linear, inputs: Tensor, examples: int) -> Tensor:
+        """``[..., I]`` as ``[1, B, T, I]``."""
+        return _rows(inputs, examples)
+
+    def gradients(self, module: nn.Linear, gradients: Tensor, examples: int) -> Tensor:
+        """``[..., O]`` as ``[1, B, T, O]``."""
+        return _rows(gradients, examples)
+
+
+def _rows(x: Tensor, examples: int) -> Tensor:
+    rows = x.numel() // x.shape[-1]
+    if x.dim() < 2 or rows % examples or (x.dim() > 2 and x.shape[0] % examples):
+        raise ValueError(f"its input of shape {tuple(x.shape)} does not begin with the batch's {examples} examples")
+    return x.reshape(1, examples, -1, x.shape[-1])

@@ -1,0 +1,252 @@
+"""The user's own ``training_step`` as an objective: its elements, their scale, sampled labels and measurements.
+
+A torch function mode sees every call of a loss that :mod:`lightning_source.losses` can read. The call is replaced by
+its elements under the user's reduction, so ``s_j = ∂loss/∂ℓ_j`` is plain autograd whatever the user does afterwards
+(method §4). Where no loss is recognised, the module may say what it minimises by one of
+
+    ``attribution_distribution(batch) -> (torch.distributions.Distribution, targets)``  ``-log_prob`` is an element's loss
+    ``attribution_losses(batch) -> Tensor``  per-element losses, ``[B]`` or ``[B, ...]`` (empirical Fisher)
+
+of which training takes the mean or the sum up to a constant; else the loss is taken as a mean or sum over examples as a
+whole, with the empirical Fisher.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_source.capture import Recording
+from lightning_source.losses import LossCall, read_call
+
+Measurement = Callable[[Any, Any], Tensor]
+
+
+class _LossTap(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[LossCall] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        call = read_call(function, args, kwargs or {})
+        if call is None:
+            return function(*args, **(kwargs or {}))
+        if call.elements.requires_grad:
+            self.calls.append(call)
+        return call.value
+
+
+@dataclass(frozen=True)
+class CallScale:
+    """How the training batches weighted the elements of one loss call."""
+
+    name: str
+    kind: Literal["mean", "sum"]  # whether a larger batch gives its examples less weight
+    factor: float  # B · s_j = factor · s_j · normaliser on a batch of any size
+
+
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """What was learnt of the objective, stored with the run. JSON primitives only."""
+
+    origin: Literal["recognised", "hook", "whole"]
+    fisher: Literal["true", "empirical"]
+    calls: tuple[CallScale, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dictionary for the manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> ObjectiveSpec:
+        """The inverse of :meth:`to_json`."""
+        return cls(values["origin"], values["fisher"], tuple(CallScale(**call) for call in values["calls"]))
+
+
+@dataclass
+class Losses:
+    """One evaluated batch: the graph is alive until the last ``target`` taken from it has been used."""
+
+    loss: Tensor  # the user's scalar
+    calls: list[LossCall]
+    scales: list[Tensor]  # s_j of each call, shaped like its elements
+    size: int  # number of examples
+
+    def weights(self, index: int, kind: str) -> tuple[Tensor, Tensor]:
+        """``(h, weights)`` of a call's elements: ``h = s · normaliser``, and the weights that the normaliser sums."""
+        call, scale = self.calls[index], self.scales[index]
+        if kind == "sum":
+            return scale, torch.ones_like(scale)
+        weights = call.weights if call.reduction == "mean" else (scale != 0).to(scale.dtype)
+        return scale * weights.sum(), weights
+
+    def by_example(self, elements: Tensor) -> Tensor:
+        """Elements as ``[B, elements of an example]``."""
+        if elements.dim() == 0 or elements.shape[0] % self.size:
+            raise ValueError(
+                f"a loss has elements of shape {tuple(elements.shape)}, which do not begin with the batch's"
+                f" {self.size} examples"
+            )
+        return elements.reshape(self.size, -1)
+
+    def data_target(self, spec: ObjectiveSpec) -> Tensor:
+        """Scalar whose gradient at example ``m`` is ``g(z_m) = B Σ_j s_j ∇ℓ_j`` of the training batches."""
+        if spec.origin == "whole":
+            scale = spec.calls[0]
+            return self.loss * scale.factor * (self.size if scale.kind == "mean" else 1)
+        return _sum(
+            (self.weights(i, scale.kind)[0] * scale.factor * self.calls[i].elements).sum()
+            for i, scale in enumerate(spec.calls)
+        )
+
+    def fisher_target(self, spec: ObjectiveSpec, generator: torch.Generator) -> Tensor:
+        """Scalar whose per-example gradients have ``H`` as second moment, labels sampled from the model (method §4)."""
+        if spec.origin == "whole":
+            scale = spec.calls[0]
+            # g gᵀ / (B s) with B s = 1 for a mean and B for a sum: the empirical Fisher.
+            return self.data_target(spec) / (1 if scale.kind == "mean" else scale.factor) ** 0.5
+        terms = []
+        for i, scale in enumerate(spec.calls):
+            call = self.calls[i]
+            h = self.weights(i, scale.kind)[0] * scale.factor * call.curvature
+            if (h < 0).any():
+                raise ValueError(
+                    f"`{scale.name}` enters the training loss with a negative weight: a loss that is maximised has no"
+                    " positive curvature to unroll"
+                )
+            elements = call.sample(generator) if spec.fisher == "true" else call.elements
+            terms.append((h.sqrt() * elements).sum())
+        return _sum(iter(terms))
+
+    def measurement(self, spec: ObjectiveSpec, measurement: str | Measurement, module: Any, batch: Any) -> Tensor:
+        """``[B]``: the scalar that a query asks about, example by example.
+
+        ``"loss"`` is what ``training_step`` would return for a batch of that example alone; where the loss is only known
+        as a whole, one value stands for the sum over the batch.
+        """
+        if callable(measurement):
+            values = measurement(module, batch)
+            if not isinstance(values, Tensor) or values.shape != (self.size,):
+                shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise ValueError(f"the measurement must return one value per query, [{self.size}]; it returned {shape}")
+            return values
+        if measurement == "margin" or measurement == "log-prob":
+            return self._target_quantity(measurement)
+        if measurement != "loss":
+            raise ValueError(f'`measurement="{measurement}"` is not "loss", "margin", "log-prob" or a callable')
+        if spec.origin == "whole":
+            return (self.loss * (self.size if spec.calls[0].kind == "mean" else 1)).reshape(1)
+        total = []
+        for i, scale in enumerate(spec.calls):
+            h, weights = self.weights(i, scale.kind)
+            value = self.by_example(h * self.calls[i].elements).sum(1)
+            total.append(value / self.by_example(weights).sum(1).clamp_min(1e-12) if scale.kind == "mean" else value)
+        return _sum(iter(total))
+
+    def _target_quantity(self, quantity: Literal["margin", "log-prob"]) -> Tensor:
+        """Mean margin, or summed log-probability, of each example's targets."""
+        readers = [
+            (call, reader)
+            for call in self.calls
+            if (reader := call.margin if quantity == "margin" else call.log_prob) is not None
+        ]
+        if len(readers) != 1:
+            found = ", ".join(f"`{call.name}`" for call in self.calls) or "none"
+            raise ValueError(
+                f'measurement="{quantity}" needs exactly one loss with class targets in `training_step` (recognised:'
+                f" {found}). HINT: pass a callable `measurement(module, batch) -> Tensor[B]`."
+            )
+        call, reader = readers[0]
+        valid = call.weights != 0
+        values = self.by_example(torch.where(valid, reader(), 0.0)).sum(1)
+        return values if quantity == "log-prob" else values / self.by_example(valid).sum(1).clamp_min(1)
+
+
+def _sum(terms: Any) -> Tensor:
+    total = None
+    for term in terms:
+        total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+class Objective:
+    """Evaluates a module's ``training_step`` on a batch and reads its losses."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+        parameters = inspect.signature(self.module.training_step).parameters
+        if "dataloader_iter" in parameters:
+            raise ValueError("`training_step(dataloader_iter)` hides the batches, so examples cannot be attributed")
+        self._takes_index = "batch_idx" in parameters or len(parameters) >= 2
+
+    @property
+    def hook(self) -> str | None:
+        """Name of the method by which the module says itself what it minimises."""
+        names = ("attribution_distribution", "attribution_losses")
+        return next((name for name in names if callable(getattr(self.module, name, None))), None)
+
+    def evaluate(self, batch: Any, size: int, recording: Recording | None = None, hooked: bool = True) -> Losses:
+        """Run the user's step, or the module's hook if it has one; ``recording`` listens to the layers meanwhile.
+
+        Args:
+            batch: what ``training_step`` takes, on the module's device.
+            size: number of examples in it.
+            recording: where to keep layer inputs.
+            hooked: ``False`` runs ``training_step`` although there is a hook.
+
+        Raises:
+            ValueError: no loss came back, or it is not a scalar.
+        """
+        with torch.enable_grad(), recording.listening() if recording else nullcontext(), _LossTap() as tap:
+            hook = self.hook if hooked else None
+            loss = self._step(batch) if hook is None else self._hooked(hook, batch, tap)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError("`training_step` returned no scalar loss for this batch")
+        calls, scales = tap.calls, []
+        if calls and loss.requires_grad:
+            elements = [call.elements for call in calls]
+            found = torch.autograd.grad(loss, elements, retain_graph=True, allow_unused=True)
+            used = [(call, scale) for call, scale in zip(calls, found, strict=True) if scale is not None]
+            calls, scales = [call for call, _ in used], [scale for _, scale in used]
+        return Losses(loss, calls, scales, size)
+
+    def _step(self, batch: Any) -> Any:
+        output = self.module.training_step(batch, 0) if self._takes_index else self.module.training_step(batch)
+        return output.get("loss") if isinstance(output, dict) else output
+
+    def _hooked(self, hook: str, batch: Any, tap: _LossTap) -> Tensor:
+        output = getattr(self.module, hook)(batch)
+        tap.calls.clear()
+        if hook == "attribution_losses":
+            call = _plain_call(hook, output, lambda generator: output)
+        else:
+            distribution, targets = output
+            # Distributions draw from the global generator, which the passes isolate and seed.
+            call = _plain_call(
+                hook,
+                -distribution.log_prob(targets),
+                lambda generator: -distribution.log_prob(distribution.sample()),
+                lambda: distribution.log_prob(targets),
+            )
+        tap.calls.append(call)
+        return call.value
+
+
+def _plain_call(
+    name: str,
+    elements: Tensor,
+    sample: Callable[[torch.Generator], Tensor],
+    log_prob: Callable[[], Tensor] | None = None,
+) -> LossCall:
+    ones = torch.ones_like(elements).detach()
+    return LossCall(name, "mean", elements, ones, ones, sample, None, log_prob)

@@ -1,0 +1,228 @@
+"""Records one training as it runs: step log, running means of the parameters, bins on disk. Knows no Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_source.layers import clean_name
+from lightning_source.segments import Stretch, cut, cut_evenly, merge_all, normalized_weights, pairs_to_merge
+from lightning_source.store import RunStore
+
+STEPS = "steps.safetensors"
+FROZEN = "frozen.safetensors"
+
+
+class Recorder:
+    """Keeps a run directory up to date while somebody else trains.
+
+    Call :meth:`before_step` before each optimizer update and :meth:`after_step` after it, :meth:`flush` whenever the
+    parameters may be read and files written, and :meth:`finish` at the end. No call synchronises a device except when
+    a bin is closed.
+
+    Args:
+        store: the run directory.
+        module: the model that is trained.
+        bins: the most bins kept; when there are more, neighbours merge and bins double in length.
+        bin_steps: optimizer steps of the first bins.
+        boundaries: steps at which a bin must end, because a segment begins there.
+    """
+
+    def __init__(
+        self, store: RunStore, module: nn.Module, bins: int, bin_steps: int = 1, boundaries: Sequence[int] = ()
+    ) -> None:
+        self.store = store
+        self.bins: list[Stretch] = []
+        self.limit = max(2, bins)
+        self.bin_steps = bin_steps
+        self.boundaries = sorted(boundaries)
+        self.steps = 0
+        persistent = set(module.state_dict())
+        parameters = {clean_name(name): p for name, p in module.named_parameters()}
+        self._trained: dict[str, Tensor] = {name: p for name, p in parameters.items() if p.requires_grad}
+        self._buffers = {clean_name(n): b for n, b in module.named_buffers() if n in persistent}
+        self._averaged = self._trained | {n: b for n, b in self._buffers.items() if b.is_floating_point()}
+        self._sums: list[Tensor] = []
+        self._summed = 0
+        self._open: list[tuple[list[float], list[float], list[float], float, Tensor | None]] = []
+        self._log: list[Tensor] = []
+        frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+        store.manifest["frozen"] = store.write(FROZEN, frozen) if frozen else None
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """The parameters as they are now are those that this step's gradient was taken at: add them to the mean."""
+        values = [t.detach() for t in self._averaged.values()]
+        if not self._sums:
+            self._sums = [v.to(torch.promote_types(v.dtype, torch.float32), copy=True) for v in values]
+            self._summed = 0
+        else:
+            torch._foreach_add_(self._sums, [v.to(s.dtype) for v, s in zip(values, self._sums, strict=True)])
+        self._summed += 1
+
+    def after_step(
+        self,
+        learning_rates: Sequence[float],
+        multipliers: Sequence[float],
+        weight_decays: Sequence[float],
+        loss_weight: float,
+        clip: Tensor | None,
+    ) -> None:
+        """Log one optimizer update.
+
+        Args:
+            learning_rates: the rate really used, by parameter group.
+            multipliers: effective rate over learning rate (momentum), by group.
+            weight_decays: coupled decay, by group.
+            loss_weight: what the step's loss was multiplied by beside its mean over micro-batches: 1, or less in a
+                short last accumulation window.
+            clip: the gradient's norm after clipping over that before, 0-dim, still on its device; ``None`` if unclipped.
+        """
+        self._open.append((list(learning_rates), list(multipliers), list(weight_decays), loss_weight, clip))
+        self.steps += 1
+
+    def flush(self, force: bool = False) -> None:
+        """Close the open bin if it is long enough, reaches a boundary, or is forced to."""
+        first = self.bins[-1].last if self.bins else 0
+        crossed = any(first < boundary <= self.steps for boundary in self.boundaries)
+        if not self._open or not (force or crossed or self.steps - first >= self.bin_steps):
+            return
+        rows = [self._row(*step) for step in self._open]
+        groups = len(self._open[0][0])
+        self._log += rows
+        table = torch.stack(rows)
+        effective, decay = table[:, groups : 2 * groups], table[:, 2 * groups : 3 * groups]
+        mean = {
+            name: (total / self._summed).to(value.dtype)
+            for (name, value), total in zip(self._averaged.items(), self._sums, strict=True)
+        }
+        self._open, self._sums = [], []
+        stretch = Stretch(
+            first, self.steps, tuple(effective.sum(0).tolist()), tuple((effective * decay).sum(0).tolist())
+        )
+        self._add_bin(stretch, mean, self._trained | self._buffers)
+        self.store.write(STEPS, {"steps": torch.stack(self._log)})
+        stale: tuple[str, ...] = ()
+        if len(self.bins) > self.limit:
+            stale = self._halve()
+        self.store.manifest["bins"] = [b.to_json() for b in self.bins]
+        self.store.manifest["steps"] = self.steps
+        self.store.commit(remove=stale)
+
+    @staticmethod
+    def _row(rates: list[float], multipliers: list[float], decays: list[float], weight: float, clip: Tensor | None) -> Tensor:
+        """``[learning rates, effective rates, decays, loss weight, clip coefficient]`` in float64."""
+        coefficient = 1.0 if clip is None else float(clip)
+        effective = [r * m * weight * coefficient for r, m in zip(rates, multipliers, strict=True)]
+        return torch.tensor([*rates, *effective, *decays, weight, coefficient], dtype=torch.float64)
+
+    def _add_bin(self, stretch: Stretch, mean: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> None:
+        name = f"bins/steps={stretch.first:06d}-{stretch.last:06d}.safetensors"
+        self.store.write(name, _prefixed("mean", mean) | _prefixed("end", end))
+        self.bins.append(stretch.at(name))
+
+    def _halve(self) -> tuple[str, ...]:
+        """Merge neighbouring bins; gives back the names of the files that are no longer needed."""
+        old, self.bins = self.bins, []
+        stale: list[str] = []
+        for group in pairs_to_merge(old, self.boundaries):
+            members = [old[i] for i in group]
+            if len(members) == 1:
+                self.bins.append(members[0])
+                continue
+            files = [self.store.read(m.file) for m in members]
+            mean = _weighted_mean([_under("mean", f) for f in files], [float(m.steps) for m in members])
+            self._add_bin(merge_all(members), mean, _under("end", files[-1]))
+            stale += [m.file for m in members]
+        if len(self.bins) == len(old):  # boundaries alone keep them apart
+            self.limit = 2 * len(old)
+        self.bin_steps *= 2
+        return tuple(stale)
+
+    def finish(self) -> None:
+        """Close the last bin."""
+        self.flush(force=True)
+
+
+def assemble(store: RunStore, segments: int | Sequence[int], snapshots_per_segment: int) -> None:
+    """Turn a run's bins into snapshots and segments on disk. Works on a finished run and on a killed one.
+
+    A snapshot holds ``mean/…``, the running mean of the parameters over its steps, and ``point/…``, the parameters at
+    the bin end nearest to its middle.
+    """
+    bins = [Stretch.from_json(b) for b in store.manifest.get("bins", [])]
+    if not bins:
+        return
+    snapshots: list[Stretch] = []
+    members: list[list[int]] = []
+    for segment in cut(bins, segments):
+        groups = cut_evenly([bins[i] for i in segment], snapshots_per_segment)
+        members.append([])
+        for group in groups:
+            snapshots.append(_write_snapshot(store, [bins[segment[i]] for i in group]))
+            members[-1].append(len(snapshots) - 1)
+    last = store.read(bins[-1].file)
+    store.manifest |= {
+        "final": store.write("final.safetensors", _under("end", last)),
+        "snapshots": [s.to_json() for s in snapshots],
+        "segments": [
+            merge_all([snapshots[i] for i in group]).to_json() | {"snapshots": group} for group in members
+        ],
+        "bins": [],
+    }
+    store.commit(remove=tuple(b.file for b in bins))
+
+
+def _write_snapshot(store: RunStore, bins: Sequence[Stretch]) -> Stretch:
+    total = merge_all(bins)
+    files = [store.read(b.file) for b in bins]
+    mean = _weighted_mean([_under("mean", f) for f in files], [float(b.steps) for b in bins])
+    middle = min(range(len(bins)), key=lambda i: abs(bins[i].last - (total.first + total.last) / 2))
+    name = f"snapshots/step={total.last:06d}.safetensors"
+    # Buffers that have no mean (counters) come from the end.
+    end = _under("end", files[-1])
+    mean = end | mean
+    store.write(name, _prefixed("mean", mean) | _prefixed("point", _under("end", files[middle])))
+    return total.at(name)
+
+
+def snapshot_parameters(store: RunStore, snapshot: Stretch, which: str) -> dict[str, Tensor]:
+    """A snapshot's full set of tensors by name; ``which`` is ``"mean"`` or ``"point"``."""
+    return _frozen(store) | _under(which, store.read(snapshot.file))
+
+
+def mean_parameters(store: RunStore, snapshots: Sequence[Stretch]) -> dict[str, Tensor]:
+    """The running mean over several snapshots."""
+    states = [snapshot_parameters(store, s, "mean") for s in snapshots]
+    return states[-1] | _weighted_mean(states, normalized_weights(snapshots))
+
+
+def final_parameters(store: RunStore) -> dict[str, Tensor]:
+    """The parameters that training ended with."""
+    return _frozen(store) | store.read(store.manifest["final"])
+
+
+def _frozen(store: RunStore) -> dict[str, Tensor]:
+    return store.read(store.manifest["frozen"]) if store.manifest.get("frozen") else {}
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": value for name, value in tensors.items()}
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + "/")}
+
+
+def _weighted_mean(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Weighted mean of the floating-point tensors that all states hold, in float32 or better."""
+    total = sum(weights)
+    result = {}
+    for name, like in states[0].items():
+        if like.is_floating_point():
+            wide = torch.promote_types(like.dtype, torch.float32)
+            result[name] = sum(s[name].to(wide) * (w / total) for s, w in zip(states, weights, strict=True)).to(like.dtype)  # type: ignore[union-attr]
+    return result

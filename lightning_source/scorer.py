@@ -1,0 +1,185 @@
+"""Opens a recorded run and gives back scores; needs no Trainer and no rerun of training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_source.data import examples_of, query_of
+from lightning_source.estimators import Query, estimator_for
+from lightning_source.estimators.source import self_influence
+from lightning_source.objective import Measurement
+from lightning_source.run import Run
+from lightning_source.scores import SIGN, InfluenceScores
+from lightning_source.store import RunStore
+
+MEASUREMENTS = ("loss", "margin", "log-prob")
+
+
+class SourceScorer:
+    """Scores queries against the training examples of one recorded run.
+
+    Args:
+        run: the opened run; see :meth:`from_run`.
+        measurement: ``"loss"``, ``"margin"`` (log p/(1-p) of the target class), ``"log-prob"``, or a callable
+            ``(module, batch) -> Tensor[B]``.
+        memory: bytes that query vectors may take; more queries are scored block by block, with one set of train passes
+            each.
+    """
+
+    def __init__(self, run: Run, measurement: str | Measurement = "loss", memory: float = 4e9) -> None:
+        if not callable(measurement) and measurement not in MEASUREMENTS:
+            raise MisconfigurationException(
+                f"`measurement={measurement!r}` is not known. HINT: one of {', '.join(MEASUREMENTS)}, or a callable."
+            )
+        self.run = run
+        self.measurement = measurement
+        self.memory = memory
+
+    @classmethod
+    def from_run(
+        cls,
+        dirpath: str | os.PathLike[str],
+        model: Any,
+        *,
+        measurement: str | Measurement = "loss",
+        datamodule: Any = None,
+        memory: float = 4e9,
+    ) -> SourceScorer:
+        """Open a run in any process, on any day; scores are bit-equal to those of the training process.
+
+        Args:
+            dirpath: the run directory.
+            model: the LightningModule that was trained; its weights are not used, they come from the run.
+            measurement: what a query is measured by.
+            datamodule: the LightningDataModule, if it transforms batches on their way to the device.
+            memory: bytes that query vectors may take.
+
+        Raises:
+            MisconfigurationException: no run, a damaged file, no finished segment, or a model that does not match.
+        """
+        return cls(Run(RunStore.open(dirpath), model, hooks=datamodule), measurement, memory)
+
+    def score(
+        self,
+        query: Any,
+        train: Any = None,
+        *,
+        method: str = "source",
+        per_segment: bool = False,
+        train_ids: Sequence[int] | Tensor | None = None,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> InfluenceScores:
+        """Attribute queries to training examples.
+
+        Args:
+            query: one batch (what ``training_step`` takes), a ``Dataset`` or a ``DataLoader``.
+            train: the run's training dataset or a loader over it; only omitted where the scorer already has it.
+            method: ``"source"``, ``"fast-source"``, ``"influence"``, ``"tracin"``, ``"grad-dot"`` or ``"grad-cos"``.
+            per_segment: keep each segment's share in ``by_segment``.
+            train_ids: score only these training examples.
+            batch_size: examples a pass takes at once; scores do not depend on it.
+            **options: the method's own, such as ``damping`` (``"influence"``), ``segments`` and ``snapshots``
+                (``"source"``).
+
+        Returns:
+            The scores; positive = removing the example raises the measurement.
+
+        Raises:
+            MisconfigurationException: wrong input; the message says what and the way out.
+            FloatingPointError: a non-finite gradient or factor; the message names the block or the examples.
+        """
+        estimator = estimator_for(method, options)
+        self._use(train)
+        run = self.run
+        queries = query_of(query, run._data, batch_size)
+        run.calibrate()
+        data = run.data if batch_size is None else examples_of(run.data.dataset, batch_size, run.data)
+        ids = _ids(train_ids, len(data))
+        total = torch.zeros(len(queries), len(data) if ids is None else len(ids))
+        shares = torch.zeros(len(run.segments(options.get("segments"))), *total.shape) if per_segment else None
+        start = 0
+        for piece in queries.split(self._queries_at_once()):
+            rows = slice(start, start + len(piece))
+            for term in estimator(Query(run, piece, self.measurement), **options):
+                new = term.weight * run.workspace.inner_products(
+                    term.state(), data, ids, term.vectors, term.bases, term.normalize
+                )
+                total[rows] += new
+                if shares is not None:
+                    shares[term.segment, rows] += new
+            start = rows.stop
+        return InfluenceScores(
+            total,
+            torch.arange(len(data)) if ids is None else ids,
+            torch.arange(len(queries)),
+            shares,
+            self._metadata(method, options),
+        )
+
+    def self_influence(self, train: Any = None, *, train_ids: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Each training example's SOURCE score on its own loss: how much of its fit is owed to itself.
+
+        High values mark examples that the model had to memorise, mislabelled ones among them (method §7).
+
+        Args:
+            train: the run's training dataset or a loader over it; only omitted where the scorer already has it.
+            train_ids: only these training examples.
+
+        Returns:
+            ``[N]``, float32, in the order of the dataset or of ``train_ids``: the diagonal of :meth:`score`.
+        """
+        self._use(train)
+        self.run.calibrate()
+        ids = _ids(train_ids, len(self.run.data))
+        return self_influence(
+            self.run, torch.arange(len(self.run.data)) if ids is None else ids, self._queries_at_once()
+        )
+
+    def _use(self, train: Any) -> None:
+        self.run.use(None if train is None else examples_of(train, self.run.stage["batch_size"], self.run._data))
+
+    def _queries_at_once(self) -> int:
+        scalars = sum(block.numel for block in self.run.coverage.blocks)
+        return max(1, int(self.memory / (4 * 3 * scalars)))  # gradients, responses and one temporary
+
+    def _metadata(self, method: str, options: dict[str, Any]) -> dict[str, Any]:
+        run = self.run
+        return {
+            "method": method,
+            "options": {k: v if isinstance(v, (int, float, str, type(None))) else list(v) for k, v in options.items()},
+            "measurement": self.measurement if isinstance(self.measurement, str) else _name(self.measurement),
+            "sign": SIGN,
+            "unit": "cosine" if method == "grad-cos" else "change of the measurement on removing the example",
+            "examples": run.examples,
+            "segments": [
+                {"first": s.stretch.first, "last": s.stretch.last, "rates": list(s.stretch.rates)}
+                for s in run.segments(options.get("segments"))
+            ],
+            "coverage": run.coverage.share,
+            "fisher": run.workspace.spec.fisher if run.workspace.spec else None,
+            "run_id": run.store.manifest["run_id"],
+            "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
+        }
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
+def _ids(ids: Sequence[int] | Tensor | None, total: int) -> Tensor | None:
+    if ids is None:
+        return None
+    found = torch.as_tensor(ids, dtype=torch.int64)
+    if found.dim() != 1 or not len(found) or int(found.min()) < 0 or int(found.max()) >= total:
+        raise MisconfigurationException(f"`train_ids` must name some of the {total} training examples, 0 to {total - 1}.")
+    return found
+
+

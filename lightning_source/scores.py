@@ -1,0 +1,96 @@
+"""The result object: scores with their ids, sign, unit and origin, to and from one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SIGN = "Positive: removing the training example raises the measurement. For a loss, a positive score is a proponent."
+
+
+@dataclass(frozen=True)
+class InfluenceScores:
+    """Attribution scores of queries by training example.
+
+    ``values[q, n]`` is the predicted change of query ``q``'s measurement if training example ``n`` were removed, in the
+    measurement's unit (method ``"grad-cos"``: a cosine). **Positive = removing the example raises the measurement**, so
+    for the loss a positive score marks an example that helped. Scores add up: the sum over a set predicts its removal.
+
+    Attributes:
+        values: ``[Q, N]``, float32.
+        train_ids: ``[N]``, int64, positions in the training dataset.
+        query_ids: ``[Q]``, int64, positions in the query batch or dataset.
+        by_segment: ``[S, Q, N]``, the segments' shares, which sum to ``values``; or ``None``.
+        metadata: method, measurement, sign, unit, segments with their ``Λ``, ``N``, coverage, run id, versions.
+    """
+
+    values: Tensor
+    train_ids: Tensor
+    query_ids: Tensor
+    by_segment: Tensor | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def topk(self, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
+        """The ``k`` highest (or lowest) scores of each query, best first.
+
+        Args:
+            k: how many; at most ``N``.
+            largest: ``False`` for the lowest.
+
+        Returns:
+            ``(values [Q, k], train ids [Q, k])``.
+        """
+        values, columns = self.values.topk(min(k, self.values.shape[1]), dim=1, largest=largest)
+        return values, self.train_ids[columns]
+
+    def proponents(self, k: int) -> tuple[Tensor, Tensor]:
+        """The ``k`` training examples of each query with the most positive scores: :meth:`topk`."""
+        return self.topk(k)
+
+    def opponents(self, k: int) -> tuple[Tensor, Tensor]:
+        """The ``k`` training examples of each query with the most negative scores."""
+        return self.topk(k, largest=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to one safetensors file, metadata included."""
+        tensors = {"values": self.values, "train_ids": self.train_ids, "query_ids": self.query_ids}
+        if self.by_segment is not None:
+            tensors["by_segment"] = self.by_segment
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path, {"influence_scores": json.dumps(self.metadata)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> InfluenceScores:
+        """The inverse of :meth:`save`.
+
+        Raises:
+            MisconfigurationException: the file holds something else.
+        """
+        with safe_open(path, framework="pt") as file:
+            metadata = (file.metadata() or {}).get("influence_scores")
+            if metadata is None:
+                raise MisconfigurationException(f"`{path}` holds no influence scores.")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        return cls(**tensors, metadata=json.loads(metadata))
+
+    def segment_shares(self) -> Tensor:
+        """Each segment's share of the absolute score, ``[S, Q]``; shares of a query sum to 1.
+
+        Raises:
+            MisconfigurationException: the scores were computed without ``per_segment=True``.
+        """
+        if self.by_segment is None:
+            raise MisconfigurationException("scores by segment were not kept. HINT: score with `per_segment=True`.")
+        sizes = self.by_segment.abs().sum(2)
+        return sizes / sizes.sum(0, keepdim=True).clamp_min(torch.finfo(sizes.dtype).tiny)
+
+    def __repr__(self) -> str:
+        q, n = self.values.shape
+        return f"InfluenceScores({q} queries x {n} training examples, method={self.metadata.get('method')!r}. {SIGN})"

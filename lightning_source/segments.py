@@ -1,0 +1,117 @@
+"""Stretches of training and how they are cut into snapshots and segments: plain numbers, no tensors.
+
+How long a run will be is unknown (early stopping, a time limit, Ctrl-C), so training is kept as many short *bins* that
+merge in pairs whenever there are too many. Afterwards neighbouring bins are joined into snapshots, and snapshots into
+segments. Everything here adds up, so any of these can be cut again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive optimizer steps ``first <= step < last`` and what was summed over them; a bin, snapshot or segment."""
+
+    first: int
+    last: int
+    rates: tuple[float, ...]  # Λ of each parameter group: Σ effective learning rates
+    decays: tuple[float, ...]  # Σ effective learning rate · weight decay of each group
+    file: str = ""  # where its parameters are
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps."""
+        return self.last - self.first
+
+    @property
+    def weight(self) -> float:
+        """How far training moved: Λ averaged over the groups. Snapshots are averaged with these weights (Eq. 20)."""
+        return sum(self.rates) / len(self.rates)
+
+    def weight_decay(self, group: int) -> float:
+        """The group's weight decay, averaged with the learning rates that multiplied it."""
+        return self.decays[group] / self.rates[group] if self.rates[group] else 0.0
+
+    def merge(self, other: Stretch) -> Stretch:
+        """The stretch over both; ``other`` follows this one."""
+        if other.first != self.last:
+            raise ValueError(f"steps {other.first}-{other.last} do not follow steps {self.first}-{self.last}")
+        return Stretch(
+            self.first,
+            other.last,
+            tuple(a + b for a, b in zip(self.rates, other.rates, strict=True)),
+            tuple(a + b for a, b in zip(self.decays, other.decays, strict=True)),
+        )
+
+    def at(self, file: str) -> Stretch:
+        """The same stretch with its parameters in ``file``."""
+        return replace(self, file=file)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dictionary for the manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Stretch:
+        """The inverse of :meth:`to_json`."""
+        return cls(**(values | {"rates": tuple(values["rates"]), "decays": tuple(values["decays"])}))
+
+
+def merge_all(stretches: Sequence[Stretch]) -> Stretch:
+    """One stretch over consecutive ones."""
+    total = stretches[0]
+    for stretch in stretches[1:]:
+        total = total.merge(stretch)
+    return total
+
+
+def normalized_weights(stretches: Sequence[Stretch]) -> list[float]:
+    """Weights that sum to 1 by how far training moved; by steps where the learning rate was 0 throughout."""
+    weights = [s.weight for s in stretches]
+    if not sum(weights) > 0:
+        weights = [float(s.steps) for s in stretches]
+    return [w / sum(weights) for w in weights]
+
+
+def pairs_to_merge(stretches: Sequence[Stretch], boundaries: Sequence[int]) -> list[tuple[int, ...]]:
+    """Indices of neighbours to merge, two by two, never across one of the user's boundaries."""
+    groups: list[tuple[int, ...]] = []
+    for index, stretch in enumerate(stretches):
+        if groups and len(groups[-1]) == 1 and stretch.first not in boundaries:
+            groups[-1] = (groups[-1][0], index)
+        else:
+            groups.append((index,))
+    return groups
+
+
+def cut_evenly(stretches: Sequence[Stretch], count: int) -> list[list[int]]:
+    """Indices of ``stretches`` in ``count`` consecutive groups (fewer if there are fewer), as even in steps as they get."""
+    count = min(count, len(stretches))
+    start, total = stretches[0].first, stretches[-1].last - stretches[0].first
+    cuts = [0]
+    for k in range(1, count):
+        target = start + total * k / count
+        allowed = range(cuts[-1] + 1, len(stretches) - (count - k) + 1)
+        cuts.append(min(allowed, key=lambda i: abs(stretches[i].first - target)))
+    return [list(range(a, b)) for a, b in zip(cuts, [*cuts[1:], len(stretches)], strict=True)]
+
+
+def cut(stretches: Sequence[Stretch], segments: int | Sequence[int]) -> list[list[int]]:
+    """Indices of ``stretches`` by segment.
+
+    Args:
+        stretches: consecutive bins or snapshots.
+        segments: how many equal segments, or the steps at which inner segments begin; a boundary inside a stretch
+            moves to its nearer end.
+    """
+    if isinstance(segments, int):
+        return cut_evenly(stretches, segments)
+    starts = {0}
+    for boundary in segments:
+        starts.add(min(range(len(stretches)), key=lambda i: abs(stretches[i].first - boundary)))
+    ordered = sorted(starts)
+    return [list(range(a, b)) for a, b in zip(ordered, [*ordered[1:], len(stretches)], strict=True)]

@@ -1,0 +1,149 @@
+"""The run directory: safetensors files and one JSON manifest, written so that a kill at any moment leaves a valid run.
+
+A file is written under a temporary name, flushed to disk and moved into place; the manifest, which alone says what
+belongs to the run, comes last. Reading checks the schema and each file's sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+
+class RunStore:
+    """A run directory and its manifest.
+
+    Attributes:
+        path: the directory.
+        manifest: the manifest's contents; :meth:`commit` writes it.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], overwrite: bool = False) -> RunStore:
+        """A new run; nothing is on disk until the first :meth:`commit`.
+
+        Args:
+            path: the directory, made if absent.
+            overwrite: delete the run that is there instead of refusing.
+
+        Raises:
+            MisconfigurationException: the directory holds a run, or cannot be written.
+        """
+        path = Path(path)
+        if (path / MANIFEST).exists():
+            if not overwrite:
+                raise MisconfigurationException(
+                    f"`{path}` already holds a run, which a new one would destroy. HINT: give another `dirpath`, delete"
+                    " the directory, or pass `overwrite=True`."
+                )
+            _delete_run(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MisconfigurationException(f"`{path}` cannot be a run directory: {error}.") from None
+        return cls(path, {"schema": SCHEMA, "run_id": uuid.uuid4().hex, "files": {}})
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> RunStore:
+        """An existing run.
+
+        Raises:
+            MisconfigurationException: there is no run, or it was written under another schema.
+        """
+        path = Path(path)
+        if not (path / MANIFEST).exists():
+            raise MisconfigurationException(
+                f"`{path}` holds no run: `{MANIFEST}` is missing. HINT: pass the `dirpath` of the SourceCallback that"
+                " trained it."
+            )
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+        except json.JSONDecodeError as error:
+            raise MisconfigurationException(f"`{path / MANIFEST}` is not valid JSON: {error}.") from None
+        if manifest.get("schema") != SCHEMA:
+            raise MisconfigurationException(
+                f"`{path / MANIFEST}` has schema {manifest.get('schema')}; this version reads schema {SCHEMA}."
+            )
+        return cls(path, manifest)
+
+    def write(self, name: str, tensors: Mapping[str, Tensor]) -> str:
+        """Write tensors under a name relative to the directory and enter them in the manifest; gives back the name."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        # Clones, because safetensors refuses tensors that share memory, and contiguous ones, because it refuses others.
+        save_file({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}, temporary)
+        self.manifest["files"][name] = _sha256(temporary)
+        _replace(temporary, target)
+        return name
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Tensors of a file of this run.
+
+        Raises:
+            MisconfigurationException: the file is missing or not what the manifest says.
+        """
+        path = self.path / name
+        if name not in self.manifest["files"] or not path.exists():
+            raise MisconfigurationException(f"`{path}` is missing from the run.")
+        if _sha256(path) != self.manifest["files"][name]:
+            raise MisconfigurationException(
+                f"`{path}` does not match the sha256 in `{MANIFEST}`: it is damaged or from another run."
+            )
+        return load_file(path, device=str(device))
+
+    def commit(self, remove: tuple[str, ...] = ()) -> None:
+        """Write the manifest; then delete the files in ``remove``, which it no longer names."""
+        for name in remove:
+            self.manifest["files"].pop(name, None)
+        temporary = self.path / f".{MANIFEST}.{os.getpid()}"
+        temporary.write_text(json.dumps(self.manifest, indent=1))
+        _replace(temporary, self.path / MANIFEST)
+        for name in remove:
+            (self.path / name).unlink(missing_ok=True)
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _delete_run(path: Path) -> None:
+    """Delete a run's own files, and nothing else that lies in the directory."""
+    try:
+        names = list(json.loads((path / MANIFEST).read_text()).get("files", {}))
+    except json.JSONDecodeError:
+        names = []
+    (path / MANIFEST).unlink()
+    for name in names:
+        (path / name).unlink(missing_ok=True)

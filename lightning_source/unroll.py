@@ -1,0 +1,92 @@
+"""SOURCE's spectral functions and the reverse walk over segments: pure tensors, the paper's equations.
+
+Within a segment the Hessian ``H`` and the gradients are taken as stationary (Bae et al., NeurIPS 2024, Eq. 15-24):
+
+    ``S = exp(-Λ H)`` carries a change of the parameters through the segment,
+    ``r = (1/N) F_r(H) g`` is the change that one example's gradient ``g`` leaves at the segment's end.
+
+``Λ`` (``rate``) is the sum of the segment's effective learning rates. L2 weight decay ``w`` shifts every eigenvalue,
+``σ → σ + w``; the gradient stays the data's. Nothing here is damped: ``F_r`` is bounded by ``Λ``.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_source.factors import Basis
+
+
+def segment_decay(eigenvalues: Tensor, rate: float, weight_decay: float = 0.0) -> Tensor:
+    """``F_S(σ) = exp(-Λ (σ + w))``, the factor by which a segment shrinks a change of the parameters.
+
+    Args:
+        eigenvalues: curvature eigenvalues ``σ`` of the loss that the learning rate multiplied; any shape.
+            Round-off negatives count as 0.
+        rate: ``Λ``, the sum of effective learning rates over the segment's steps.
+        weight_decay: ``w``, the coupled L2 decay.
+    """
+    return torch.exp(-rate * (eigenvalues.clamp_min(0) + weight_decay))
+
+
+def segment_response(eigenvalues: Tensor, rate: float, weight_decay: float = 0.0) -> Tensor:
+    """``F_r(σ) = (1 - exp(-Λ (σ + w))) / (σ + w)``, which is exactly ``Λ`` at ``σ + w = 0``.
+
+    Args:
+        eigenvalues: curvature eigenvalues ``σ``; any shape. Round-off negatives count as 0.
+        rate: ``Λ``, the sum of effective learning rates over the segment's steps.
+        weight_decay: ``w``, the coupled L2 decay.
+    """
+    exponent = rate * (eigenvalues.clamp_min(0) + weight_decay)
+    # (1 - exp(-x)) / x by expm1: without it x below 1e-7 loses every digit in float32.
+    ratio = -torch.expm1(-exponent) / torch.where(exponent > 0, exponent, 1.0)
+    return rate * torch.where(exponent > 0, ratio, 1.0)
+
+
+def finite_step_response(eigenvalues: Tensor, learning_rate: float, steps: int) -> Tensor:
+    """``(1 - (1 - ησ)^K) / σ``: the exact geometric sum of ``K`` steps that :func:`segment_response` smooths.
+
+    Args:
+        eigenvalues: ``σ``; any shape, with ``0 <= ησ <= 1``.
+        learning_rate: ``η`` of every step.
+        steps: ``K``.
+    """
+    sigma = eigenvalues.clamp_min(0)
+    total = -torch.expm1(steps * torch.log1p(-learning_rate * sigma))
+    return torch.where(sigma > 0, total / torch.where(sigma > 0, sigma, 1.0), learning_rate * steps)
+
+
+def damped_inverse(eigenvalues: Tensor, damping: float) -> Tensor:
+    """``1 / (σ + damping)``, the influence function's spectral map (Koh & Liang 2017; Grosse et al. 2023)."""
+    return 1.0 / (eigenvalues.clamp_min(0) + damping)
+
+
+class SegmentCurvature(NamedTuple):
+    """What one segment contributes to one block: its curvature and how far training moved along it."""
+
+    basis: Basis  # eigenvectors, activations [P, I, I] and gradients [P, O, O]
+    eigenvalues: Tensor  # [P, O, I], of the loss as trained
+    rate: float  # Λ, sum of effective learning rates
+    weight_decay: float  # w
+
+
+def reverse_walk(query: Tensor, segments: Sequence[SegmentCurvature]) -> Iterator[tuple[int, Tensor]]:
+    """Walk a query gradient back through the segments, last to first (method §2, Eq. 24 read from the right).
+
+    Args:
+        query: ``[Q, P, O, I]``, the measurement's gradients with respect to one block at the end of training.
+        segments: the block's segments in the order of training.
+
+    Yields:
+        ``(index, vectors)``: ``F_r(H) v`` for the segment, **in that segment's eigenbasis**, ``[Q, P, O, I]``; its inner
+        product with an example's gradient in the same basis, over ``N``, is the segment's share of the score.
+    """
+    vector, previous = query, Basis(None, None)
+    for index in range(len(segments) - 1, -1, -1):
+        segment = segments[index]
+        vector = segment.basis.rotate_from(previous, vector)
+        yield index, segment_response(segment.eigenvalues, segment.rate, segment.weight_decay) * vector
+        if index:
+            vector = segment_decay(segment.eigenvalues, segment.rate, segment.weight_decay) * vector
+        previous = segment.basis
