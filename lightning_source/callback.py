@@ -82,8 +82,8 @@ class SourceCallback(Callback):
     def __init__(
         self,
         dirpath: str | None = None,
-        segments: int | Literal["auto"] | list[int] = 3,
-        snapshots_per_segment: int = 2,
+        segments: int | Literal["auto"] | list[int] = 1,
+        snapshots_per_segment: int = 6,
         snapshots: Literal["mean", "point"] = "mean",
         curvature: Literal["ekfac", "kfac", "diagonal"] = "ekfac",
         factor_examples: int | None = 5000,
@@ -229,9 +229,7 @@ class SourceCallback(Callback):
     # ---------------------------------------------------------------- during training
 
     @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         with self._timed("recording"):
             size = count_examples(batch)
             self._micro_batches += 1
@@ -264,9 +262,7 @@ class SourceCallback(Callback):
             )
 
     @override
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._clips:
             self._norm = _gradient_norm(optimizer)
 
@@ -445,5 +441,7 @@ def attribute(
     """
     callbacks = [c for c in trainer.callbacks if isinstance(c, SourceCallback)]  # type: ignore[attr-defined]
     if not callbacks:
-        raise MisconfigurationException("the Trainer has no SourceCallback. HINT: `Trainer(callbacks=[SourceCallback()])`.")
+        raise MisconfigurationException(
+            "the Trainer has no SourceCallback. HINT: `Trainer(callbacks=[SourceCallback()])`."
+        )
     return callbacks[0].attribute(trainer, query, train=train, measurement=measurement, method=method, **options)

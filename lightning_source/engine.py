@@ -26,13 +26,15 @@ from lightning_source.factors import (
     eigenbasis,
     eigenvalue_sums,
     mean_covariances,
+    rotated_matrices,
     squared_norms,
 )
 from lightning_source.layers import Block, clean_name
 from lightning_source.objective import CallScale, Losses, Measurement, Objective, ObjectiveSpec
 
 State = Mapping[str, Tensor]  # parameters and buffers by clean name
-Target = Callable[[Losses, Any], Tensor]
+# Runs the user's code on a batch while the recording listens, and gives back a scalar to differentiate.
+Target = Callable[[Any, int, Recording], Tensor]
 
 
 @dataclass
@@ -88,30 +90,23 @@ class Workspace:
             raise MisconfigurationException(_does_not_match(self.module, missing))
         with undisturbed(self.module, self.seed):
             kept = {name: own[name].detach().clone() for name in state}
+            # Without a gradient a layer frozen since training would not be seen, and would silently count for nothing.
+            frozen = [own[n] for block in self.blocks for n in block.parameters if not own[n].requires_grad]
             try:
+                for parameter in frozen:
+                    parameter.requires_grad_(True)
                 with torch.no_grad():
                     for name, value in state.items():
                         own[name].copy_(value)
                 yield
             finally:
+                for parameter in frozen:
+                    parameter.requires_grad_(False)
                 with torch.no_grad():
                     for name, value in kept.items():
                         own[name].copy_(value)
 
-    # ---------------------------------------------------------------- one batch
-
-    def losses(self, batch: Any, size: int, recording: Recording | None = None, hooked: bool = True) -> Losses:
-        """Evaluate the objective on a batch that is on the module's device."""
-        losses = self.objective.evaluate(batch, size, recording, hooked)
-        if self.spec is not None and self.spec.origin != "whole":
-            found = [call.name for call in losses.calls]
-            expected = [call.name for call in self.spec.calls]
-            if found != expected:
-                raise MisconfigurationException(
-                    f"`training_step` computed the losses {found} where calibration saw {expected}; their scales cannot"
-                    " be matched."
-                )
-        return losses
+    # ---------------------------------------------------------------- one pass
 
     def captures(
         self, data: Examples | GivenBatches, target: Target, ids: Any = None
@@ -119,14 +114,59 @@ class Workspace:
         """Run over data: ``(ids, blocks by name)`` for each batch, gradients being those of ``target``."""
         recording = Recording(self.module, self.blocks)
         for index, batch in data.batches(ids):
-            batch = to_module(batch, self.module, self.hooks)
-            losses = self.losses(batch, len(index), recording)
             with torch.enable_grad():
-                scalar = target(losses, batch)
+                scalar = target(to_module(batch, self.module, self.hooks), len(index), recording)
             if not torch.isfinite(scalar):
                 raise FloatingPointError(f"the objective is {float(scalar)} on examples {_shorten(index)}")
-            captured = recording.captured(scalar, len(index))
-            yield index, captured
+            yield index, recording.captured(scalar, len(index))
+
+    def _target(self, scalar: Callable[[Losses, ObjectiveSpec], Tensor]) -> Target:
+        """A target made of the training step's losses, which must be those that were calibrated."""
+        spec = self.spec
+        assert spec is not None
+
+        def run(batch: Any, size: int, recording: Recording) -> Tensor:
+            losses = self.objective.evaluate(batch, size, recording)
+            found, expected = [call.name for call in losses.calls], [call.name for call in spec.calls]
+            if spec.origin != "whole" and found != expected:
+                raise MisconfigurationException(
+                    f"`training_step` computed the losses {found} where calibration saw {expected}; their scales cannot"
+                    " be matched."
+                )
+            return scalar(losses, spec)
+
+        return run
+
+    def trained(self) -> Target:
+        """Gradients ``g(z)`` as training applied them (method §4)."""
+        return self._target(lambda losses, spec: losses.data_target(spec))
+
+    def sampled(self, draw: int = 0) -> Target:
+        """Gradients whose second moment is ``H``, with labels drawn from the model; ``draw`` numbers the draws."""
+        generator = torch.Generator(self.module.device).manual_seed(self.seed + draw)
+        return self._target(lambda losses, spec: losses.fisher_target(spec, generator))
+
+    def measured(self, measurement: str | Measurement) -> Target:
+        """Gradients of a measurement of queries."""
+        if not callable(measurement):
+            return self._target(lambda losses, spec: losses.measurement(spec, measurement).sum())
+
+        def run(batch: Any, size: int, recording: Recording) -> Tensor:
+            with recording.listening():
+                values = measurement(self.module, batch)
+            if not isinstance(values, Tensor) or values.shape != (size,):
+                shape = list(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
+                raise MisconfigurationException(
+                    f"the measurement must return one value per query, a tensor [{size}]; it returned {shape}."
+                )
+            if not values.requires_grad:
+                raise MisconfigurationException(
+                    "the measurement has no gradient with respect to the model. HINT: compute it without"
+                    " `torch.no_grad()` or `.detach()`."
+                )
+            return values.sum()
+
+        return run
 
     # ---------------------------------------------------------------- calibration
 
@@ -203,7 +243,7 @@ class Workspace:
         """Covariance sums of every block at one set of parameters, labels sampled (method §5.1)."""
         sums: dict[str, CovarianceSums] = {}
         with self.at(state):
-            for _, captured in self.captures(data, self._fisher(), ids):
+            for _, captured in self.captures(data, self.sampled(), ids):
                 for name, one in captured.items():
                     new = CovarianceSums.of(one)
                     sums[name] = sums[name].merge(new) if name in sums else new
@@ -225,7 +265,7 @@ class Workspace:
         sums: dict[str, Tensor] = {}
         with self.at(state):
             for draw in range(samples):
-                for _, captured in self.captures(data, self._fisher(offset=draw + 1), ids):
+                for _, captured in self.captures(data, self.sampled(draw + 1), ids):
                     for name, one in captured.items():
                         new = eigenvalue_sums(one, bases[name])
                         sums[name] = sums[name].add_(new) if name in sums else new
@@ -233,41 +273,27 @@ class Workspace:
             _require_finite(total, name, "eigenvalues")
         return {name: total / (len(ids) * samples) for name, total in sums.items()}
 
-    def _fisher(self, offset: int = 0) -> Target:
-        generator = torch.Generator(self.module.device).manual_seed(self.seed + offset)
-        spec = self._calibrated()
-        return lambda losses, batch: losses.fisher_target(spec, generator)
-
-    def _calibrated(self) -> ObjectiveSpec:
-        assert self.spec is not None
-        return self.spec
-
     # ---------------------------------------------------------------- scoring
 
     def query_gradients(
-        self, state: State, queries: Examples | GivenBatches, measurement: str | Measurement
+        self,
+        state: State,
+        queries: Examples | GivenBatches,
+        measurement: str | Measurement,
+        bases: Mapping[str, Basis] | None = None,
     ) -> dict[str, Tensor]:
-        """Gradients of the measurement, ``[Q, P, O, I]`` by block."""
+        """Gradients of the measurement, ``[Q, P, O, I]`` by block, in the given bases or in parameter space."""
         with self.at(state):
             found: dict[str, Tensor] = {}
-            for index, captured in self.captures(queries, self._measured(measurement)):
+            for index, captured in self.captures(queries, self.measured(measurement)):
                 for name, one in captured.items():
-                    parts, _, _, outputs, inputs = one.shape
-                    rows = found.setdefault(
-                        name, one.activations.new_zeros(len(queries), parts, outputs, inputs)
-                    )
-                    rows[index] = one.per_example().transpose(0, 1)
+                    if name not in found:
+                        parts, _, _, outputs, inputs = one.shape
+                        found[name] = one.activations.new_zeros(len(queries), parts, outputs, inputs)
+                    found[name][index] = rotated_matrices(one, bases[name] if bases else Basis(None, None))
         for name, rows in found.items():
             _require_finite(rows, name, "query gradients")
         return found
-
-    def _measured(self, measurement: str | Measurement) -> Target:
-        spec = self._calibrated()
-        return lambda losses, batch: losses.measurement(spec, measurement, self.module, batch).sum()
-
-    def _trained(self) -> Target:
-        spec = self._calibrated()
-        return lambda losses, batch: losses.data_target(spec)
 
     def inner_products(
         self,
@@ -291,7 +317,7 @@ class Workspace:
         columns = []
         queries = len(next(iter(vectors.values())))
         with self.at(state):
-            for index, captured in self.captures(data, self._trained(), ids):
+            for index, captured in self.captures(data, self.trained(), ids):
                 total = torch.zeros(queries, len(index), device=self.module.device)
                 norms = torch.zeros(len(index), device=self.module.device)
                 for name, one in captured.items():
@@ -301,17 +327,18 @@ class Workspace:
                         total += contract(bases[name].rotate(one) if bases else one, vectors[name])
                 if not torch.isfinite(total).all():
                     for name, one in captured.items():
-                        _require_finite(torch.stack([x.sum() for x in one]), name, f"gradients of examples {_shorten(index)}")
+                        _require_finite(
+                            torch.stack([x.sum() for x in one]), name, f"gradients of examples {_shorten(index)}"
+                        )
                     raise FloatingPointError(f"scores overflow on examples {_shorten(index)}")
                 columns.append((total / norms.sqrt().clamp_min(1e-30) if normalize else total).cpu())
         return torch.cat(columns, dim=1)
-
 
     def collected(
         self, state: State, data: Examples, ids: Tensor, bases: Mapping[str, Basis] | None, query: bool
     ) -> dict[str, Captured]:
         """Captures of a few examples, batches joined: their own loss as a query (``query``), or their ``g(z)``."""
-        target = self._measured("loss") if query else self._trained()
+        target = self.measured("loss") if query else self.trained()
         pieces: dict[str, list[Captured]] = {}
         with self.at(state):
             for _, captured in self.captures(data, target, ids):
@@ -387,7 +414,8 @@ def _kind(ratio: float, sizes: float) -> str:
 
 
 def _require_finite(values: Tensor, name: str, what: str) -> None:
-    if not torch.isfinite(values).all():
+    lowest, highest = values.aminmax()  # NaN comes through, and one pass is enough
+    if not (torch.isfinite(lowest) and torch.isfinite(highest)):
         raise FloatingPointError(f"non-finite {what} at `{name}`")
 
 

@@ -34,7 +34,7 @@ class Captured(NamedTuple):
         parts, examples, positions, inputs = self.activations.shape
         return parts, examples, positions, self.gradients.shape[-1], inputs
 
-    def __getitem__(self, examples: slice) -> Captured:  # type: ignore[override]
+    def select(self, examples: slice) -> Captured:
         """The same capture for some of the examples."""
         return Captured(self.activations[:, examples], self.gradients[:, examples])
 
@@ -134,30 +134,39 @@ def eigenbasis(activations: Tensor, gradients: Tensor, dtype: torch.dtype) -> tu
 def eigenvalue_sums(captured: Captured, basis: Basis) -> Tensor:
     """``Σ_examples (Q_Gᵀ (Σ_t g_t a_tᵀ) Q_A)²``, ``[P, O, I]``: EK-FAC's eigenvalues before the mean.
 
-    With one position this is a single product of squares and no per-example matrix exists; otherwise each side is
-    rotated before or after the sum over positions, whichever costs less, in chunks of bounded size.
+    With one position this is a single product of squares and no per-example matrix exists.
     """
-    parts, examples, positions, outputs, inputs = captured.shape
+    parts, _, positions, outputs, inputs = captured.shape
     dtype = accumulator_dtype(captured.activations)
     if positions == 1:
         a, g = (x.squeeze(2).to(dtype).square() for x in basis.rotate(captured))
         return g.mT @ a
-    # Rotating activations first costs B·T·I², afterwards B·O·I²: the same factor decides each side.
-    first = Basis(
-        basis.activations if positions < outputs else None, basis.gradients if positions < inputs else None
-    )
     total = captured.activations.new_zeros(parts, outputs, inputs, dtype=dtype)
     for chunk in chunks(captured):
-        matrices = first.rotate(chunk).per_example().to(dtype).transpose(0, 1)
-        total += basis.rotate_from(first, matrices).square_().sum(0)
+        total += rotated_matrices(chunk, basis).to(dtype).square_().sum(0)
     return total
+
+
+def rotated_matrices(captured: Captured, basis: Basis) -> Tensor:
+    """Per-example gradients in a basis, ``[B, P, O, I]``; each side is rotated where it costs less.
+
+    Rotating activations before the sum over positions costs ``T·I²`` an example, afterwards ``O·I²``: the same factor
+    decides for either side.
+    """
+    _, _, positions, outputs, inputs = captured.shape
+    first = Basis(basis.activations if positions < outputs else None, basis.gradients if positions < inputs else None)
+    rest = Basis(
+        None if first.activations is not None else basis.activations,
+        None if first.gradients is not None else basis.gradients,
+    )
+    return rest.rotate_from(Basis(None, None), first.rotate(captured).per_example().transpose(0, 1))
 
 
 def chunks(captured: Captured) -> list[Captured]:
     """The capture split along its examples so that the per-example matrices of one chunk fit ``CHUNK_FLOATS``."""
     parts, examples, _, outputs, inputs = captured.shape
     step = max(1, CHUNK_FLOATS // (parts * outputs * inputs))
-    return [captured[start : start + step] for start in range(0, examples, step)]
+    return [captured.select(slice(start, start + step)) for start in range(0, examples, step)]
 
 
 def squared_norms(captured: Captured) -> Tensor:
@@ -187,9 +196,9 @@ def contract(captured: Captured, vectors: Tensor) -> Tensor:
         matrices = vectors[:, part]  # [Q, O, I]
         if outputs <= inputs:
             reduced = (matrices.reshape(-1, inputs) @ a[part].T).view(queries, outputs, -1)
-            total += torch.einsum("qob,bo->qb", reduced, g[part])
+            total += reduced.mul_(g[part].T).sum(1)
         else:
-            total += torch.einsum("qbi,bi->qb", g[part] @ matrices, a[part])
+            total += (g[part] @ matrices).mul_(a[part]).sum(2)
     return total
 
 
@@ -204,3 +213,16 @@ def contract_diagonal(captured: Captured, query: Captured, weights: Tensor) -> T
             for x, y in zip(chunks(captured), chunks(query), strict=True)
         ]
     )
+
+
+def contract_pairs(captured: Captured, vectors: Tensor) -> Tensor:
+    """``⟨vectors[b], gradient of example b⟩``, ``[B]``, for ``vectors [B, P, O, I]`` in the same basis."""
+    if captured.shape[2] == 1:
+        a, g = (x.squeeze(2).transpose(0, 1).unsqueeze(-2) for x in captured)  # [B, P, 1, I], [B, P, 1, O]
+        return ((g @ vectors) * a).sum((1, 2, 3))
+    pieces, start = [], 0
+    for chunk in chunks(captured):
+        stop = start + chunk.shape[1]
+        pieces.append((chunk.per_example().transpose(0, 1) * vectors[start:stop]).sum((1, 2, 3)))
+        start = stop
+    return torch.cat(pieces)

@@ -154,9 +154,7 @@ def _categorical(
 @reads(F.binary_cross_entropy_with_logits)
 def _binary_with_logits(call: dict[str, Any]) -> LossCall:
     logits, target, weight, positive = call["input"], call["target"], call["weight"], call["pos_weight"]
-    elements = F.binary_cross_entropy_with_logits(
-        logits, target, weight=weight, reduction="none", pos_weight=positive
-    )
+    elements = F.binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="none", pos_weight=positive)
     curvature = torch.ones_like(elements) if positive is None else 1 + (positive - 1) * target
     sign = 2 * target - 1
     return _binary(
@@ -228,6 +226,4 @@ def _mse_loss(call: dict[str, Any]) -> LossCall:
         signs = torch.bernoulli(torch.full_like(prediction, 0.5), generator=generator)
         return (prediction - prediction.detach() - SQRT_HALF * (2 * signs - 1)).square()
 
-    return LossCall(
-        "mse_loss", call["reduction"], elements * scale, scale, scale, sample, None, lambda: -elements
-    )
+    return LossCall("mse_loss", call["reduction"], elements * scale, scale, scale, sample, None, lambda: -elements)

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -127,22 +128,15 @@ class Losses:
             terms.append((h.sqrt() * elements).sum())
         return _sum(iter(terms))
 
-    def measurement(self, spec: ObjectiveSpec, measurement: str | Measurement, module: Any, batch: Any) -> Tensor:
+    def measurement(self, spec: ObjectiveSpec, measurement: str) -> Tensor:
         """``[B]``: the scalar that a query asks about, example by example.
 
         ``"loss"`` is what ``training_step`` would return for a batch of that example alone; where the loss is only known
-        as a whole, one value stands for the sum over the batch.
+        as a whole, one value stands for the sum over the batch. ``"margin"`` is the mean over the example's elements of
+        ``log(p / (1 - p))`` of the target class, ``"log-prob"`` the summed log-probability of its targets.
         """
-        if callable(measurement):
-            values = measurement(module, batch)
-            if not isinstance(values, Tensor) or values.shape != (self.size,):
-                shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                raise ValueError(f"the measurement must return one value per query, [{self.size}]; it returned {shape}")
-            return values
-        if measurement == "margin" or measurement == "log-prob":
-            return self._target_quantity(measurement)
         if measurement != "loss":
-            raise ValueError(f'`measurement="{measurement}"` is not "loss", "margin", "log-prob" or a callable')
+            return self._of_targets(measurement)
         if spec.origin == "whole":
             return (self.loss * (self.size if spec.calls[0].kind == "mean" else 1)).reshape(1)
         total = []
@@ -152,23 +146,18 @@ class Losses:
             total.append(value / self.by_example(weights).sum(1).clamp_min(1e-12) if scale.kind == "mean" else value)
         return _sum(iter(total))
 
-    def _target_quantity(self, quantity: Literal["margin", "log-prob"]) -> Tensor:
-        """Mean margin, or summed log-probability, of each example's targets."""
-        readers = [
-            (call, reader)
-            for call in self.calls
-            if (reader := call.margin if quantity == "margin" else call.log_prob) is not None
-        ]
+    def _of_targets(self, measurement: str) -> Tensor:
+        readers = [(call, r) for call in self.calls if (r := call.margin if measurement == "margin" else call.log_prob)]
         if len(readers) != 1:
             found = ", ".join(f"`{call.name}`" for call in self.calls) or "none"
-            raise ValueError(
-                f'measurement="{quantity}" needs exactly one loss with class targets in `training_step` (recognised:'
+            raise MisconfigurationException(
+                f'`measurement="{measurement}"` needs exactly one loss with such targets in `training_step` (recognised:'
                 f" {found}). HINT: pass a callable `measurement(module, batch) -> Tensor[B]`."
             )
         call, reader = readers[0]
         valid = call.weights != 0
         values = self.by_example(torch.where(valid, reader(), 0.0)).sum(1)
-        return values if quantity == "log-prob" else values / self.by_example(valid).sum(1).clamp_min(1)
+        return values if measurement == "log-prob" else values / self.by_example(valid).sum(1).clamp_min(1)
 
 
 def _sum(terms: Any) -> Tensor:
@@ -184,7 +173,8 @@ class Objective:
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
-        parameters = inspect.signature(self.module.training_step).parameters
+        step: Any = module.training_step
+        parameters = inspect.signature(step).parameters
         if "dataloader_iter" in parameters:
             raise ValueError("`training_step(dataloader_iter)` hides the batches, so examples cannot be attributed")
         self._takes_index = "batch_idx" in parameters or len(parameters) >= 2

@@ -63,7 +63,9 @@ def rule_for(optimizer: Optimizer) -> Rule:
 def _sgd(group: Mapping[str, Any]) -> StepRule:
     """Heavy-ball and Nesterov momentum ``β``: terminal velocity ``η / (1 - β)``, dampening ``d``: times ``1 - d``."""
     if group["maximize"]:
-        raise MisconfigurationException("SourceCallback does not attribute runs with `maximize=True`: minimise instead.")
+        raise MisconfigurationException(
+            "SourceCallback does not attribute runs with `maximize=True`: minimise instead."
+        )
     momentum = float(group["momentum"])
     if momentum >= 1:
         raise MisconfigurationException(f"SGD with momentum {momentum} has no finite effective learning rate.")

@@ -113,7 +113,9 @@ class Recorder:
         self.store.commit(remove=stale)
 
     @staticmethod
-    def _row(rates: list[float], multipliers: list[float], decays: list[float], weight: float, clip: Tensor | None) -> Tensor:
+    def _row(
+        rates: list[float], multipliers: list[float], decays: list[float], weight: float, clip: Tensor | None
+    ) -> Tensor:
         """``[learning rates, effective rates, decays, loss weight, clip coefficient]`` in float64."""
         coefficient = 1.0 if clip is None else float(clip)
         effective = [r * m * weight * coefficient for r, m in zip(rates, multipliers, strict=True)]
@@ -168,9 +170,7 @@ def assemble(store: RunStore, segments: int | Sequence[int], snapshots_per_segme
     store.manifest |= {
         "final": store.write("final.safetensors", _under("end", last)),
         "snapshots": [s.to_json() for s in snapshots],
-        "segments": [
-            merge_all([snapshots[i] for i in group]).to_json() | {"snapshots": group} for group in members
-        ],
+        "segments": [merge_all([snapshots[i] for i in group]).to_json() | {"snapshots": group} for group in members],
         "bins": [],
     }
     store.commit(remove=tuple(b.file for b in bins))
@@ -219,10 +219,11 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _weighted_mean(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
     """Weighted mean of the floating-point tensors that all states hold, in float32 or better."""
-    total = sum(weights)
     result = {}
     for name, like in states[0].items():
         if like.is_floating_point():
-            wide = torch.promote_types(like.dtype, torch.float32)
-            result[name] = sum(s[name].to(wide) * (w / total) for s, w in zip(states, weights, strict=True)).to(like.dtype)  # type: ignore[union-attr]
+            total = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+            for state, weight in zip(states, weights, strict=True):
+                total += state[name] * (weight / sum(weights))
+            result[name] = total.to(like.dtype)
     return result

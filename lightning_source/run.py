@@ -126,11 +126,19 @@ class Run:
         members = [tuple(self.snapshots[i] for i in group) for group in groups]
         return [Segment(merge_all(m), m) for m in members]
 
-    def curvature(self, segment: Segment, factors: Factors, block: Block) -> SegmentCurvature:
-        """What a segment's walk needs for one block."""
-        one = factors[block.name]
-        rate, decay = segment.stretch.rates[block.group], segment.stretch.weight_decay(block.group)
-        return SegmentCurvature(one.basis, one.eigenvalues, rate, decay)
+    def curvatures(
+        self, segments: Sequence[Segment], factors: Sequence[Factors], block: Block
+    ) -> list[SegmentCurvature]:
+        """What the walk needs to know of one block in each segment."""
+        return [
+            SegmentCurvature(
+                one[block.name].basis,
+                one[block.name].eigenvalues,
+                segment.stretch.rates[block.group],
+                segment.stretch.weight_decay(block.group),
+            )
+            for segment, one in zip(segments, factors, strict=True)
+        ]
 
     # ---------------------------------------------------------------- parameters and factors
 

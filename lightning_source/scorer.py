@@ -179,7 +179,7 @@ def _ids(ids: Sequence[int] | Tensor | None, total: int) -> Tensor | None:
         return None
     found = torch.as_tensor(ids, dtype=torch.int64)
     if found.dim() != 1 or not len(found) or int(found.min()) < 0 or int(found.max()) >= total:
-        raise MisconfigurationException(f"`train_ids` must name some of the {total} training examples, 0 to {total - 1}.")
+        raise MisconfigurationException(
+            f"`train_ids` must name some of the {total} training examples, 0 to {total - 1}."
+        )
     return found
-
-

@@ -64,7 +64,9 @@ class InfluenceScores:
         tensors = {"values": self.values, "train_ids": self.train_ids, "query_ids": self.query_ids}
         if self.by_segment is not None:
             tensors["by_segment"] = self.by_segment
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path, {"influence_scores": json.dumps(self.metadata)})
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()}, path, {"influence_scores": json.dumps(self.metadata)}
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InfluenceScores:

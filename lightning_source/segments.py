@@ -89,7 +89,7 @@ def pairs_to_merge(stretches: Sequence[Stretch], boundaries: Sequence[int]) -> l
 
 
 def cut_evenly(stretches: Sequence[Stretch], count: int) -> list[list[int]]:
-    """Indices of ``stretches`` in ``count`` consecutive groups (fewer if there are fewer), as even in steps as they get."""
+    """Indices of ``stretches`` in ``count`` consecutive groups (fewer if there are fewer), as even in steps as can be."""
     count = min(count, len(stretches))
     start, total = stretches[0].first, stretches[-1].last - stretches[0].first
     cuts = [0]

@@ -148,7 +148,9 @@ def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: An
         parameters = {clean_name(n): p for n, p in module.named_parameters() if p.requires_grad}
         try:
             captured = recording.captured(losses.loss, size, retain_graph=True)
-            one = recording.captured(_last_example(losses), size, retain_graph=True) if size > 1 and losses.calls else {}
+            one = (
+                recording.captured(_last_example(losses), size, retain_graph=True) if size > 1 and losses.calls else {}
+            )
         except ValueError as error:
             name = str(error).split("`")[1]
             bad = [b.name for b in blocks if b.module == name]

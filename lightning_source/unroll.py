@@ -71,22 +71,21 @@ class SegmentCurvature(NamedTuple):
     weight_decay: float  # w
 
 
-def reverse_walk(query: Tensor, segments: Sequence[SegmentCurvature]) -> Iterator[tuple[int, Tensor]]:
+def reverse_walk(query: Tensor, segments: Sequence[SegmentCurvature]) -> Iterator[Tensor]:
     """Walk a query gradient back through the segments, last to first (method §2, Eq. 24 read from the right).
 
     Args:
-        query: ``[Q, P, O, I]``, the measurement's gradients with respect to one block at the end of training.
+        query: ``[..., P, O, I]``, the measurement's gradients with respect to one block at the end of training, in the
+            **last segment's** eigenbasis.
         segments: the block's segments in the order of training.
 
     Yields:
-        ``(index, vectors)``: ``F_r(H) v`` for the segment, **in that segment's eigenbasis**, ``[Q, P, O, I]``; its inner
-        product with an example's gradient in the same basis, over ``N``, is the segment's share of the score.
+        ``F_r(H) v`` for the last segment, then for the one before it, and so on, each **in that segment's eigenbasis**;
+        its inner product with an example's gradient there, over ``N``, is the segment's share of the score.
     """
-    vector, previous = query, Basis(None, None)
-    for index in range(len(segments) - 1, -1, -1):
-        segment = segments[index]
-        vector = segment.basis.rotate_from(previous, vector)
-        yield index, segment_response(segment.eigenvalues, segment.rate, segment.weight_decay) * vector
-        if index:
+    vector = query
+    for segment, previous in zip(reversed(segments), [*reversed(segments[:-1]), None], strict=True):
+        yield segment_response(segment.eigenvalues, segment.rate, segment.weight_decay) * vector
+        if previous is not None:
             vector = segment_decay(segment.eigenvalues, segment.rate, segment.weight_decay) * vector
-        previous = segment.basis
+            vector = previous.basis.rotate_from(segment.basis, vector)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lightning_source.estimators.registry import Contraction, Query, estimates
-from lightning_source.factors import Basis
 from lightning_source.unroll import damped_inverse
 
 
@@ -19,12 +18,11 @@ def influence(query: Query, *, damping: float | None = None) -> Iterator[Contrac
     """
     run = query.run
     factors = run.final_factors()
-    vectors = {}
-    for name, gradients in query.gradients(run.final()).items():
-        one = factors[name]
-        amount = 0.1 * float(one.eigenvalues.mean()) if damping is None else damping
+    bases = {name: one.basis for name, one in factors.items()}
+    vectors = query.gradients(run.final(), bases)
+    for name, rows in vectors.items():
+        values = factors[name].eigenvalues
+        amount = 0.1 * float(values.mean()) if damping is None else damping
         # A block that never saw a gradient has no curvature and no default damping; its gradients are 0 as well.
-        inverse = damped_inverse(one.eigenvalues, max(amount, 1e-30))
-        vectors[name] = inverse * one.basis.rotate_from(Basis(None, None), gradients)
-    bases = {name: factors[name].basis for name in vectors}
+        rows.mul_(damped_inverse(values, max(amount, 1e-30)))
     yield Contraction(run.final, vectors, 1 / run.examples, bases)

@@ -25,9 +25,9 @@ class Query:
     examples: Examples | GivenBatches
     measurement: str | Measurement
 
-    def gradients(self, state: State) -> dict[str, Tensor]:
-        """Gradients of the measurement at some parameters, ``[Q, P, O, I]`` by block."""
-        return self.run.workspace.query_gradients(state, self.examples, self.measurement)
+    def gradients(self, state: State, bases: Mapping[str, Basis] | None = None) -> dict[str, Tensor]:
+        """Gradients of the measurement at some parameters, ``[Q, P, O, I]`` by block; in parameter space by default."""
+        return self.run.workspace.query_gradients(state, self.examples, self.measurement, bases)
 
 
 @dataclass(frozen=True)

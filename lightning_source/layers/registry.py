@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lightning_source.factors import Captured
 
-
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 

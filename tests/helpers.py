@@ -1,0 +1,71 @@
+"""Small modules, data and trainers that the tests share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_source import SourceCallback
+
+
+class Classifier(L.LightningModule):
+    """Any network under cross entropy and SGD."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.loss = loss
+        self.optimizer = optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        return self.loss(self.net(inputs), targets)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer(self.parameters())
+
+
+def mlp(inputs: int = 6, hidden: int = 5, outputs: int = 3) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+
+def classes(examples: int = 24, inputs: int = 6, count: int = 3, seed: int = 1) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(
+        torch.randn(examples, inputs, generator=generator), torch.randint(count, (examples,), generator=generator)
+    )
+
+
+def quiet_trainer(tmp_path: Any, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+    defaults: dict[str, Any] = {
+        "default_root_dir": tmp_path,
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+    }
+    return L.Trainer(callbacks=list(callbacks), **(defaults | options))
+
+
+def fitted(
+    tmp_path: Any, module: L.LightningModule | None = None, data: Any = None, batch_size: int = 8, **options: Any
+) -> L.Trainer:
+    """A finished run in ``tmp_path / "run"``; SourceCallback's own options go there, others to the Trainer."""
+    names = SourceCallback.__init__.__annotations__
+    settings = {key: options.pop(key) for key in list(options) if key in names}
+    callback = SourceCallback(**({"dirpath": str(tmp_path / "run")} | settings))
+    trainer = quiet_trainer(tmp_path, callback, **options)
+    loader = data if isinstance(data, DataLoader) else DataLoader(data or classes(), batch_size, shuffle=True)
+    trainer.fit(module or Classifier(mlp()), loader)
+    return trainer
