@@ -4,11 +4,13 @@
     pip install --no-deps kronfluence==1.0.1 einconv opt_einsum
     pip install . && python benchmarks/kronfluence_mlp.py
 
-Model: MLP 784-512-256-128-10, 2,000 training examples and 100 queries of synthetic Gaussian classes, float32, 2 threads.
-Timed on both sides: factors at the final model and 100 x 2,000 scores; the median of the repeats. Prints one JSON line.
+Model: MLP 784-512-256-128-10, 2,000 training examples and 100 queries of synthetic Gaussian classes, float32,
+2 threads. Timed on both sides: factors at the final model and 100 x 2,000 scores; the median of the repeats. Prints one
+JSON line.
 """
 
 import argparse
+import itertools
 import json
 import logging
 import statistics
@@ -31,7 +33,7 @@ TRAIN, QUERIES, CLASSES, BATCH = 2000, 100, 10, 256
 def build() -> nn.Sequential:
     widths = [784, 512, 256, 128, CLASSES]
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -30,7 +30,7 @@ from lightning_source.factors import (
     squared_norms,
 )
 from lightning_source.layers import Block, clean_name
-from lightning_source.objective import CallScale, Losses, Measurement, Objective, ObjectiveSpec
+from lightning_source.objective import CallScale, Kind, Losses, Measurement, Objective, ObjectiveSpec
 
 State = Mapping[str, Tensor]  # parameters and buffers by clean name
 # Runs the user's code on a batch while the recording listens, and gives back a scalar to differentiate.
@@ -187,18 +187,19 @@ class Workspace:
             raise MisconfigurationException("`training_step` computes another number of losses on another batch.")
         ratio = self._hook_ratio(data, ids, whole)
         scales = []
-        for index, (large, small) in enumerate(zip(whole.calls, half.calls, strict=True)):
-            kind = large.reduction
+        for index, call in enumerate(whole.calls):
+            kind: Kind = "sum" if call.reduction == "sum" else "mean"  # all that one example can tell
             if len(ids) > size:
                 kept = whole.by_example(whole.scales[index])[:size].sum()
                 kind = _kind(float(half.by_example(half.scales[index]).sum() / kept), len(ids) / size)
-            elif kind == "none":
-                kind = "mean"
             factor = examples_per_batch if kind == "sum" else 1 / self._weight_per_example(data, whole, index)
-            scales.append(CallScale(large.name, "sum" if kind == "sum" else "mean", factor * ratio))
+            scales.append(CallScale(call.name, kind, factor * ratio))
         hook = self.objective.hook
-        fisher = "empirical" if hook == "attribution_losses" else "true"
-        self.spec = ObjectiveSpec("hook" if hook else "recognised", fisher, tuple(scales))  # type: ignore[arg-type]
+        self.spec = ObjectiveSpec(
+            "hook" if hook else "recognised",
+            "empirical" if hook == "attribution_losses" else "true",
+            tuple(scales),
+        )
         return self.spec
 
     def _evaluate(self, data: Examples, ids: Sequence[int], hooked: bool = True, recording: Any = None) -> Losses:
@@ -234,7 +235,7 @@ class Workspace:
             captured = recording.captured(losses.loss, count)
             rows.append(torch.stack([c.gradients[:, :size].norm() for c in captured.values()]).norm())
         kind = _kind(float(rows[1] / rows[0]), len(ids) / size) if len(ids) > size else "mean"
-        scale = CallScale("whole", kind, examples_per_batch if kind == "sum" else 1.0)  # type: ignore[arg-type]
+        scale = CallScale("whole", kind, examples_per_batch if kind == "sum" else 1.0)
         return ObjectiveSpec("whole", "empirical", (scale,))
 
     # ---------------------------------------------------------------- factors
@@ -408,7 +409,7 @@ def _does_not_match(module: nn.Module, missing: Sequence[str]) -> str:
     return f"`{type(module).__name__}` does not match the run: it has no {', '.join(missing[:5])}."
 
 
-def _kind(ratio: float, sizes: float) -> str:
+def _kind(ratio: float, sizes: float) -> Kind:
     """``"mean"`` if a smaller batch gave its examples ``sizes`` times the weight, ``"sum"`` if the same weight."""
     return "mean" if ratio > sizes**0.5 else "sum"
 

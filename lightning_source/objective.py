@@ -4,7 +4,7 @@ A torch function mode sees every call of a loss that :mod:`lightning_source.loss
 its elements under the user's reduction, so ``s_j = ∂loss/∂ℓ_j`` is plain autograd whatever the user does afterwards
 (method §4). Where no loss is recognised, the module may say what it minimises by one of
 
-    ``attribution_distribution(batch) -> (torch.distributions.Distribution, targets)``  ``-log_prob`` is an element's loss
+    ``attribution_distribution(batch) -> (torch.distributions.Distribution, targets)``  losses: ``-log_prob``
     ``attribution_losses(batch) -> Tensor``  per-element losses, ``[B]`` or ``[B, ...]`` (empirical Fisher)
 
 of which training takes the mean or the sum up to a constant; else the loss is taken as a mean or sum over examples as a
@@ -28,6 +28,7 @@ from lightning_source.capture import Recording
 from lightning_source.losses import LossCall, read_call
 
 Measurement = Callable[[Any, Any], Tensor]
+Kind = Literal["mean", "sum"]
 
 
 class _LossTap(TorchFunctionMode):
@@ -51,7 +52,7 @@ class CallScale:
     """How the training batches weighted the elements of one loss call."""
 
     name: str
-    kind: Literal["mean", "sum"]  # whether a larger batch gives its examples less weight
+    kind: Kind  # whether a larger batch gives its examples less weight
     factor: float  # B · s_j = factor · s_j · normaliser on a batch of any size
 
 
@@ -131,8 +132,8 @@ class Losses:
     def measurement(self, spec: ObjectiveSpec, measurement: str) -> Tensor:
         """``[B]``: the scalar that a query asks about, example by example.
 
-        ``"loss"`` is what ``training_step`` would return for a batch of that example alone; where the loss is only known
-        as a whole, one value stands for the sum over the batch. ``"margin"`` is the mean over the example's elements of
+        ``"loss"`` is what ``training_step`` would return for a batch of that example alone; where the loss is only
+        known as a whole, one value stands for the sum over the batch. ``"margin"`` is the mean over the example's elements of
         ``log(p / (1 - p))`` of the target class, ``"log-prob"`` the summed log-probability of its targets.
         """
         if measurement != "loss":
@@ -151,8 +152,8 @@ class Losses:
         if len(readers) != 1:
             found = ", ".join(f"`{call.name}`" for call in self.calls) or "none"
             raise MisconfigurationException(
-                f'`measurement="{measurement}"` needs exactly one loss with such targets in `training_step` (recognised:'
-                f" {found}). HINT: pass a callable `measurement(module, batch) -> Tensor[B]`."
+                f'`measurement="{measurement}"` needs exactly one loss with such targets in `training_step`'
+                f" (recognised: {found}). HINT: pass a callable `measurement(module, batch) -> Tensor[B]`."
             )
         call, reader = readers[0]
         valid = call.weights != 0

@@ -79,7 +79,7 @@ class Recorder:
             weight_decays: coupled decay, by group.
             loss_weight: what the step's loss was multiplied by beside its mean over micro-batches: 1, or less in a
                 short last accumulation window.
-            clip: the gradient's norm after clipping over that before, 0-dim, still on its device; ``None`` if unclipped.
+            clip: the gradient's norm after clipping over that before, 0-dim on its device; ``None`` if unclipped.
         """
         self._open.append((list(learning_rates), list(multipliers), list(weight_decays), loss_weight, clip))
         self.steps += 1

@@ -56,8 +56,8 @@ class Run:
             assemble(store, self.settings["segments"], self.settings["snapshots_per_segment"])
         if not store.manifest.get("segments"):
             raise MisconfigurationException(
-                f"`{store.path}` holds no finished segment: no optimizer step was recorded. HINT: train for at least one"
-                " step."
+                f"`{store.path}` holds no finished segment: no optimizer step was recorded. HINT: train for at least"
+                " one step."
             )
         check_module(module, store.manifest["module"])
         self.stage = store.manifest["stages"][0]
@@ -88,8 +88,8 @@ class Run:
         elif len(self._data) != examples:
             raise MisconfigurationException(
                 f"the training set holds {len(self._data)} examples but the run was trained on {examples}: scores would"
-                " name the wrong examples. HINT: pass the dataset of the run as `train=`; to score some of its examples,"
-                " pass `train_ids=`."
+                " name the wrong examples. HINT: pass the dataset of the run as `train=`; to score some of its"
+                " examples, pass `train_ids=`."
             )
 
     @property

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 SIGN = "Positive: removing the training example raises the measurement. For a loss, a positive score is a proponent."
+HIGHER_IS_BETTER = ("margin", "log-prob")
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,20 @@ class InfluenceScores:
         return values, self.train_ids[columns]
 
     def proponents(self, k: int) -> tuple[Tensor, Tensor]:
-        """The ``k`` training examples of each query with the most positive scores: :meth:`topk`."""
-        return self.topk(k)
+        """The ``k`` examples that helped each query most, best first: ``(values [Q, k], train ids [Q, k])``.
+
+        For a loss (and a callable, which is taken for one) these have the most positive scores; for a margin or
+        log-probability, which the example's removal would lower, the most negative.
+        """
+        return self.topk(k, largest=self._lower_is_better)
 
     def opponents(self, k: int) -> tuple[Tensor, Tensor]:
-        """The ``k`` training examples of each query with the most negative scores."""
-        return self.topk(k, largest=False)
+        """The ``k`` examples that harmed each query most, worst first: the other end of :meth:`proponents`."""
+        return self.topk(k, largest=not self._lower_is_better)
+
+    @property
+    def _lower_is_better(self) -> bool:
+        return self.metadata.get("measurement") not in HIGHER_IS_BETTER
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to one safetensors file, metadata included."""

@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Stretch:
-    """Consecutive optimizer steps ``first <= step < last`` and what was summed over them; a bin, snapshot or segment."""
+    """Consecutive optimizer steps ``first <= step < last`` and sums over them: a bin, snapshot or segment."""
 
     first: int
     last: int
@@ -89,7 +89,7 @@ def pairs_to_merge(stretches: Sequence[Stretch], boundaries: Sequence[int]) -> l
 
 
 def cut_evenly(stretches: Sequence[Stretch], count: int) -> list[list[int]]:
-    """Indices of ``stretches`` in ``count`` consecutive groups (fewer if there are fewer), as even in steps as can be."""
+    """Indices of ``stretches`` in at most ``count`` consecutive groups, as even in steps as can be."""
     count = min(count, len(stretches))
     start, total = stretches[0].first, stretches[-1].last - stretches[0].first
     cuts = [0]

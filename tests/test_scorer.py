@@ -169,6 +169,9 @@ def test_topk_orders_and_names_the_examples():
     assert scores.proponents(2)[1].tolist() == [[11, 10], [10, 12]]
     assert scores.opponents(1)[1].tolist() == [[12], [11]]
     assert scores.topk(9)[0].shape == (2, 3)
+    margins = InfluenceScores(values, torch.tensor([10, 11, 12]), torch.arange(2), None, {"measurement": "margin"})
+    assert margins.proponents(1)[1].tolist() == [[12], [11]]  # their removal lowers the margin most
+    assert margins.opponents(1)[1].tolist() == [[11], [10]]
 
 
 def test_scoring_leaves_the_model_as_it_was(tmp_path):

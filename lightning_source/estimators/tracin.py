@@ -32,7 +32,7 @@ def tracin(query: Query, *, snapshots: Literal["mean", "point"] | None = None) -
 
 @estimates("grad-dot")
 def grad_dot(query: Query) -> Iterator[Contraction]:
-    """``(1/N) Λ ∇fᵀ g`` at the final model, ``Λ`` over all of training: SOURCE's limit for ``Λσ ≪ 1``; one train pass."""
+    """``(1/N) Λ ∇fᵀ g`` at the final model, ``Λ`` over all of training: SOURCE's limit for ``Λσ ≪ 1``."""
     run = query.run
     vectors = _scaled(run, query.gradients(run.final()), merge_all(run.snapshots))
     yield Contraction(run.final, vectors, 1 / run.examples)
@@ -40,7 +40,7 @@ def grad_dot(query: Query) -> Iterator[Contraction]:
 
 @estimates("grad-cos")
 def grad_cos(query: Query) -> Iterator[Contraction]:
-    """Cosine of the two gradients at the final model, in [-1, 1]: a similarity, not a change of ``f``; one train pass."""
+    """Cosine of the two gradients at the final model, in [-1, 1]: a similarity, not a change of ``f``."""
     run = query.run
     gradients = query.gradients(run.final())
     norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt().clamp_min(1e-30)
