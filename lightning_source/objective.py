@@ -133,8 +133,8 @@ class Losses:
         """``[B]``: the scalar that a query asks about, example by example.
 
         ``"loss"`` is what ``training_step`` would return for a batch of that example alone; where the loss is only
-        known as a whole, one value stands for the sum over the batch. ``"margin"`` is the mean over the example's elements of
-        ``log(p / (1 - p))`` of the target class, ``"log-prob"`` the summed log-probability of its targets.
+        known as a whole, one value stands for the sum over the batch. ``"margin"`` is the mean over the example's
+        elements of ``log(p / (1 - p))`` of the target class, ``"log-prob"`` the summed log-probability of its targets.
         """
         if measurement != "loss":
             return self._of_targets(measurement)
