@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import lightning
@@ -30,7 +31,7 @@ from lightning_source._trainer import (
 from lightning_source.data import Examples, count_examples
 from lightning_source.layers import clean_name
 from lightning_source.objective import Measurement, Objective
-from lightning_source.optimizers import Rule, rule_for
+from lightning_source.optimizers import Rule, preconditioners, rule_for
 from lightning_source.recorder import Recorder, assemble
 from lightning_source.run import Run, fingerprint
 from lightning_source.scorer import SourceScorer
@@ -190,6 +191,7 @@ class SourceCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._store is not None
+        assert self._rule is not None
         optimizer = trainer.optimizers[0]
         self._examples = training_examples(trainer)
         self._clips = clips_gradients(trainer, pl_module)
@@ -212,7 +214,11 @@ class SourceCallback(Callback):
                     "batch_size": self._examples.batch_size if self._examples else None,
                     "examples_per_batch": None,
                     "objective": None,
-                    "optimizer": {"class": type(optimizer).__name__, "groups": groups},
+                    "optimizer": {
+                        "class": type(optimizer).__name__,
+                        "groups": groups,
+                        "decoupled": [self._rule(group).decoupled for group in optimizer.param_groups],
+                    },
                 }
             ],
             "flags": {"history_incomplete": bool(trainer.global_step)},
@@ -220,7 +226,8 @@ class SourceCallback(Callback):
         boundaries = self.settings["segments"] if isinstance(self.settings["segments"], list) else []
         planned = planned_steps(trainer)
         steps = max(1, -(-planned // self._bins)) if planned else 1
-        self._recorder = Recorder(self._store, pl_module, self._bins, steps, boundaries)
+        scales = partial(preconditioners, optimizer, self._rule, names)
+        self._recorder = Recorder(self._store, pl_module, self._bins, steps, boundaries, scales)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step(trainer)),

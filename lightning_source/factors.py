@@ -67,6 +67,9 @@ class Basis(NamedTuple):
         return matrices if left is None else left.mT @ matrices
 
 
+IDENTITY = Basis(None, None)
+
+
 def _times(x: Tensor, eigenvectors: Tensor | None) -> Tensor:
     """``x [P, B, T, F]`` times ``[P, F, F]``, as one matrix product a part."""
     return x if eigenvectors is None else (x.flatten(1, 2) @ eigenvectors).view(x.shape)
@@ -159,7 +162,7 @@ def rotated_matrices(captured: Captured, basis: Basis) -> Tensor:
         None if first.activations is not None else basis.activations,
         None if first.gradients is not None else basis.gradients,
     )
-    return rest.rotate_from(Basis(None, None), first.rotate(captured).per_example().transpose(0, 1))
+    return rest.rotate_from(IDENTITY, first.rotate(captured).per_example().transpose(0, 1))
 
 
 def chunks(captured: Captured) -> list[Captured]:

@@ -10,15 +10,22 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 from torch.optim import Optimizer
 
 
 @dataclass(frozen=True)
 class StepRule:
-    """How one parameter group moves on one step, ``θ ← θ - rate_multiplier · lr · (gradient + weight_decay · θ)``."""
+    """How one parameter group moves on one step.
+
+    ``θ ← θ - rate_multiplier · lr · P (gradient + weight_decay · θ)``, the decay outside ``P`` if it is decoupled.
+    """
 
     rate_multiplier: float  # effective learning rate over ``lr``
-    weight_decay: float  # coupled L2 decay
+    weight_decay: float = 0.0
+    # P, a diagonal, from a parameter's entry in ``optimizer.state``; shaped like the parameter. None: the identity.
+    preconditioner: Callable[[Mapping[str, Any]], Tensor] | None = None
+    decoupled: bool = False  # the decay is not preconditioned (AdamW)
 
 
 Rule = Callable[[Mapping[str, Any]], StepRule]
@@ -59,15 +66,67 @@ def rule_for(optimizer: Optimizer) -> Rule:
     )
 
 
-@register_optimizer(torch.optim.SGD)
-def _sgd(group: Mapping[str, Any]) -> StepRule:
-    """Heavy-ball and Nesterov momentum ``β``: terminal velocity ``η / (1 - β)``, dampening ``d``: times ``1 - d``."""
-    if group["maximize"]:
+@torch.no_grad()
+def preconditioners(optimizer: Optimizer, rule: Rule, names: Mapping[int, str]) -> dict[str, Tensor]:
+    """The diagonal ``P`` of every parameter that has one, by the name that ``names`` gives its ``id``."""
+    found = {}
+    for group in optimizer.param_groups:
+        read = rule(group).preconditioner
+        for parameter in group["params"]:
+            if read is not None and parameter in optimizer.state and id(parameter) in names:
+                found[names[id(parameter)]] = read(optimizer.state[parameter])
+    return found
+
+
+def _refuse_maximize(group: Mapping[str, Any]) -> None:
+    if group.get("maximize"):
         raise MisconfigurationException(
             "SourceCallback does not attribute runs with `maximize=True`: minimise instead."
         )
+
+
+@register_optimizer(torch.optim.SGD)
+def _sgd(group: Mapping[str, Any]) -> StepRule:
+    """Heavy-ball and Nesterov momentum ``β``: terminal velocity ``η / (1 - β)``, dampening ``d``: times ``1 - d``."""
+    _refuse_maximize(group)
     momentum = float(group["momentum"])
     if momentum >= 1:
         raise MisconfigurationException(f"SGD with momentum {momentum} has no finite effective learning rate.")
     multiplier = (1 - float(group["dampening"])) / (1 - momentum) if momentum else 1.0
     return StepRule(multiplier, float(group["weight_decay"]))
+
+
+@register_optimizer(torch.optim.Adam, torch.optim.AdamW)
+def _adam(group: Mapping[str, Any]) -> StepRule:
+    """``P = 1 / (√v̂ + ε)`` with the bias-corrected second moment; the first moment averages and keeps the rate."""
+    _refuse_maximize(group)
+    beta, eps = float(group["betas"][1]), float(group["eps"])
+
+    def preconditioner(state: Mapping[str, Any]) -> Tensor:
+        moment = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        return 1 / ((moment / (1 - beta ** float(state["step"]))).sqrt() + eps)
+
+    return StepRule(1.0, float(group["weight_decay"]), preconditioner, bool(group.get("decoupled_weight_decay")))
+
+
+@register_optimizer(torch.optim.Adagrad)
+def _adagrad(group: Mapping[str, Any]) -> StepRule:
+    """``P = 1 / (√Σg² + ε)``. A learning-rate decay would need the step count and is refused."""
+    _refuse_maximize(group)
+    if group["lr_decay"]:
+        raise MisconfigurationException("SourceCallback does not support Adagrad's `lr_decay`: use an LR scheduler.")
+    eps = float(group["eps"])
+    return StepRule(1.0, float(group["weight_decay"]), lambda state: 1 / (state["sum"].sqrt() + eps))
+
+
+@register_optimizer(torch.optim.RMSprop)
+def _rmsprop(group: Mapping[str, Any]) -> StepRule:
+    """``P = 1 / (√v + ε)``, centred or not; momentum ``β`` as in SGD, ``η / (1 - β)``."""
+    _refuse_maximize(group)
+    eps = float(group["eps"])
+
+    def preconditioner(state: Mapping[str, Any]) -> Tensor:
+        moment = state["square_avg"] - state["grad_avg"].square() if group["centered"] else state["square_avg"]
+        return 1 / (moment.clamp_min(0).sqrt() + eps)
+
+    return StepRule(1 / (1 - float(group["momentum"])), float(group["weight_decay"]), preconditioner)

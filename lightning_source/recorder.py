@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,16 +29,24 @@ class Recorder:
         bins: the most bins kept; when there are more, neighbours merge and bins double in length.
         bin_steps: optimizer steps of the first bins.
         boundaries: steps at which a bin must end, because a segment begins there.
+        preconditioners: reads the optimizer's diagonal preconditioner by parameter name; none for plain gradient steps.
     """
 
     def __init__(
-        self, store: RunStore, module: nn.Module, bins: int, bin_steps: int = 1, boundaries: Sequence[int] = ()
+        self,
+        store: RunStore,
+        module: nn.Module,
+        bins: int,
+        bin_steps: int = 1,
+        boundaries: Sequence[int] = (),
+        preconditioners: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> None:
         self.store = store
         self.bins: list[Stretch] = []
         self.limit = max(2, bins)
         self.bin_steps = bin_steps
         self.boundaries = sorted(boundaries)
+        self._preconditioners = preconditioners
         self.steps = 0
         persistent = set(module.state_dict())
         parameters = {clean_name(name): p for name, p in module.named_parameters()}
@@ -103,7 +111,7 @@ class Recorder:
         stretch = Stretch(
             first, self.steps, tuple(effective.sum(0).tolist()), tuple((effective * decay).sum(0).tolist())
         )
-        self._add_bin(stretch, mean, self._trained | self._buffers)
+        self._add_bin(stretch, mean, self._trained | self._buffers, self._preconditioners())
         self.store.write(STEPS, {"steps": torch.stack(self._log)})
         stale: tuple[str, ...] = ()
         if len(self.bins) > self.limit:
@@ -121,9 +129,15 @@ class Recorder:
         effective = [r * m * weight * coefficient for r, m in zip(rates, multipliers, strict=True)]
         return torch.tensor([*rates, *effective, *decays, weight, coefficient], dtype=torch.float64)
 
-    def _add_bin(self, stretch: Stretch, mean: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> None:
+    def _add_bin(
+        self,
+        stretch: Stretch,
+        mean: Mapping[str, Tensor],
+        end: Mapping[str, Tensor],
+        preconditioners: Mapping[str, Tensor],
+    ) -> None:
         name = f"bins/steps={stretch.first:06d}-{stretch.last:06d}.safetensors"
-        self.store.write(name, _prefixed("mean", mean) | _prefixed("end", end))
+        self.store.write(name, _prefixed("mean", mean) | _prefixed("end", end) | _prefixed("scale", preconditioners))
         self.bins.append(stretch.at(name))
 
     def _halve(self) -> tuple[str, ...]:
@@ -136,8 +150,8 @@ class Recorder:
                 self.bins.append(members[0])
                 continue
             files = [self.store.read(m.file) for m in members]
-            mean = _weighted_mean([_under("mean", f) for f in files], [float(m.steps) for m in members])
-            self._add_bin(merge_all(members), mean, _under("end", files[-1]))
+            mean, scale = (_mean_of(key, files, members) for key in ("mean", "scale"))
+            self._add_bin(merge_all(members), mean, _under("end", files[-1]), scale)
             stale += [m.file for m in members]
         if len(self.bins) == len(old):  # boundaries alone keep them apart
             self.limit = 2 * len(old)
@@ -152,8 +166,8 @@ class Recorder:
 def assemble(store: RunStore, segments: int | Sequence[int], snapshots_per_segment: int) -> None:
     """Turn a run's bins into snapshots and segments on disk. Works on a finished run and on a killed one.
 
-    A snapshot holds ``mean/…``, the running mean of the parameters over its steps, and ``point/…``, the parameters at
-    the bin end nearest to its middle.
+    A snapshot holds ``mean/…``, the running mean of the parameters over its steps, ``point/…``, the parameters at the
+    bin end nearest to its middle, and ``scale/…``, the optimizer's diagonal preconditioner averaged over its bins.
     """
     bins = [Stretch.from_json(b) for b in store.manifest.get("bins", [])]
     if not bins:
@@ -179,14 +193,19 @@ def assemble(store: RunStore, segments: int | Sequence[int], snapshots_per_segme
 def _write_snapshot(store: RunStore, bins: Sequence[Stretch]) -> Stretch:
     total = merge_all(bins)
     files = [store.read(b.file) for b in bins]
-    mean = _weighted_mean([_under("mean", f) for f in files], [float(b.steps) for b in bins])
+    mean, scale = (_mean_of(key, files, bins) for key in ("mean", "scale"))
     middle = min(range(len(bins)), key=lambda i: abs(bins[i].last - (total.first + total.last) / 2))
     name = f"snapshots/step={total.last:06d}.safetensors"
     # Buffers that have no mean (counters) come from the end.
     end = _under("end", files[-1])
     mean = end | mean
-    store.write(name, _prefixed("mean", mean) | _prefixed("point", _under("end", files[middle])))
+    point = _under("end", files[middle])
+    store.write(name, _prefixed("mean", mean) | _prefixed("point", point) | _prefixed("scale", scale))
     return total.at(name)
+
+
+def _mean_of(key: str, files: Sequence[Mapping[str, Tensor]], stretches: Sequence[Stretch]) -> dict[str, Tensor]:
+    return _weighted_mean([_under(key, f) for f in files], [float(s.steps) for s in stretches])
 
 
 def snapshot_parameters(store: RunStore, snapshot: Stretch, which: str) -> dict[str, Tensor]:
@@ -198,6 +217,11 @@ def mean_parameters(store: RunStore, snapshots: Sequence[Stretch]) -> dict[str, 
     """The running mean over several snapshots."""
     states = [snapshot_parameters(store, s, "mean") for s in snapshots]
     return states[-1] | _weighted_mean(states, normalized_weights(snapshots))
+
+
+def mean_preconditioner(store: RunStore, snapshots: Sequence[Stretch]) -> dict[str, Tensor]:
+    """The optimizer's diagonal preconditioner ``P̄`` by parameter, averaged over snapshots; empty for gradient steps."""
+    return _weighted_mean([_under("scale", store.read(s.file)) for s in snapshots], normalized_weights(snapshots))
 
 
 def final_parameters(store: RunStore) -> dict[str, Tensor]:

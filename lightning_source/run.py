@@ -16,7 +16,13 @@ from lightning_source.engine import BlockFactors, Factors, State, Workspace, fac
 from lightning_source.factors import CovarianceSums
 from lightning_source.layers import Block, clean_name
 from lightning_source.objective import Objective, ObjectiveSpec
-from lightning_source.recorder import assemble, final_parameters, mean_parameters, snapshot_parameters
+from lightning_source.recorder import (
+    assemble,
+    final_parameters,
+    mean_parameters,
+    mean_preconditioner,
+    snapshot_parameters,
+)
 from lightning_source.segments import Stretch, cut, merge_all, normalized_weights
 from lightning_source.store import RunStore
 from lightning_source.tracking import Coverage
@@ -127,18 +133,30 @@ class Run:
         return [Segment(merge_all(m), m) for m in members]
 
     def curvatures(
-        self, segments: Sequence[Segment], factors: Sequence[Factors], block: Block
-    ) -> list[SegmentCurvature]:
-        """What the walk needs to know of one block in each segment."""
-        return [
-            SegmentCurvature(
-                one[block.name].basis,
-                one[block.name].eigenvalues,
-                segment.stretch.rates[block.group],
-                segment.stretch.weight_decay(block.group),
-            )
-            for segment, one in zip(segments, factors, strict=True)
-        ]
+        self, segments: Sequence[Segment], factors: Sequence[Factors], blocks: Sequence[Block]
+    ) -> dict[str, list[SegmentCurvature]]:
+        """What the walk needs to know of each block in each segment."""
+        found: dict[str, list[SegmentCurvature]] = {block.name: [] for block in blocks}
+        for segment, one in zip(segments, factors, strict=True):
+            scale = self.preconditioner(segment.snapshots)
+            for block in blocks:
+                found[block.name].append(
+                    SegmentCurvature(
+                        one[block.name].basis,
+                        one[block.name].eigenvalues,
+                        segment.stretch.rates[block.group],
+                        segment.stretch.weight_decay(block.group),
+                        scale.get(block.name),
+                        self.stage["optimizer"]["decoupled"][block.group],
+                    )
+                )
+        return found
+
+    def preconditioner(self, snapshots: Sequence[Stretch]) -> dict[str, Tensor]:
+        """``P̄`` of each block averaged over snapshots, ``[P, O, I]``; empty where steps follow the plain gradient."""
+        device = self.workspace.module.device
+        scale = {name: value.to(device) for name, value in mean_preconditioner(self.store, snapshots).items()}
+        return {b.name: b.matrix(scale) for b in self.coverage.blocks if all(n in scale for n in b.parameters)}
 
     # ---------------------------------------------------------------- parameters and factors
 

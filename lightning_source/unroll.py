@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_source.factors import Basis
+from lightning_source.factors import IDENTITY, Basis
+
+_Step = tuple[Tensor, Tensor, Basis]  # the response, and the vector with its basis before the segment
 
 
 def segment_decay(eigenvalues: Tensor, rate: float, weight_decay: float = 0.0) -> Tensor:
@@ -69,23 +71,56 @@ class SegmentCurvature(NamedTuple):
     eigenvalues: Tensor  # [P, O, I], of the loss as trained
     rate: float  # Λ, sum of effective learning rates
     weight_decay: float  # w
+    preconditioner: Tensor | None = None  # P̄ [P, O, I], in parameter space; None: plain gradient steps
+    decoupled: bool = False  # the decay is not preconditioned
 
 
-def reverse_walk(query: Tensor, segments: Sequence[SegmentCurvature]) -> Iterator[Tensor]:
+def diagonal_of(basis: Basis, eigenvalues: Tensor) -> Tensor:
+    """Diagonal of ``H`` in parameter space, ``(Q_G∘Q_G) λ (Q_A∘Q_A)ᵀ``, ``[P, O, I]``."""
+    diagonal = eigenvalues if basis.gradients is None else basis.gradients.square() @ eigenvalues
+    return diagonal if basis.activations is None else diagonal @ basis.activations.square().mT
+
+
+def reverse_walk(query: Tensor, basis: Basis, segments: Sequence[SegmentCurvature]) -> Iterator[Tensor]:
     """Walk a query gradient back through the segments, last to first (method §2, Eq. 24 read from the right).
 
     Args:
-        query: ``[..., P, O, I]``, the measurement's gradients with respect to one block at the end of training, in the
-            **last segment's** eigenbasis.
+        query: ``[..., P, O, I]``, the measurement's gradients with respect to one block at the end of training.
+        basis: the basis that ``query`` is written in.
         segments: the block's segments in the order of training.
 
     Yields:
         ``F_r(H) v`` for the last segment, then for the one before it, and so on, each **in that segment's eigenbasis**;
         its inner product with an example's gradient there, over ``N``, is the segment's share of the score.
     """
-    vector = query
-    for segment, previous in zip(reversed(segments), [*reversed(segments[:-1]), None], strict=True):
-        yield segment_response(segment.eigenvalues, segment.rate, segment.weight_decay) * vector
-        if previous is not None:
-            vector = segment_decay(segment.eigenvalues, segment.rate, segment.weight_decay) * vector
-            vector = previous.basis.rotate_from(segment.basis, vector)
+    vector, here = query, basis
+    for index in range(len(segments) - 1, -1, -1):
+        segment = segments[index]
+        step = _gradient_segment if segment.preconditioner is None else _preconditioned_segment
+        response, vector, here = step(vector, here, segment, index == 0)
+        yield response
+
+
+def _gradient_segment(vector: Tensor, here: Basis, segment: SegmentCurvature, first: bool) -> _Step:
+    vector = segment.basis.rotate_from(here, vector)
+    response = segment_response(segment.eigenvalues, segment.rate, segment.weight_decay) * vector
+    if not first:
+        vector = segment_decay(segment.eigenvalues, segment.rate, segment.weight_decay) * vector
+    return response, vector, segment.basis
+
+
+def _preconditioned_segment(vector: Tensor, here: Basis, segment: SegmentCurvature, first: bool) -> _Step:
+    """Adam and its like (Eq. 39, 43) by the hybrid of the paper's App. D.
+
+    ``r = (I - exp(-Λ P H)) H⁻¹ g`` with a diagonal ``H`` inside the exponential and EK-FAC for ``H⁻¹``, which needs a
+    damping, here 0.1 times the mean eigenvalue. Diagonal matrices are their own transposes, so ``Sᵀ = S``.
+    """
+    assert segment.preconditioner is not None
+    vector = IDENTITY.rotate_from(here, vector)
+    shifted = diagonal_of(segment.basis, segment.eigenvalues) + (0.0 if segment.decoupled else segment.weight_decay)
+    exponent = segment.rate * (segment.preconditioner * shifted + (segment.weight_decay if segment.decoupled else 0.0))
+    moved = segment.basis.rotate_from(IDENTITY, -torch.expm1(-exponent) * vector)
+    values = segment.eigenvalues.clamp_min(0)
+    decay = 0.0 if segment.decoupled else segment.weight_decay
+    response = damped_inverse(values, max(0.1 * float(values.mean()) + decay, 1e-30)) * moved
+    return response, vector if first else torch.exp(-exponent) * vector, IDENTITY

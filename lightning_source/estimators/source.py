@@ -59,10 +59,10 @@ def _walk(
 ) -> Iterator[Contraction]:
     run = query.run
     gradients = query.gradients(run.final(), _bases(factors[-1]))
+    blocks = [block for block in run.coverage.blocks if block.name in gradients]
     walks = {
-        block.name: reverse_walk(gradients.pop(block.name), run.curvatures(segments, factors, block))
-        for block in run.coverage.blocks
-        if block.name in gradients
+        name: reverse_walk(gradients.pop(name), factors[-1][name].basis, chain)
+        for name, chain in run.curvatures(segments, factors, blocks).items()
     }
     for index in range(len(segments) - 1, -1, -1):
         vectors = {name: next(walk) for name, walk in walks.items()}
@@ -95,10 +95,15 @@ def _self_influence_of(run: Run, ids: Tensor, segments: Sequence[Segment], facto
     last, which = len(segments) - 1, run.settings["snapshots"]
     query = run.workspace.collected(run.final(), run.data, ids, _bases(factors[last]), query=True)
     blocks = [block for block in run.coverage.blocks if block.name in query]
-    chains = {block.name: run.curvatures(segments, factors, block) for block in blocks}
+    chains = run.curvatures(segments, factors, blocks)
+    # Vectors are needed as matrices from the last segment but one, and wherever steps are preconditioned.
+    plain = all(chain[last].preconditioner is None for chain in chains.values())
     walks = {}
-    if last:  # the walk's vectors are needed as matrices from the last segment but one
-        walks = {b.name: reverse_walk(query[b.name].per_example().transpose(0, 1), chains[b.name]) for b in blocks}
+    if last or not plain:
+        walks = {
+            name: reverse_walk(query[name].per_example().transpose(0, 1), chain[last].basis, chain)
+            for name, chain in chains.items()
+        }
     total = torch.zeros(len(ids))
     for index in range(last, -1, -1):
         vectors = {name: next(walk) for name, walk in walks.items()}
@@ -108,7 +113,7 @@ def _self_influence_of(run: Run, ids: Tensor, segments: Sequence[Segment], facto
             for name, captured in trained.items():
                 if name not in query:
                     continue
-                if index == last:
+                if index == last and plain:
                     here = chains[name][index]
                     response = segment_response(here.eigenvalues, here.rate, here.weight_decay)
                     products = contract_diagonal(captured, query[name], response)

@@ -16,7 +16,7 @@ from lightning_source.segments import Stretch, merge_all
 
 @estimates("tracin")
 def tracin(query: Query, *, snapshots: Literal["mean", "point"] | None = None) -> Iterator[Contraction]:
-    """``(1/N) Σ_c Λ_c ∇f(θ_c)ᵀ g(θ_c)``: one query pass and one train pass per snapshot, no curvature.
+    """``(1/N) Σ_c Λ_c ∇f(θ_c)ᵀ P_c g(θ_c)``: one query pass and one train pass per snapshot, no curvature.
 
     Args:
         query: what is asked.
@@ -27,7 +27,10 @@ def tracin(query: Query, *, snapshots: Literal["mean", "point"] | None = None) -
     for index, segment in enumerate(run.segments()):
         for snapshot in segment.snapshots:
             load = partial(run.state, snapshot, which)
-            yield Contraction(load, _scaled(run, query.gradients(load()), snapshot), 1 / run.examples, segment=index)
+            vectors = _scaled(run, query.gradients(load()), snapshot)
+            for name, scale in run.preconditioner([snapshot]).items():
+                vectors[name] *= scale
+            yield Contraction(load, vectors, 1 / run.examples, segment=index)
 
 
 @estimates("grad-dot")
