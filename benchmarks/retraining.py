@@ -4,6 +4,7 @@ Every optimizer that works element by element trains the stacked parameters as i
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ Parameters = list[Tensor]  # weights [M, O, I] and biases [M, 1, O] in turn
 def initial(copies: int, generator: torch.Generator, widths: Sequence[int] = WIDTHS) -> Parameters:
     """``nn.Linear``'s default initialisation, drawn anew for each copy."""
     parameters = []
-    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+    for fan_in, fan_out in pairwise(widths):
         bound = fan_in**-0.5
         parameters.append((2 * torch.rand(copies, fan_out, fan_in, generator=generator) - 1) * bound)
         parameters.append((2 * torch.rand(copies, 1, fan_out, generator=generator) - 1) * bound)

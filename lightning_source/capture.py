@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_source.factors import Captured
-from lightning_source.layers import Block, clean_name, form_of
+from lightning_source.layers import Block, clean_name
 
 
 class Recording:
@@ -79,10 +79,8 @@ class Recording:
             calls = used.get(block.module)
             if calls:
                 layer = self._modules[block.module]
-                form = form_of(layer)
-                assert form is not None
                 try:
-                    pieces = [block.capture(form, layer, inputs, g, examples) for inputs, g in calls]
+                    pieces = [block.capture(layer, inputs, g, examples) for inputs, g in calls]
                 except ValueError as error:
                     raise ValueError(f"`{block.module}`: {error}") from None
                 result[block.name] = (

@@ -82,26 +82,36 @@ def _change(old: Tensor | None, new: Tensor | None) -> Tensor | None:
     return old.mT @ new
 
 
+# A side longer than this keeps only its variances and the identity as eigenbasis; so does a vector-valued block (a
+# normalisation layer) longer than the second figure, where a full basis is not worth its cost.
+MAX_SIDE, MAX_VECTOR = 8192, 1024
+
+
 @dataclass
 class CovarianceSums:
     """Uncentred covariance sums of one block; :meth:`merge` adds up snapshots, batches and ranks."""
 
-    activations: Tensor  # [P, I, I], Σ over examples of the mean over positions of a aᵀ
-    gradients: Tensor  # [P, O, O], Σ over examples and positions of g gᵀ
+    activations: Tensor  # [P, I, I], Σ over examples of the mean over positions of a aᵀ; [P, I] if only variances
+    gradients: Tensor  # [P, O, O], Σ over examples and positions of g gᵀ; [P, O] if only variances
     examples: int  # number of examples summed
 
     @classmethod
     def of(cls, captured: Captured) -> CovarianceSums:
         """The sums of one batch. Dividing ``a aᵀ`` by ``T`` keeps ``G ⊗ A`` at the scale of the EK-FAC eigenvalues."""
-        _, examples, positions, _, _ = captured.shape
+        _, examples, positions, _, inputs = captured.shape
         a, g = (x.flatten(1, 2).to(accumulator_dtype(x)) for x in captured)
-        return cls(a.mT @ a / positions, g.mT @ g, examples)
+        limit = MAX_VECTOR if inputs == 1 else MAX_SIDE
+        return cls(_second_moment(a, MAX_SIDE) / positions, _second_moment(g, limit), examples)
 
     def merge(self, other: CovarianceSums) -> CovarianceSums:
         """The sums over both."""
         return CovarianceSums(
             self.activations + other.activations, self.gradients + other.gradients, self.examples + other.examples
         )
+
+
+def _second_moment(x: Tensor, limit: int) -> Tensor:
+    return x.mT @ x if x.shape[-1] <= limit else x.square().sum(1)
 
 
 def accumulator_dtype(x: Tensor) -> torch.dtype:
@@ -128,10 +138,19 @@ def eigenbasis(activations: Tensor, gradients: Tensor, dtype: torch.dtype) -> tu
         gradients: ``E[g gᵀ]``, ``[P, O, O]``.
         dtype: the dtype of what is returned.
     """
-    values_a, vectors_a = torch.linalg.eigh(activations.double())
-    values_g, vectors_g = torch.linalg.eigh(gradients.double())
+    values_a, vectors_a = _eigh(activations)
+    values_g, vectors_g = _eigh(gradients)
     kronecker = values_g.clamp_min(0).unsqueeze(-1) * values_a.clamp_min(0).unsqueeze(-2)
-    return Basis(vectors_a.to(dtype), vectors_g.to(dtype)), kronecker.to(dtype)
+    basis = Basis(*(None if vectors is None else vectors.to(dtype) for vectors in (vectors_a, vectors_g)))
+    return basis, kronecker.to(dtype)
+
+
+def _eigh(moment: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues and eigenvectors of a covariance ``[P, F, F]``; of variances ``[P, F]``, themselves and none."""
+    if moment.dim() == 2:
+        return moment.double(), None
+    values, vectors = torch.linalg.eigh(moment.double())
+    return values, vectors
 
 
 def eigenvalue_sums(captured: Captured, basis: Basis) -> Tensor:

@@ -54,10 +54,10 @@ class Coverage:
     def without(self, reasons: Mapping[str, str]) -> Coverage:
         """The coverage with some blocks left out, given the reasons by block name."""
         left = [
-            (name, block.size_of(name), reasons[block.name])
+            (name, size, reasons[block.name])
             for block in self.blocks
             if block.name in reasons
-            for name in block.parameters
+            for name, size in zip(block.parameters, block.sizes, strict=True)
         ]
         kept = tuple(block for block in self.blocks if block.name not in reasons)
         return Coverage(kept, (*self.left_out, *left), self.trainable)
@@ -74,7 +74,9 @@ class Coverage:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Coverage:
         """The inverse of :meth:`to_json`."""
-        blocks = tuple(Block(**(b | {"shape": tuple(b["shape"])})) for b in values["blocks"])
+        blocks = tuple(
+            Block(**(b | {"shape": tuple(b["shape"]), "sizes": tuple(b["sizes"])})) for b in values["blocks"]
+        )
         return cls(blocks, tuple((n, s, r) for n, s, r in values["left_out"]), values["trainable"])
 
 

@@ -4,6 +4,8 @@ from lightning_source.layers import conv as conv
 from lightning_source.layers import linear as linear
 from lightning_source.layers.registry import Block as Block
 from lightning_source.layers.registry import LayerForm as LayerForm
+from lightning_source.layers.registry import MatrixForm as MatrixForm
+from lightning_source.layers.registry import VectorForm as VectorForm
 from lightning_source.layers.registry import blocks_of as blocks_of
 from lightning_source.layers.registry import clean_name as clean_name
 from lightning_source.layers.registry import form_of as form_of

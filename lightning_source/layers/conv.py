@@ -3,11 +3,11 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_source.layers.registry import register
+from lightning_source.layers.registry import MatrixForm, register
 
 
 @register(nn.Conv2d)
-class Conv2dForm:
+class Conv2dForm(MatrixForm):
     """A position is an output pixel, a part is a group; inputs are ordered as in ``weight.flatten(1)``."""
 
     def shape(self, module: nn.Conv2d) -> tuple[int, int, int]:

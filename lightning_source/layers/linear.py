@@ -2,11 +2,11 @@
 
 from torch import Tensor, nn
 
-from lightning_source.layers.registry import register
+from lightning_source.layers.registry import MatrixForm, register
 
 
 @register(nn.Linear)
-class LinearForm:
+class LinearForm(MatrixForm):
     """Every position is a row."""
 
     def shape(self, module: nn.Linear) -> tuple[int, int, int]:
