@@ -50,18 +50,12 @@ def run_directory(trainer: Any, dirpath: str | None) -> Path:
     if trainer.fast_dev_run:
         return Path(tempfile.mkdtemp(prefix="source-run-"))
     if dirpath is not None:
-        return Path(dirpath).absolute()
+        return Path(dirpath).resolve()
     base = Path(log_dir or trainer.default_root_dir).absolute() / "source-run"
     path, version = base, 1
     while (path / MANIFEST).exists():
         path, version = base.with_name(f"source-run-v{version}"), version + 1
     return path
-
-
-def planned_steps(trainer: Any) -> int | None:
-    """Optimizer steps that the settings allow for, or ``None`` where they set no end. Only a hint: runs end early."""
-    steps = trainer.estimated_stepping_batches
-    return int(steps) if 0 < steps < float("inf") else None
 
 
 def clips_gradients(trainer: Any, module: Any) -> bool:

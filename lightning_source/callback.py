@@ -23,7 +23,6 @@ from lightning_source._trainer import (
     check_trainer,
     clips_gradients,
     other_callbacks,
-    planned_steps,
     run_directory,
     scoring_device,
     training_examples,
@@ -34,7 +33,7 @@ from lightning_source.objective import Measurement, Objective
 from lightning_source.optimizers import Rule, preconditioners, rule_for
 from lightning_source.recorder import Recorder, assemble
 from lightning_source.run import Run, fingerprint
-from lightning_source.scorer import SourceScorer
+from lightning_source.scorer import MEASUREMENTS, SourceScorer
 from lightning_source.scores import InfluenceScores
 from lightning_source.store import RunStore
 from lightning_source.tracking import find_blocks, probe
@@ -97,7 +96,16 @@ class SourceCallback(Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        count = len(segments) + 1 if isinstance(segments, list) else 1 if segments == "auto" else segments
+        if isinstance(segments, list):
+            if any(step < 1 for step in segments):
+                raise ValueError(f"`segments={segments}` must be steps after 0, at which inner segments begin")
+            count = len(segments) + 1
+        elif isinstance(segments, str):
+            if segments != "auto":
+                raise ValueError(f'`segments="{segments}"` must be a number, a list of steps, or "auto"')
+            count = 1
+        else:
+            count = segments
         for name, value in (
             ("segments", count),
             ("snapshots_per_segment", snapshots_per_segment),
@@ -110,6 +118,7 @@ class SourceCallback(Callback):
             ("snapshots", snapshots, ("mean", "point")),
             ("curvature", curvature, ("ekfac", "kfac", "diagonal")),
             ("mode", mode, ("fit", "deferred")),
+            ("measurement", measurement, MEASUREMENTS),
         ):
             if choice not in choices:
                 raise ValueError(f'`{name}="{choice}"` must be one of {", ".join(choices)}')
@@ -137,7 +146,7 @@ class SourceCallback(Callback):
         self._clips = False
         self._norm: Tensor | None = None
         self._probed = False
-        self._micro_batches = 0  # since the last optimizer step
+        self._micro_batches = 0  # that contributed to the step's gradient
         self._batches = 0
         self._batch_examples = 0
         self.seconds = {"recording": 0.0, "factors": 0.0}  # time spent by the callback
@@ -164,7 +173,7 @@ class SourceCallback(Callback):
             trainer.attribute = self.attribute_with(trainer)  # type: ignore[attr-defined]
         if stage != "fit":
             return
-        if self._store is not None:
+        if self._recorder is not None:
             raise MisconfigurationException(
                 "this SourceCallback has already recorded a `fit`. HINT: use a new SourceCallback for each."
             )
@@ -224,10 +233,8 @@ class SourceCallback(Callback):
             "flags": {"history_incomplete": bool(trainer.global_step)},
         }
         boundaries = self.settings["segments"] if isinstance(self.settings["segments"], list) else []
-        planned = planned_steps(trainer)
-        steps = max(1, -(-planned // self._bins)) if planned else 1
         scales = partial(preconditioners, optimizer, self._rule, names)
-        self._recorder = Recorder(self._store, pl_module, self._bins, steps, boundaries, scales)
+        self._recorder = Recorder(self._store, pl_module, self._bins, boundaries, scales)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step(trainer)),
@@ -239,7 +246,6 @@ class SourceCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         with self._timed("recording"):
             size = count_examples(batch)
-            self._micro_batches += 1
             self._batches += 1
             self._batch_examples += size
             if not self._probed:
@@ -267,6 +273,14 @@ class SourceCallback(Callback):
                 " taken to be additive over examples. HINT: use torch's losses, or define"
                 " `attribution_distribution(batch)` on the module."
             )
+
+    @override
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._micro_batches = 0
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._micro_batches += 1
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

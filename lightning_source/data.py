@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
@@ -128,12 +129,13 @@ def query_of(query: Any, like: Examples | None, batch_size: int | None = None) -
 
 def count_examples(batch: Any) -> int:
     """Number of examples in a batch: the first tensor's length, as Lightning infers it."""
-    try:
+    tensors: list[Tensor] = []
+    apply_to_collection(batch, Tensor, tensors.append)
+    if tensors:
         return extract_batch_size(batch)
-    except MisconfigurationException:
-        raise MisconfigurationException(
-            f"a batch of type `{type(batch).__name__}` holds no tensor to count its examples by."
-        ) from None
+    raise MisconfigurationException(
+        f"a batch of type `{type(batch).__name__}` holds no tensor to count its examples by."
+    )
 
 
 def to_module(batch: Any, module: Any, hooks: Any = None) -> Any:

@@ -85,6 +85,9 @@ class Workspace:
     def at(self, state: State) -> Iterator[None]:
         """Passes inside run with these parameters and buffers, in eval mode; the model's own come back unchanged."""
         own = _tensors_of(self.module)
+        for name, value in state.items():
+            if value.is_floating_point():
+                _require_finite(value, name, "parameters")
         missing = [name for name in state if name not in own]
         if missing:
             raise MisconfigurationException(_does_not_match(self.module, missing))
@@ -109,7 +112,7 @@ class Workspace:
     # ---------------------------------------------------------------- one pass
 
     def captures(
-        self, data: Examples | GivenBatches, target: Target, ids: Any = None
+        self, data: Examples | GivenBatches, target: Target, ids: Any = None, what: str = "examples"
     ) -> Iterator[tuple[Tensor, dict[str, Captured]]]:
         """Run over data: ``(ids, blocks by name)`` for each batch, gradients being those of ``target``."""
         recording = Recording(self.module, self.blocks)
@@ -117,7 +120,7 @@ class Workspace:
             with torch.enable_grad():
                 scalar = target(to_module(batch, self.module, self.hooks), len(index), recording)
             if not torch.isfinite(scalar):
-                raise FloatingPointError(f"the objective is {float(scalar)} on examples {_shorten(index)}")
+                raise FloatingPointError(f"the objective is {float(scalar)} on {what} {_shorten(index)}")
             yield index, recording.captured(scalar, len(index))
 
     def _target(self, scalar: Callable[[Losses, ObjectiveSpec], Tensor]) -> Target:
@@ -127,6 +130,8 @@ class Workspace:
 
         def run(batch: Any, size: int, recording: Recording) -> Tensor:
             losses = self.objective.evaluate(batch, size, recording)
+            if not torch.isfinite(losses.loss):
+                return losses.loss  # no label can be drawn from it; the caller names the examples
             found, expected = [call.name for call in losses.calls], [call.name for call in spec.calls]
             if spec.origin != "whole" and found != expected:
                 raise MisconfigurationException(
@@ -286,7 +291,7 @@ class Workspace:
         """Gradients of the measurement, ``[Q, P, O, I]`` by block, in the given bases or in parameter space."""
         with self.at(state):
             found: dict[str, Tensor] = {}
-            for index, captured in self.captures(queries, self.measured(measurement)):
+            for index, captured in self.captures(queries, self.measured(measurement), what="queries"):
                 for name, one in captured.items():
                     if name not in found:
                         parts, _, _, outputs, inputs = one.shape

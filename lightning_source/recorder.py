@@ -27,7 +27,6 @@ class Recorder:
         store: the run directory.
         module: the model that is trained.
         bins: the most bins kept; when there are more, neighbours merge and bins double in length.
-        bin_steps: optimizer steps of the first bins.
         boundaries: steps at which a bin must end, because a segment begins there.
         preconditioners: reads the optimizer's diagonal preconditioner by parameter name; none for plain gradient steps.
     """
@@ -37,14 +36,13 @@ class Recorder:
         store: RunStore,
         module: nn.Module,
         bins: int,
-        bin_steps: int = 1,
         boundaries: Sequence[int] = (),
         preconditioners: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> None:
         self.store = store
         self.bins: list[Stretch] = []
         self.limit = max(2, bins)
-        self.bin_steps = bin_steps
+        self.bin_steps = 1
         self.boundaries = sorted(boundaries)
         self._preconditioners = preconditioners
         self.steps = 0
@@ -56,20 +54,22 @@ class Recorder:
         self._sums: list[Tensor] = []
         self._summed = 0
         self._open: list[tuple[list[float], list[float], list[float], float, Tensor | None]] = []
-        self._log: list[Tensor] = []
         frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
         store.manifest["frozen"] = store.write(FROZEN, frozen) if frozen else None
 
     @torch.no_grad()
     def before_step(self) -> None:
         """The parameters as they are now are those that this step's gradient was taken at: add them to the mean."""
+        self._add_parameters(1)
+
+    def _add_parameters(self, sign: int) -> None:
         values = [t.detach() for t in self._averaged.values()]
         if not self._sums:
             self._sums = [v.to(torch.promote_types(v.dtype, torch.float32), copy=True) for v in values]
-            self._summed = 0
         else:
-            torch._foreach_add_(self._sums, [v.to(s.dtype) for v, s in zip(values, self._sums, strict=True)])
-        self._summed += 1
+            wide = [v.to(s.dtype) for v, s in zip(values, self._sums, strict=True)]
+            torch._foreach_add_(self._sums, wide, alpha=sign)
+        self._summed += sign
 
     def after_step(
         self,
@@ -85,8 +85,8 @@ class Recorder:
             learning_rates: the rate really used, by parameter group.
             multipliers: effective rate over learning rate (momentum), by group.
             weight_decays: coupled decay, by group.
-            loss_weight: what the step's loss was multiplied by beside its mean over micro-batches: 1, or less in a
-                short last accumulation window.
+            loss_weight: what the step's loss was multiplied by beside its mean over micro-batches: 1, less in a short
+                last accumulation window, 0 in a step without a loss.
             clip: the gradient's norm after clipping over that before, 0-dim on its device; ``None`` if unclipped.
         """
         self._open.append((list(learning_rates), list(multipliers), list(weight_decays), loss_weight, clip))
@@ -98,21 +98,23 @@ class Recorder:
         crossed = any(first < boundary <= self.steps for boundary in self.boundaries)
         if not self._open or not (force or crossed or self.steps - first >= self.bin_steps):
             return
-        rows = [self._row(*step) for step in self._open]
+        if self._summed > len(self._open):  # the step that broke off left the parameters as they are
+            with torch.no_grad():
+                self._add_parameters(-1)
+        rows = torch.stack([self._row(*step) for step in self._open])
         groups = len(self._open[0][0])
-        self._log += rows
-        table = torch.stack(rows)
-        effective, decay = table[:, groups : 2 * groups], table[:, 2 * groups : 3 * groups]
+        effective = rows[:, groups : 2 * groups]
+        # Neither a short window nor clipping scales the decay; a step without a loss has none.
+        decay = [[r * m * w * (s[3] > 0) for r, m, w in zip(*s[:3], strict=True)] for s in self._open]
         mean = {
             name: (total / self._summed).to(value.dtype)
             for (name, value), total in zip(self._averaged.items(), self._sums, strict=True)
         }
-        self._open, self._sums = [], []
+        self._open, self._sums, self._summed = [], [], 0
         stretch = Stretch(
-            first, self.steps, tuple(effective.sum(0).tolist()), tuple((effective * decay).sum(0).tolist())
+            first, self.steps, tuple(effective.sum(0).tolist()), tuple(map(sum, zip(*decay, strict=True)))
         )
-        self._add_bin(stretch, mean, self._trained | self._buffers, self._preconditioners())
-        self.store.write(STEPS, {"steps": torch.stack(self._log)})
+        self._add_bin(stretch, rows, mean, self._trained | self._buffers, self._preconditioners())
         stale: tuple[str, ...] = ()
         if len(self.bins) > self.limit:
             stale = self._halve()
@@ -124,7 +126,7 @@ class Recorder:
     def _row(
         rates: list[float], multipliers: list[float], decays: list[float], weight: float, clip: Tensor | None
     ) -> Tensor:
-        """``[learning rates, effective rates, decays, loss weight, clip coefficient]`` in float64."""
+        """``[learning rates, effective rates, decays, loss weight, clip coefficient]`` in float64, three by group."""
         coefficient = 1.0 if clip is None else float(clip)
         effective = [r * m * weight * coefficient for r, m in zip(rates, multipliers, strict=True)]
         return torch.tensor([*rates, *effective, *decays, weight, coefficient], dtype=torch.float64)
@@ -132,12 +134,14 @@ class Recorder:
     def _add_bin(
         self,
         stretch: Stretch,
+        steps: Tensor,
         mean: Mapping[str, Tensor],
         end: Mapping[str, Tensor],
         preconditioners: Mapping[str, Tensor],
     ) -> None:
         name = f"bins/steps={stretch.first:06d}-{stretch.last:06d}.safetensors"
-        self.store.write(name, _prefixed("mean", mean) | _prefixed("end", end) | _prefixed("scale", preconditioners))
+        tensors = _prefixed("mean", mean) | _prefixed("end", end) | _prefixed("scale", preconditioners)
+        self.store.write(name, tensors | {"steps": steps})
         self.bins.append(stretch.at(name))
 
     def _halve(self) -> tuple[str, ...]:
@@ -151,7 +155,8 @@ class Recorder:
                 continue
             files = [self.store.read(m.file) for m in members]
             mean, scale = (_mean_of(key, files, members) for key in ("mean", "scale"))
-            self._add_bin(merge_all(members), mean, _under("end", files[-1]), scale)
+            steps = torch.cat([f["steps"] for f in files])
+            self._add_bin(merge_all(members), steps, mean, _under("end", files[-1]), scale)
             stale += [m.file for m in members]
         if len(self.bins) == len(old):  # boundaries alone keep them apart
             self.limit = 2 * len(old)
@@ -180,9 +185,10 @@ def assemble(store: RunStore, segments: int | Sequence[int], snapshots_per_segme
         for group in groups:
             snapshots.append(_write_snapshot(store, [bins[segment[i]] for i in group]))
             members[-1].append(len(snapshots) - 1)
-    last = store.read(bins[-1].file)
+    files = [store.read(b.file) for b in bins]
     store.manifest |= {
-        "final": store.write("final.safetensors", _under("end", last)),
+        "log": store.write(STEPS, {"steps": torch.cat([f["steps"] for f in files])}),
+        "final": store.write("final.safetensors", _under("end", files[-1])),
         "snapshots": [s.to_json() for s in snapshots],
         "segments": [merge_all([snapshots[i] for i in group]).to_json() | {"snapshots": group} for group in members],
         "bins": [],

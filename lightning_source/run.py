@@ -65,6 +65,10 @@ class Run:
                 f"`{store.path}` holds no finished segment: no optimizer step was recorded. HINT: train for at least"
                 " one step."
             )
+        if "coverage" not in store.manifest:
+            raise MisconfigurationException(
+                f"`{store.path}` cannot be attributed: `training_step` gave no loss for any batch."
+            )
         check_module(module, store.manifest["module"])
         self.stage = store.manifest["stages"][0]
         self.coverage = Coverage.from_json(store.manifest["coverage"])
@@ -185,11 +189,12 @@ class Run:
 
     def snapshot_factors(self, segment: Segment, which: str = "mean") -> Factors:
         """A segment's factors, averaged over its snapshots; computed and kept on disk the first time."""
+        if which not in ("mean", "point"):
+            raise MisconfigurationException(f'`snapshots="{which}"` is not known. HINT: "mean" or "point".')
         names = "+".join(f"{s.last:06d}" for s in segment.snapshots)
-        index = [s.to_json() for s in segment.snapshots]
-        own = [[self.store.manifest["snapshots"][i] for i in s["snapshots"]] for s in self.store.manifest["segments"]]
-        default = which == self.settings["snapshots"] and index in own
-        name = f"segments/{own.index(index)}.safetensors" if default else f"segments/{which}-{names}.safetensors"
+        own = self.segments()
+        default = which == self.settings["snapshots"] and segment in own
+        name = f"segments/{own.index(segment)}.safetensors" if default else f"segments/{which}-{names}.safetensors"
         loads = [partial(self.state, s, which) for s in segment.snapshots]
         files = [s.file.replace(".safetensors", f"-{which}-covariances.safetensors") for s in segment.snapshots]
         return self._factors(name, loads, segment.weights, files)

@@ -97,6 +97,8 @@ class SourceScorer:
             FloatingPointError: a non-finite gradient or factor; the message names the block or the examples.
         """
         estimator = estimator_for(method, options)
+        if batch_size is not None and batch_size < 1:
+            raise MisconfigurationException(f"`batch_size={batch_size}` must be at least 1.")
         self._use(train)
         run = self.run
         queries = query_of(query, run._data, batch_size)

@@ -106,12 +106,14 @@ def cut(stretches: Sequence[Stretch], segments: int | Sequence[int]) -> list[lis
     Args:
         stretches: consecutive bins or snapshots.
         segments: how many equal segments, or the steps at which inner segments begin; a boundary inside a stretch
-            moves to its nearer end.
+            moves to its nearer end, one that training did not reach counts for nothing.
     """
     if isinstance(segments, int):
         return cut_evenly(stretches, segments)
     starts = {0}
     for boundary in segments:
+        if not stretches[0].first < boundary < stretches[-1].last:
+            continue
         starts.add(min(range(len(stretches)), key=lambda i: abs(stretches[i].first - boundary)))
     ordered = sorted(starts)
     return [list(range(a, b)) for a, b in zip(ordered, [*ordered[1:], len(stretches)], strict=True)]

@@ -34,6 +34,7 @@ class RunStore:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
+        self._replaces = False
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], overwrite: bool = False) -> RunStore:
@@ -41,24 +42,30 @@ class RunStore:
 
         Args:
             path: the directory, made if absent.
-            overwrite: delete the run that is there instead of refusing.
+            overwrite: instead of refusing, delete the run that is there when the first file is written.
 
         Raises:
             MisconfigurationException: the directory holds a run, or cannot be written.
         """
         path = Path(path)
-        if (path / MANIFEST).exists():
-            if not overwrite:
-                raise MisconfigurationException(
-                    f"`{path}` already holds a run, which a new one would destroy. HINT: give another `dirpath`, delete"
-                    " the directory, or pass `overwrite=True`."
-                )
-            _delete_run(path)
+        if (path / MANIFEST).exists() and not overwrite:
+            raise MisconfigurationException(
+                f"`{path}` already holds a run, which a new one would destroy. HINT: give another `dirpath`, delete the"
+                " directory, or pass `overwrite=True`."
+            )
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MisconfigurationException(f"`{path}` cannot be a run directory: {error}.") from None
-        return cls(path, {"schema": SCHEMA, "run_id": uuid.uuid4().hex, "files": {}})
+        store = cls(path, {"schema": SCHEMA, "run_id": uuid.uuid4().hex, "files": {}})
+        store._replaces = True
+        return store
+
+    def _clear(self) -> None:
+        """Before a new run's first write, what it replaces goes."""
+        if self._replaces and (self.path / MANIFEST).exists():
+            _delete_run(self.path)
+        self._replaces = False
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunStore:
@@ -85,6 +92,7 @@ class RunStore:
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> str:
         """Write tensors under a name relative to the directory and enter them in the manifest; gives back the name."""
+        self._clear()
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
@@ -111,6 +119,7 @@ class RunStore:
 
     def commit(self, remove: tuple[str, ...] = ()) -> None:
         """Write the manifest; then delete the files in ``remove``, which it no longer names."""
+        self._clear()
         for name in remove:
             self.manifest["files"].pop(name, None)
         temporary = self.path / f".{MANIFEST}.{os.getpid()}"
