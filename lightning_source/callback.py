@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning
@@ -31,11 +32,11 @@ from lightning_source.data import Examples, count_examples
 from lightning_source.layers import clean_name
 from lightning_source.objective import Measurement, Objective
 from lightning_source.optimizers import Rule, preconditioners, rule_for
-from lightning_source.recorder import Recorder, assemble
+from lightning_source.recorder import Recorder, assemble, changed_between_stages
 from lightning_source.run import Run, fingerprint
 from lightning_source.scorer import MEASUREMENTS, SourceScorer
 from lightning_source.scores import InfluenceScores
-from lightning_source.store import RunStore
+from lightning_source.store import MANIFEST, RunStore
 from lightning_source.tracking import find_blocks, probe
 
 # Bins kept while training, per snapshot: enough to cut a run of any length into nearly equal snapshots.
@@ -140,7 +141,9 @@ class SourceCallback(Callback):
         self._bins = BINS_PER_SNAPSHOT * count * snapshots_per_segment
         self._store: RunStore | None = None
         self._recorder: Recorder | None = None
-        self._examples: Examples | None = None
+        self._restored: dict[str, Any] | None = None  # what a checkpoint said of its recording
+        self._next_name: str | None = None
+        self._taught: dict[int, tuple[LightningModule, Examples | None]] = {}  # by stage
         self._handles: list[RemovableHandle] = []
         self._rule: Rule | None = None
         self._clips = False
@@ -168,26 +171,37 @@ class SourceCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        own = getattr(trainer, "attribute", None)
-        if own is None:
+        if getattr(trainer, "attribute", None) is None:
             trainer.attribute = self.attribute_with(trainer)  # type: ignore[attr-defined]
-        if stage != "fit":
-            return
-        if self._recorder is not None:
-            raise MisconfigurationException(
-                "this SourceCallback has already recorded a `fit`. HINT: use a new SourceCallback for each."
-            )
-        if self.dirpath is not None:
-            path = run_directory(trainer, self.dirpath)
-            for other in other_callbacks(trainer, self):
-                if other.dirpath is not None and run_directory(trainer, other.dirpath) == path:
-                    raise MisconfigurationException(f"two SourceCallbacks write to `{path}`. HINT: give each its own.")
-        # An existing run is refused before anything expensive happens; nothing is written until training starts.
-        self._store = RunStore.create(run_directory(trainer, self.dirpath), self.overwrite)
+        if stage == "fit":
+            self._restored = None  # a state that `test(ckpt_path=…)` loaded says nothing about the next fit
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """A few primitives; what they stand for is a resume point in the run directory."""
+        if self._store is None or self._recorder is None:
+            return self._restored or {}
+        self._recorder.save_point()
+        return {
+            "schema": 1,
+            "run_id": self._store.manifest["run_id"],
+            "dirpath": str(self._store.path),
+            "stage": self._recorder.stage,
+            "steps": self._recorder.steps,
+        }
 
     def attribute_with(self, trainer: Trainer) -> Any:
         """``trainer.attribute``: a bound method of a small picklable object."""
         return _Attribute(trainer, self)
+
+    def stage(self, name: str) -> SourceCallback:
+        """Name the next ``fit``: each is a stage with its own examples, ``N`` and segments. Gives back the callback."""
+        self._next_name = name
+        return self
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -196,49 +210,104 @@ class SourceCallback(Callback):
         for group in trainer.optimizers[0].param_groups:
             self._rule(group)
         Objective(pl_module)
+        if self._recorder is None:
+            self._store = self._open_store(trainer)
+
+    def _open_store(self, trainer: Trainer) -> RunStore:
+        """The directory of a new run, or that of the run which the checkpoint belongs to."""
+        if self._restored is not None:
+            path = run_directory(trainer, self.dirpath) if self.dirpath else Path(self._restored["dirpath"])
+            if (path / MANIFEST).exists():
+                store = RunStore.open(path)
+                if store.manifest["run_id"] == self._restored["run_id"]:
+                    return store
+        path = run_directory(trainer, self.dirpath)
+        for other in other_callbacks(trainer, self):
+            if other.dirpath is not None and run_directory(trainer, other.dirpath) == path:
+                raise MisconfigurationException(f"two SourceCallbacks write to `{path}`. HINT: give each its own.")
+        # An existing run is refused before the first step; nothing is written until training starts.
+        return RunStore.create(path, self.overwrite)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._store is not None
         assert self._rule is not None
         optimizer = trainer.optimizers[0]
-        self._examples = training_examples(trainer)
+        examples = training_examples(trainer)
         self._clips = clips_gradients(trainer, pl_module)
-        if trainer.global_step:
-            rank_zero_warn(
-                f"Training resumes at step {trainer.global_step}; the history before it is not recorded, so scores"
-                " attribute the resumed part only."
-            )
         names = {id(p): clean_name(name) for name, p in pl_module.named_parameters()}
-        groups = [[names[id(p)] for p in group["params"] if id(p) in names] for group in optimizer.param_groups]
-        self._store.manifest |= {
-            "status": "running",
-            "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
-            "settings": self.settings,
-            "module": {"class": type(pl_module).__name__, "parameters": fingerprint(pl_module)},
-            "stages": [
-                {
-                    "name": "fit",
-                    "examples": len(self._examples) if self._examples else None,
-                    "batch_size": self._examples.batch_size if self._examples else None,
-                    "examples_per_batch": None,
-                    "objective": None,
-                    "optimizer": {
-                        "class": type(optimizer).__name__,
-                        "groups": groups,
-                        "decoupled": [self._rule(group).decoupled for group in optimizer.param_groups],
-                    },
-                }
-            ],
-            "flags": {"history_incomplete": bool(trainer.global_step)},
-        }
-        boundaries = self.settings["segments"] if isinstance(self.settings["segments"], list) else []
         scales = partial(preconditioners, optimizer, self._rule, names)
-        self._recorder = Recorder(self._store, pl_module, self._bins, boundaries, scales)
+        manifest = self._store.manifest
+        point = self._resume_point(trainer)
+        if point is None:
+            if manifest.get("bins"):  # the stage before was interrupted
+                assemble(self._store, self.settings["segments"], self.settings["snapshots_per_segment"])
+            self._begin_stage(trainer, pl_module, examples, names)
+        index = len(manifest["stages"]) - 1
+        manifest["status"] = "running"
+        boundaries = self.settings["segments"] if isinstance(self.settings["segments"], list) else []
+        self._recorder = Recorder(self._store, pl_module, self._bins, boundaries, scales, index, point)
+        self._batches, self._batch_examples = self._stage.get("seen", [0, 0])
+        self._micro_batches = 0
+        self._probed = "coverage" in self._stage
+        self._taught[index] = (pl_module, examples)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step(trainer)),
         ]
+
+    def _resume_point(self, trainer: Trainer) -> dict[str, Any] | None:
+        """Where the recording goes on after a checkpoint was loaded; says so if there is no such point."""
+        if not trainer.global_step or (self._recorder is not None and self._restored is None):
+            return None
+        assert self._store is not None
+        if self._restored is not None and self._store.manifest["run_id"] == self._restored["run_id"]:
+            point = self._store.manifest.get("resume", {}).get(str(self._restored["steps"]))
+            if point is not None:
+                done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+                if 0 < done < trainer.num_training_batches:  # the loader starts the epoch again, in another order
+                    self._store.manifest["flags"]["resumed_mid_epoch"] = True
+                return point
+        rank_zero_warn(
+            f"Training resumes at step {trainer.global_step}, of which `{self._store.path}` keeps no record to go on"
+            " from: scores attribute the steps from here on, as a stage of their own."
+        )
+        return None
+
+    def _begin_stage(
+        self, trainer: Trainer, pl_module: LightningModule, examples: Examples | None, names: dict[int, str]
+    ) -> None:
+        assert self._store is not None
+        assert self._rule is not None
+        optimizer = trainer.optimizers[0]
+        manifest = self._store.manifest
+        stages = manifest.setdefault("stages", [])
+        manifest |= {
+            "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
+            "settings": self.settings,
+            "flags": {"history_incomplete": bool(trainer.global_step and not stages)},
+        }
+        taken = {stage["name"] for stage in stages}
+        name = self._next_name or (f"fit-{len(stages)}" if stages else "fit")
+        if name in taken:
+            raise MisconfigurationException(f'the run has a stage "{name}" already. HINT: name the next one otherwise.')
+        self._next_name = None
+        stages.append(
+            {
+                "name": name,
+                "examples": len(examples) if examples else None,
+                "batch_size": examples.batch_size if examples else None,
+                "examples_per_batch": None,
+                "objective": None,
+                "module": {"class": type(pl_module).__name__, "parameters": fingerprint(pl_module)},
+                "optimizer": {
+                    "class": type(optimizer).__name__,
+                    "groups": [[names[id(p)] for p in g["params"] if id(p) in names] for g in optimizer.param_groups],
+                    "decoupled": [self._rule(group).decoupled for group in optimizer.param_groups],
+                },
+                "reset": changed_between_stages(self._store, pl_module) if stages else [],
+            }
+        )
 
     # ---------------------------------------------------------------- during training
 
@@ -264,7 +333,7 @@ class SourceCallback(Callback):
                 return  # no loss for this batch; ask the next one
             coverage = probe(pl_module, objective, coverage, batch, size)
         self._probed = True
-        self._store.manifest["coverage"] = coverage.to_json()
+        self._stage["coverage"] = coverage.to_json()
         rank_zero_info(f"SourceCallback: {coverage.summary()}")
         if not losses.calls:
             rank_zero_warn(
@@ -321,19 +390,22 @@ class SourceCallback(Callback):
         assert self._recorder is not None
         with self._timed("recording"):
             self._stage["examples_per_batch"] = self._batch_examples / self._batches
+            self._stage["seen"] = [self._batches, self._batch_examples]
             self._recorder.flush()
 
     @property
     def _stage(self) -> dict[str, Any]:
         assert self._store is not None
-        return self._store.manifest["stages"][0]
+        return self._store.manifest["stages"][-1]
 
     # ---------------------------------------------------------------- after training
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close("finished")
-        if self.mode == "deferred" or self._examples is None or self._recorder is None or not self._recorder.steps:
+        if self._recorder is None or self._store is None or self._store.manifest.get("segments") is None:
+            return
+        if self.mode == "deferred" or self._taught[self._recorder.stage][1] is None:
             return
         try:
             with self._timed("factors"):
@@ -354,12 +426,13 @@ class SourceCallback(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._recorder is None or self._store is None or not self._recorder.steps:
+        if self._recorder is None or self._store is None:
             return
         with self._timed("recording"):
             self._store.manifest["status"] = status
             self._recorder.finish()
-            assemble(self._store, self.settings["segments"], self.settings["snapshots_per_segment"])
+            if status == "finished":  # an interrupted run may be resumed, which needs its bins
+                assemble(self._store, self.settings["segments"], self.settings["snapshots_per_segment"])
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -367,21 +440,21 @@ class SourceCallback(Callback):
             handle.remove()
         self._handles = []
 
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        if self._store is None or self._recorder is None:
-            return {}
-        return {"schema": 1, "run_id": self._store.manifest["run_id"], "steps": self._recorder.steps}
-
     # ---------------------------------------------------------------- scores
 
-    def _open(self, trainer: Trainer, pl_module: LightningModule) -> Run:
-        if self._store is None or self._recorder is None or not self._recorder.steps:
+    def _open(self, trainer: Trainer, pl_module: LightningModule, stage: int | str | None = None) -> Run:
+        store = self._store
+        if self._recorder is None and self._restored is not None and store is None:
+            store = RunStore.open(self._restored["dirpath"])  # a finished run, resumed: no step was left to take
+        if store is None or not store.manifest.get("steps"):
             raise MisconfigurationException(
                 "there is no finished segment: no optimizer step was recorded. HINT: call `fit` first, for at least one"
                 " step."
             )
-        return Run(self._store, pl_module, self._examples, getattr(trainer, "datamodule", None))
+        count = len(store.manifest["stages"])
+        modules = [self._taught.get(index, (pl_module, None))[0] for index in range(count)]
+        data = {index: examples for index, (_, examples) in self._taught.items()}
+        return Run(store, modules, data, getattr(trainer, "datamodule", None), stage)
 
     def attribute(
         self,
@@ -391,24 +464,28 @@ class SourceCallback(Callback):
         train: Any = None,
         measurement: str | Measurement | None = None,
         method: str = "source",
+        stage: int | str | None = None,
         **options: Any,
     ) -> InfluenceScores:
         """See :func:`lightning_source.attribute`."""
-        with self.scorer(trainer, measurement) as scorer:
+        with self.scorer(trainer, measurement, stage) as scorer:
             return scorer.score(query, train, method=method, **options)
 
     @contextmanager
-    def scorer(self, trainer: Trainer, measurement: str | Measurement | None = None) -> Iterator[SourceScorer]:
+    def scorer(
+        self, trainer: Trainer, measurement: str | Measurement | None = None, stage: int | str | None = None
+    ) -> Iterator[SourceScorer]:
         """A scorer of this run, on the device that training ran on while the ``with`` lasts.
 
         Args:
             trainer: the Trainer that ``fit``.
             measurement: what a query is measured by; the callback's own by default.
+            stage: the stage whose examples are asked about, by index or name; the last by default.
         """
         module = trainer.lightning_module
         if module is None:
             raise MisconfigurationException("there is nothing to attribute before `fit`.")
-        run = self._open(trainer, module)
+        run = self._open(trainer, module, stage)
         home = module.device
         module.to(scoring_device(trainer))
         try:
@@ -441,6 +518,7 @@ def attribute(
     train: Any = None,
     measurement: str | Measurement | None = None,
     method: str = "source",
+    stage: int | str | None = None,
     **options: Any,
 ) -> InfluenceScores:
     """Which training examples made the model do this? Also bound as ``trainer.attribute``.
@@ -452,6 +530,7 @@ def attribute(
         measurement: ``"loss"``, ``"margin"``, ``"log-prob"`` or a callable ``(module, batch) -> Tensor[B]``; by default
             the callback's.
         method: ``"source"``, ``"fast-source"``, ``"influence"``, ``"tracin"``, ``"grad-dot"`` or ``"grad-cos"``.
+        stage: the stage (``fit``) whose examples are asked about, by index or name; the last by default.
         **options: further arguments of :meth:`SourceScorer.score`, such as ``per_segment=True`` or ``damping=``.
 
     Returns:
@@ -465,4 +544,6 @@ def attribute(
         raise MisconfigurationException(
             "the Trainer has no SourceCallback. HINT: `Trainer(callbacks=[SourceCallback()])`."
         )
-    return callbacks[0].attribute(trainer, query, train=train, measurement=measurement, method=method, **options)
+    return callbacks[0].attribute(
+        trainer, query, train=train, measurement=measurement, method=method, stage=stage, **options
+    )

@@ -13,7 +13,9 @@ from lightning_source.segments import Stretch, cut, cut_evenly, merge_all, norma
 from lightning_source.store import RunStore
 
 STEPS = "steps.safetensors"
+RESUME_POINTS = 3  # how many of the last checkpoints can be resumed from without a gap
 FROZEN = "frozen.safetensors"
+FINAL = "final.safetensors"
 
 
 class Recorder:
@@ -29,6 +31,8 @@ class Recorder:
         bins: the most bins kept; when there are more, neighbours merge and bins double in length.
         boundaries: steps at which a bin must end, because a segment begins there.
         preconditioners: reads the optimizer's diagonal preconditioner by parameter name; none for plain gradient steps.
+        stage: index of the stage, whose entry in the manifest exists.
+        point: a point of :meth:`save_point` to go on from.
     """
 
     def __init__(
@@ -38,14 +42,18 @@ class Recorder:
         bins: int,
         boundaries: Sequence[int] = (),
         preconditioners: Callable[[], Mapping[str, Tensor]] = dict,
+        stage: int = 0,
+        point: Mapping[str, Any] | None = None,
     ) -> None:
         self.store = store
         self.bins: list[Stretch] = []
         self.limit = max(2, bins)
         self.bin_steps = 1
-        self.boundaries = sorted(boundaries)
+        self.stage = stage
+        self.start = store.manifest.get("steps", 0)  # steps of the stages before
+        self.steps = self.start
+        self.boundaries = sorted(self.start + boundary for boundary in boundaries)
         self._preconditioners = preconditioners
-        self.steps = 0
         persistent = set(module.state_dict())
         parameters = {clean_name(name): p for name, p in module.named_parameters()}
         self._trained: dict[str, Tensor] = {name: p for name, p in parameters.items() if p.requires_grad}
@@ -54,8 +62,11 @@ class Recorder:
         self._sums: list[Tensor] = []
         self._summed = 0
         self._open: list[tuple[list[float], list[float], list[float], float, Tensor | None]] = []
+        if point is not None:
+            self._resume(point)
+            return
         frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
-        store.manifest["frozen"] = store.write(FROZEN, frozen) if frozen else None
+        store.manifest["stages"][stage]["frozen"] = store.write(_in_stage(stage, FROZEN), frozen) if frozen else None
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -94,7 +105,7 @@ class Recorder:
 
     def flush(self, force: bool = False) -> None:
         """Close the open bin if it is long enough, reaches a boundary, or is forced to."""
-        first = self.bins[-1].last if self.bins else 0
+        first = self.bins[-1].last if self.bins else self.start
         crossed = any(first < boundary <= self.steps for boundary in self.boundaries)
         if not self._open or not (force or crossed or self.steps - first >= self.bin_steps):
             return
@@ -111,16 +122,69 @@ class Recorder:
             for (name, value), total in zip(self._averaged.items(), self._sums, strict=True)
         }
         self._open, self._sums, self._summed = [], [], 0
-        stretch = Stretch(
-            first, self.steps, tuple(effective.sum(0).tolist()), tuple(map(sum, zip(*decay, strict=True)))
-        )
+        totals = (tuple(effective.sum(0).tolist()), tuple(map(sum, zip(*decay, strict=True))))
+        stretch = Stretch(first, self.steps, *totals, stage=self.stage)
         self._add_bin(stretch, rows, mean, self._trained | self._buffers, self._preconditioners())
-        stale: tuple[str, ...] = ()
         if len(self.bins) > self.limit:
-            stale = self._halve()
+            self._halve()
         self.store.manifest["bins"] = [b.to_json() for b in self.bins]
         self.store.manifest["steps"] = self.steps
-        self.store.commit(remove=stale)
+        self.store.commit(remove=self._unused())
+
+    # ---------------------------------------------------------------- resume
+
+    def save_point(self) -> None:
+        """Keep what is needed to go on from here if a checkpoint of this moment is loaded; the last few are kept.
+
+        Local files only, no collective: checkpoints are also taken on one rank, and in the middle of a step.
+        """
+        points = self.store.manifest.setdefault("resume", {})
+        devices = {f"sum/{i}": total for i, total in enumerate(self._sums)}
+        clips = [torch.tensor(1.0) if step[4] is None else step[4] for step in self._open]
+        tensors = devices | {f"clip/{i}": clip for i, clip in enumerate(clips)}
+        name = f"resume/step={self.steps:06d}.safetensors"
+        points.pop(str(self.steps), None)  # the newest comes last
+        points[str(self.steps)] = {
+            "file": self.store.write(name, tensors) if tensors else None,
+            "bins": [b.to_json() for b in self.bins],
+            "open": [list(step[:4]) for step in self._open],
+            "summed": self._summed,
+            "bin_steps": self.bin_steps,
+            "limit": self.limit,
+            "start": self.start,
+            "steps": self.steps,
+            "seen": self.store.manifest["stages"][self.stage].get("seen", [0, 0]),
+        }
+        for old in list(points)[:-RESUME_POINTS]:
+            del points[old]
+        self.store.commit(remove=self._unused())
+
+    def _resume(self, point: Mapping[str, Any]) -> None:
+        """Drop what was recorded after the point and go on from it."""
+        tensors = self.store.read(point["file"]) if point["file"] else {}
+        devices = [value.device for value in self._averaged.values()]
+        self._sums = [tensors[f"sum/{i}"].to(d) for i, d in enumerate(devices)] if point["summed"] else []
+        self._summed = point["summed"]
+        self._open = [(*step, tensors[f"clip/{i}"]) for i, step in enumerate(point["open"])]
+        self.bins = [Stretch.from_json(b) for b in point["bins"]]
+        self.bin_steps, self.limit, self.start = point["bin_steps"], point["limit"], point["start"]
+        self.boundaries = [boundary - self.steps + self.start for boundary in self.boundaries]
+        self.steps = point["steps"]
+        points = self.store.manifest["resume"]
+        self.store.manifest["resume"] = {key: value for key, value in points.items() if int(key) <= self.steps}
+        self.store.manifest["stages"][self.stage]["seen"] = point["seen"]
+        self.store.manifest |= {"bins": [b.to_json() for b in self.bins], "steps": self.steps}
+        if self._summed > len(self._open):  # saved in the middle of a step, which begins anew
+            with torch.no_grad():
+                self._add_parameters(-1)
+        self.store.commit(remove=self._unused())
+
+    def _unused(self) -> tuple[str, ...]:
+        """Bin and resume files that neither the present bins nor a resume point refer to."""
+        points = self.store.manifest.get("resume", {}).values()
+        used = {b.file for b in self.bins} | {b["file"] for point in points for b in point["bins"]}
+        used |= {point["file"] for point in points}
+        return tuple(n for n in self.store.manifest["files"] if n.startswith(("bins/", "resume/")) and n not in used)
 
     @staticmethod
     def _row(
@@ -144,10 +208,9 @@ class Recorder:
         self.store.write(name, tensors | {"steps": steps})
         self.bins.append(stretch.at(name))
 
-    def _halve(self) -> tuple[str, ...]:
-        """Merge neighbouring bins; gives back the names of the files that are no longer needed."""
+    def _halve(self) -> None:
+        """Merge neighbouring bins."""
         old, self.bins = self.bins, []
-        stale: list[str] = []
         for group in pairs_to_merge(old, self.boundaries):
             members = [old[i] for i in group]
             if len(members) == 1:
@@ -157,11 +220,9 @@ class Recorder:
             mean, scale = (_mean_of(key, files, members) for key in ("mean", "scale"))
             steps = torch.cat([f["steps"] for f in files])
             self._add_bin(merge_all(members), steps, mean, _under("end", files[-1]), scale)
-            stale += [m.file for m in members]
         if len(self.bins) == len(old):  # boundaries alone keep them apart
             self.limit = 2 * len(old)
         self.bin_steps *= 2
-        return tuple(stale)
 
     def finish(self) -> None:
         """Close the last bin."""
@@ -169,7 +230,7 @@ class Recorder:
 
 
 def assemble(store: RunStore, segments: int | Sequence[int], snapshots_per_segment: int) -> None:
-    """Turn a run's bins into snapshots and segments on disk. Works on a finished run and on a killed one.
+    """Turn the last stage's bins into snapshots and segments on disk. Works on a finished run and on a killed one.
 
     A snapshot holds ``mean/…``, the running mean of the parameters over its steps, ``point/…``, the parameters at the
     bin end nearest to its middle, and ``scale/…``, the optimizer's diagonal preconditioner averaged over its bins.
@@ -177,23 +238,41 @@ def assemble(store: RunStore, segments: int | Sequence[int], snapshots_per_segme
     bins = [Stretch.from_json(b) for b in store.manifest.get("bins", [])]
     if not bins:
         return
-    snapshots: list[Stretch] = []
+    stage = bins[0].stage
+    snapshots = [Stretch.from_json(s) for s in store.manifest.get("snapshots", [])]
     members: list[list[int]] = []
-    for segment in cut(bins, segments):
+    starts = segments if isinstance(segments, int) else [bins[0].first + step for step in segments]
+    for segment in cut(bins, starts):
         groups = cut_evenly([bins[i] for i in segment], snapshots_per_segment)
         members.append([])
         for group in groups:
             snapshots.append(_write_snapshot(store, [bins[segment[i]] for i in group]))
             members[-1].append(len(snapshots) - 1)
     files = [store.read(b.file) for b in bins]
-    store.manifest |= {
-        "log": store.write(STEPS, {"steps": torch.cat([f["steps"] for f in files])}),
-        "final": store.write("final.safetensors", _under("end", files[-1])),
-        "snapshots": [s.to_json() for s in snapshots],
-        "segments": [merge_all([snapshots[i] for i in group]).to_json() | {"snapshots": group} for group in members],
-        "bins": [],
+    store.manifest["stages"][stage] |= {
+        "log": store.write(_in_stage(stage, STEPS), {"steps": torch.cat([f["steps"] for f in files])}),
+        "final": store.write(_in_stage(stage, FINAL), _under("end", files[-1])),
     }
-    store.commit(remove=tuple(b.file for b in bins))
+    cuts = [merge_all([snapshots[i] for i in group]).to_json() | {"snapshots": group} for group in members]
+    store.manifest |= {
+        "snapshots": [s.to_json() for s in snapshots],
+        "segments": store.manifest.get("segments", []) + cuts,
+        "bins": [],
+        "resume": {},
+    }
+    store.commit(remove=tuple(n for n in store.manifest["files"] if n.startswith(("bins/", "resume/"))))
+
+
+@torch.no_grad()
+def changed_between_stages(store: RunStore, module: nn.Module) -> list[str]:
+    """Names of parameters that are not what the last stage ended with: drawn anew, replaced or loaded."""
+    before = final_parameters(store)
+    own = {clean_name(name): p for name, p in module.named_parameters()}
+    return [
+        name
+        for name, value in own.items()
+        if name in before and (before[name].shape != value.shape or not torch.equal(before[name], value.cpu()))
+    ]
 
 
 def _write_snapshot(store: RunStore, bins: Sequence[Stretch]) -> Stretch:
@@ -216,7 +295,7 @@ def _mean_of(key: str, files: Sequence[Mapping[str, Tensor]], stretches: Sequenc
 
 def snapshot_parameters(store: RunStore, snapshot: Stretch, which: str) -> dict[str, Tensor]:
     """A snapshot's full set of tensors by name; ``which`` is ``"mean"`` or ``"point"``."""
-    return _frozen(store) | _under(which, store.read(snapshot.file))
+    return _frozen(store, snapshot.stage) | _under(which, store.read(snapshot.file))
 
 
 def mean_parameters(store: RunStore, snapshots: Sequence[Stretch]) -> dict[str, Tensor]:
@@ -230,13 +309,18 @@ def mean_preconditioner(store: RunStore, snapshots: Sequence[Stretch]) -> dict[s
     return _weighted_mean([_under("scale", store.read(s.file)) for s in snapshots], normalized_weights(snapshots))
 
 
-def final_parameters(store: RunStore) -> dict[str, Tensor]:
-    """The parameters that training ended with."""
-    return _frozen(store) | store.read(store.manifest["final"])
+def final_parameters(store: RunStore, stage: int = -1) -> dict[str, Tensor]:
+    """The parameters that a stage ended with, by default the last."""
+    return _frozen(store, stage) | store.read(store.manifest["stages"][stage]["final"])
 
 
-def _frozen(store: RunStore) -> dict[str, Tensor]:
-    return store.read(store.manifest["frozen"]) if store.manifest.get("frozen") else {}
+def _frozen(store: RunStore, stage: int) -> dict[str, Tensor]:
+    name = store.manifest["stages"][stage].get("frozen")
+    return store.read(name) if name else {}
+
+
+def _in_stage(stage: int, name: str) -> str:
+    return f"stage={stage}/{name}" if stage else name
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
-"""An opened run: its segments, snapshots and factors beside the model and the training data they belong to."""
+"""An opened run: stages, segments, snapshots and factors beside the model and the training data they belong to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,9 +37,75 @@ class Segment:
     snapshots: tuple[Stretch, ...]
 
     @property
+    def stage(self) -> int:
+        """Index of the stage that it belongs to."""
+        return self.stretch.stage
+
+    @property
     def weights(self) -> list[float]:
         """The snapshots' weights, which sum to 1."""
         return normalized_weights(self.snapshots)
+
+
+class Stage:
+    """One ``fit``: its model, objective, blocks and examples.
+
+    Args:
+        index: its place in the run.
+        record: its entry in the manifest.
+        settings: the run's settings.
+        module: the LightningModule, with this stage's parameters.
+        data: its training examples; ``None`` until something needs them.
+        hooks: the LightningDataModule, if its batch-transfer hooks are part of the data.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        record: dict[str, Any],
+        settings: Mapping[str, Any],
+        module: Any,
+        data: Examples | None = None,
+        hooks: Any = None,
+    ) -> None:
+        self.index = index
+        self.record = record
+        self.name: str = record["name"]
+        self.coverage = Coverage.from_json(record["coverage"])
+        spec = ObjectiveSpec.from_json(record["objective"]) if record.get("objective") else None
+        self.workspace = Workspace(module, self.coverage.blocks, Objective(module), spec, settings["seed"], hooks)
+        self.examples: Examples | None = None
+        self.use(data)
+
+    def use(self, data: Examples | None) -> None:
+        """Take these as the training examples, if they can be the ones that the stage was trained on."""
+        if data is None:
+            return
+        count = self.record["examples"]
+        if count is None:
+            self.record["examples"] = len(data)
+        elif len(data) != count:
+            raise MisconfigurationException(
+                f"the training set holds {len(data)} examples but the run was trained on {count}: scores would name the"
+                " wrong examples. HINT: pass the dataset of the run as `train=`; to score some of its examples, pass"
+                " `train_ids=`."
+            )
+        self.examples = data
+
+    @property
+    def data(self) -> Examples:
+        """The training examples."""
+        if self.examples is None:
+            raise MisconfigurationException(
+                f'the training examples of stage "{self.name}" are needed and not at hand. HINT: pass `train=` the'
+                " run's training dataset."
+            )
+        return self.examples
+
+    @property
+    def count(self) -> int:
+        """``N``, the number of training examples."""
+        return int(self.record["examples"])
 
 
 class Run:
@@ -47,15 +113,24 @@ class Run:
 
     Args:
         store: the directory; bins that a killed run left are assembled into snapshots at once.
-        module: the LightningModule (its weights are not used, and come back unchanged from every pass).
-        data: the training examples; ``None`` until something needs them.
+        modules: the LightningModule of each stage (weights are not used, and come back unchanged from every pass); one
+            for all stages if there is only one.
+        data: training examples by stage index, as far as they are at hand.
         hooks: the LightningDataModule, if its batch-transfer hooks are part of the data.
+        stage: index or name of the stage whose examples are asked about; the last by default.
 
     Raises:
-        MisconfigurationException: nothing was recorded, or the model does not match.
+        MisconfigurationException: nothing was recorded, no such stage, or a model does not match.
     """
 
-    def __init__(self, store: RunStore, module: Any, data: Examples | None = None, hooks: Any = None) -> None:
+    def __init__(
+        self,
+        store: RunStore,
+        modules: Sequence[Any],
+        data: Mapping[int, Examples | None] | None = None,
+        hooks: Any = None,
+        stage: int | str | None = None,
+    ) -> None:
         self.store = store
         self.settings = store.manifest["settings"]
         if store.manifest.get("bins"):
@@ -65,93 +140,97 @@ class Run:
                 f"`{store.path}` holds no finished segment: no optimizer step was recorded. HINT: train for at least"
                 " one step."
             )
-        if "coverage" not in store.manifest:
-            raise MisconfigurationException(
-                f"`{store.path}` cannot be attributed: `training_step` gave no loss for any batch."
-            )
-        check_module(module, store.manifest["module"])
-        self.stage = store.manifest["stages"][0]
-        self.coverage = Coverage.from_json(store.manifest["coverage"])
-        spec = self.stage.get("objective")
-        self.workspace = Workspace(
-            module,
-            self.coverage.blocks,
-            Objective(module),
-            ObjectiveSpec.from_json(spec) if spec else None,
-            self.settings["seed"],
-            hooks,
-        )
-        self._data = data
+        records = [r for r in store.manifest["stages"] if "final" in r]
+        self.stages: list[Stage] = []
+        for index, record in enumerate(records):
+            if "coverage" not in record:
+                raise MisconfigurationException(
+                    f"`{store.path}` cannot be attributed: `training_step` gave no loss for any batch of stage"
+                    f' "{record["name"]}".'
+                )
+            module = modules[min(index, len(modules) - 1)]
+            check_module(module, record["module"])
+            self.stages.append(Stage(index, record, self.settings, module, (data or {}).get(index), hooks))
+        self.stage = self.stages[_index_of(stage, [s.name for s in self.stages])]
+        self.coverage = self.stage.coverage
+        self.examples = self.stage.count if self.stage.record["examples"] else 0
         self.snapshots = [Stretch.from_json(s) for s in store.manifest["snapshots"]]
 
-    # ---------------------------------------------------------------- data
+    @property
+    def workspace(self) -> Workspace:
+        """The model as the asked stage trained it."""
+        return self.stage.workspace
+
+    @property
+    def query_workspace(self) -> Workspace:
+        """The model that training ended with: the last stage's objective, seen from the asked stage's blocks."""
+        last = self.stages[-1].workspace
+        if last is self.workspace:
+            return last
+        return Workspace(last.module, self.unbroken(), last.objective, last.spec, last.seed, last.hooks)
 
     def use(self, data: Examples | None) -> None:
-        """Take these as the training examples, if they can be the ones that the run was trained on."""
-        if data is not None:
-            self._data = data
-        examples = self.stage["examples"]
-        if self._data is None:
-            return
-        if examples is None:
-            self.stage["examples"] = len(self._data)
-        elif len(self._data) != examples:
-            raise MisconfigurationException(
-                f"the training set holds {len(self._data)} examples but the run was trained on {examples}: scores would"
-                " name the wrong examples. HINT: pass the dataset of the run as `train=`; to score some of its"
-                " examples, pass `train_ids=`."
-            )
+        """Take these as the asked stage's training examples."""
+        self.stage.use(data)
+        self.examples = self.stage.record["examples"] or 0
 
     @property
     def data(self) -> Examples:
-        """The training examples."""
-        if self._data is None:
-            raise MisconfigurationException(
-                "the training examples are needed and not at hand. HINT: pass `train=` the run's training dataset."
-            )
-        return self._data
-
-    @property
-    def examples(self) -> int:
-        """``N``, the number of training examples."""
-        return int(self.stage["examples"])
+        """The asked stage's training examples."""
+        return self.stage.data
 
     # ---------------------------------------------------------------- segments
 
-    def segments(self, count: int | Sequence[int] | None = None) -> list[Segment]:
-        """The run's segments, or its snapshots cut into others.
+    def segments(self, count: int | Sequence[int] | None = None, stage: int | None = None) -> list[Segment]:
+        """A stage's segments, or its snapshots cut into others.
 
         Args:
             count: number of segments, or steps at which inner segments begin; the run's own by default.
+            stage: index of the stage; the asked one by default.
         """
+        index = self.stage.index if stage is None else stage
+        snapshots = [s for s in self.snapshots if s.stage == index]
         if count is None:
-            groups = [segment["snapshots"] for segment in self.store.manifest["segments"]]
+            own = [s for s in self.store.manifest["segments"] if s["stage"] == index]
+            members = [tuple(self.snapshots[i] for i in segment["snapshots"]) for segment in own]
         else:
-            if isinstance(count, int) and not 1 <= count <= len(self.snapshots):
+            if isinstance(count, int) and not 1 <= count <= len(snapshots):
                 raise MisconfigurationException(
-                    f"`segments={count}`: the run has {len(self.snapshots)} snapshots, so 1 to {len(self.snapshots)}"
-                    " segments can be cut."
+                    f"`segments={count}`: the run has {len(snapshots)} snapshots, so 1 to {len(snapshots)} segments can"
+                    " be cut."
                 )
-            groups = cut(self.snapshots, count)
-        members = [tuple(self.snapshots[i] for i in group) for group in groups]
+            starts = count if isinstance(count, int) else [snapshots[0].first + step for step in count]
+            members = [tuple(snapshots[i] for i in group) for group in cut(snapshots, starts)]
         return [Segment(merge_all(m), m) for m in members]
+
+    def later_segments(self) -> list[Segment]:
+        """The segments of the stages after the asked one, which carry its effect to the end of training."""
+        return [s for stage in self.stages[self.stage.index + 1 :] for s in self.segments(stage=stage.index)]
 
     def curvatures(
         self, segments: Sequence[Segment], factors: Sequence[Factors], blocks: Sequence[Block]
     ) -> dict[str, list[SegmentCurvature]]:
-        """What the walk needs to know of each block in each segment."""
+        """What the walk needs to know of each block in each segment.
+
+        A block that a later stage did not train stood still there: that stage is left out of its chain.
+        """
         found: dict[str, list[SegmentCurvature]] = {block.name: [] for block in blocks}
         for segment, one in zip(segments, factors, strict=True):
+            stage = self.stages[segment.stage]
+            here = {block.name: block for block in stage.coverage.blocks}
             scale = self.preconditioner(segment.snapshots)
             for block in blocks:
+                if block.name not in here:
+                    continue
+                group = here[block.name].group
                 found[block.name].append(
                     SegmentCurvature(
                         one[block.name].basis,
                         one[block.name].eigenvalues,
-                        segment.stretch.rates[block.group],
-                        segment.stretch.weight_decay(block.group),
+                        segment.stretch.rates[group],
+                        segment.stretch.weight_decay(group),
                         scale.get(block.name),
-                        self.stage["optimizer"]["decoupled"][block.group],
+                        stage.record["optimizer"]["decoupled"][group],
                     )
                 )
         return found
@@ -160,13 +239,30 @@ class Run:
         """``P̄`` of each block averaged over snapshots, ``[P, O, I]``; empty where steps follow the plain gradient."""
         device = self.workspace.module.device
         scale = {name: value.to(device) for name, value in mean_preconditioner(self.store, snapshots).items()}
-        return {b.name: b.matrix(scale) for b in self.coverage.blocks if all(n in scale for n in b.parameters)}
+        blocks = self.stages[snapshots[0].stage].coverage.blocks
+        return {b.name: b.matrix(scale) for b in blocks if all(n in scale for n in b.parameters)}
+
+    def unbroken(self) -> list[Block]:
+        """The asked stage's blocks whose parameters each later stage took over as they were.
+
+        A head that was replaced or drawn anew between stages carries nothing of the examples before.
+        """
+        later = self.stages[self.stage.index + 1 :]
+        own = set(self.stage.record["module"]["parameters"])
+        gone = {name for stage in later for name in own.difference(stage.record["module"]["parameters"])}
+        changed = gone | {name for stage in later for name in stage.record["reset"]}
+        shapes = [{b.name: b.shape for b in stage.coverage.blocks} for stage in later]
+        return [
+            b
+            for b in self.coverage.blocks
+            if not changed.intersection(b.parameters) and all(s.get(b.name, b.shape) == b.shape for s in shapes)
+        ]
 
     # ---------------------------------------------------------------- parameters and factors
 
     def final(self) -> State:
         """The parameters that training ended with."""
-        return final_parameters(self.store)
+        return final_parameters(self.store, self.stages[-1].index)
 
     def state(self, snapshot: Stretch, which: str) -> State:
         """A snapshot's parameters: ``"mean"`` over its steps, or at the ``"point"`` in its middle."""
@@ -176,51 +272,60 @@ class Run:
         """The parameters averaged over a whole segment (Fast-SOURCE)."""
         return mean_parameters(self.store, segment.snapshots)
 
-    def calibrate(self) -> ObjectiveSpec:
-        """The objective's scale, learnt from the training examples where the run does not hold it yet."""
-        if self.workspace.spec is None:
-            per_batch = self.stage["examples_per_batch"] or self.data.batch_size
-            with self.workspace.at(self.final()):
-                spec = self.workspace.calibrate(self.data, per_batch)
-            self.stage["objective"] = spec.to_json()
+    def calibrate(self) -> None:
+        """The objectives' scales, learnt from the training examples where the run does not hold them yet."""
+        for stage in self.stages[self.stage.index :]:
+            self._calibrate(stage)
+
+    def _calibrate(self, stage: Stage) -> None:
+        if stage.workspace.spec is None:
+            per_batch = stage.record["examples_per_batch"] or stage.data.batch_size
+            with stage.workspace.at(final_parameters(self.store, stage.index)):
+                spec = stage.workspace.calibrate(stage.data, per_batch)
+            stage.record["objective"] = spec.to_json()
             self.store.commit()
-        assert self.workspace.spec is not None
-        return self.workspace.spec
 
     def snapshot_factors(self, segment: Segment, which: str = "mean") -> Factors:
         """A segment's factors, averaged over its snapshots; computed and kept on disk the first time."""
         if which not in ("mean", "point"):
             raise MisconfigurationException(f'`snapshots="{which}"` is not known. HINT: "mean" or "point".')
         names = "+".join(f"{s.last:06d}" for s in segment.snapshots)
-        own = self.segments()
+        own = [s for stage in self.stages for s in self.segments(stage=stage.index)]
         default = which == self.settings["snapshots"] and segment in own
         name = f"segments/{own.index(segment)}.safetensors" if default else f"segments/{which}-{names}.safetensors"
         loads = [partial(self.state, s, which) for s in segment.snapshots]
         files = [s.file.replace(".safetensors", f"-{which}-covariances.safetensors") for s in segment.snapshots]
-        return self._factors(name, loads, segment.weights, files)
+        return self._factors(self.stages[segment.stage], name, loads, segment.weights, files)
 
     def mean_factors(self, segment: Segment) -> Factors:
         """A segment's factors at its averaged parameters (Fast-SOURCE)."""
         name = f"segments/fast-{segment.stretch.first:06d}-{segment.stretch.last:06d}.safetensors"
-        return self._factors(name, [partial(self.mean_state, segment)], [1.0], [None])
+        return self._factors(self.stages[segment.stage], name, [partial(self.mean_state, segment)], [1.0], [None])
 
     def final_factors(self) -> Factors:
-        """Factors at the final parameters (influence functions)."""
-        return self._factors("segments/final.safetensors", [self.final], [1.0], [None])
+        """Factors of the asked stage's objective and examples at the final parameters (influence functions)."""
+        own = self.stage.index
+        name = "segments/final.safetensors" if own == len(self.stages) - 1 else f"segments/final-of-{own}.safetensors"
+        return self._factors(self.stage, name, [self.final], [1.0], [None])
 
     def _factors(
-        self, name: str, loads: Sequence[Callable[[], State]], weights: Sequence[float], files: Sequence[str | None]
+        self,
+        stage: Stage,
+        name: str,
+        loads: Sequence[Callable[[], State]],
+        weights: Sequence[float],
+        files: Sequence[str | None],
     ) -> Factors:
-        device = self.workspace.module.device
+        blocks, device = stage.coverage.blocks, stage.workspace.module.device
         if name in self.store.manifest["files"]:
             tensors = self.store.read(name, device)
-            return {block.name: BlockFactors.from_tensors(block.name, tensors) for block in self.coverage.blocks}
-        self.calibrate()
-        known = [self._read_covariances(file) if file else None for file in files]
+            return {block.name: BlockFactors.from_tensors(block.name, tensors) for block in blocks}
+        self._calibrate(stage)
+        known = [self._read_covariances(stage, file) if file else None for file in files]
         factors, sums = fit_factors(
-            self.workspace,
-            self.data,
-            self._factor_ids(),
+            stage.workspace,
+            stage.data,
+            factor_ids(len(stage.data), self.settings["factor_examples"], self.settings["seed"]),
             loads,
             weights,
             known,
@@ -237,21 +342,29 @@ class Run:
         self.store.commit()
         return factors
 
-    def _factor_ids(self) -> Tensor:
-        return factor_ids(len(self.data), self.settings["factor_examples"], self.settings["seed"])
-
-    def _read_covariances(self, file: str) -> dict[str, CovarianceSums] | None:
+    def _read_covariances(self, stage: Stage, file: str) -> dict[str, CovarianceSums] | None:
         if file not in self.store.manifest["files"]:
             return None
-        tensors = self.store.read(file, self.workspace.module.device)
+        tensors = self.store.read(file, stage.workspace.module.device)
         return {
             block.name: CovarianceSums(
                 tensors[f"activations/{block.name}"],
                 tensors[f"gradients/{block.name}"],
                 int(tensors[f"examples/{block.name}"]),
             )
-            for block in self.coverage.blocks
+            for block in stage.coverage.blocks
         }
+
+
+def _index_of(stage: int | str | None, names: Sequence[str]) -> int:
+    if stage is None:
+        return len(names) - 1
+    if isinstance(stage, int) and -len(names) <= stage < len(names):
+        return stage % len(names)
+    if isinstance(stage, str) and names.count(stage) == 1:
+        return names.index(stage)
+    known = ", ".join(f'{i} "{name}"' for i, name in enumerate(names))
+    raise MisconfigurationException(f"`stage={stage!r}` is not one stage of this run. HINT: its stages are {known}.")
 
 
 def _covariance_tensors(sums: dict[str, CovarianceSums]) -> dict[str, Tensor]:
@@ -268,7 +381,7 @@ def fingerprint(module: Any) -> dict[str, list[int]]:
     return {clean_name(name): list(p.shape) for name, p in module.named_parameters()}
 
 
-def check_module(module: Any, recorded: dict[str, Any]) -> None:
+def check_module(module: Any, recorded: Mapping[str, Any]) -> None:
     """Refuse a model whose parameters are not those of the run.
 
     Raises:

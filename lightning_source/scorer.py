@@ -50,6 +50,8 @@ class SourceScorer:
         *,
         measurement: str | Measurement = "loss",
         datamodule: Any = None,
+        stage: int | str | None = None,
+        stage_models: Sequence[Any] | None = None,
         memory: float = 4e9,
     ) -> SourceScorer:
         """Open a run in any process, on any day; scores are bit-equal to those of the training process.
@@ -59,12 +61,16 @@ class SourceScorer:
             model: the LightningModule that was trained; its weights are not used, they come from the run.
             measurement: what a query is measured by.
             datamodule: the LightningDataModule, if it transforms batches on their way to the device.
+            stage: the stage (``fit``) whose examples are asked about, by index or name; the last by default.
+            stage_models: the LightningModule of each stage, where stages had models of different shapes.
             memory: bytes that query vectors may take.
 
         Raises:
             MisconfigurationException: no run, a damaged file, no finished segment, or a model that does not match.
         """
-        return cls(Run(RunStore.open(dirpath), model, hooks=datamodule), measurement, memory)
+        return cls(
+            Run(RunStore.open(dirpath), stage_models or [model], hooks=datamodule, stage=stage), measurement, memory
+        )
 
     def score(
         self,
@@ -101,7 +107,7 @@ class SourceScorer:
             raise MisconfigurationException(f"`batch_size={batch_size}` must be at least 1.")
         self._use(train)
         run = self.run
-        queries = query_of(query, run._data, batch_size)
+        queries = query_of(query, run.stage.examples, batch_size)
         run.calibrate()
         data = run.data if batch_size is None else examples_of(run.data.dataset, batch_size, run.data)
         ids = _ids(train_ids, len(data))
@@ -146,7 +152,9 @@ class SourceScorer:
         )
 
     def _use(self, train: Any) -> None:
-        self.run.use(None if train is None else examples_of(train, self.run.stage["batch_size"], self.run._data))
+        self.run.use(
+            None if train is None else examples_of(train, self.run.stage.record["batch_size"], self.run.stage.examples)
+        )
 
     def _queries_at_once(self) -> int:
         scalars = sum(block.numel for block in self.run.coverage.blocks)
@@ -160,6 +168,7 @@ class SourceScorer:
             "measurement": self.measurement if isinstance(self.measurement, str) else _name(self.measurement),
             "sign": SIGN,
             "unit": "cosine" if method == "grad-cos" else "change of the measurement on removing the example",
+            "stage": run.stage.name,
             "examples": run.examples,
             "segments": [
                 {"first": s.stretch.first, "last": s.stretch.last, "rates": list(s.stretch.rates)}

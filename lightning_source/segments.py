@@ -21,6 +21,7 @@ class Stretch:
     rates: tuple[float, ...]  # Λ of each parameter group: Σ effective learning rates
     decays: tuple[float, ...]  # Σ effective learning rate · weight decay of each group
     file: str = ""  # where its parameters are
+    stage: int = 0  # the `fit` that it belongs to; steps count on from one stage to the next
 
     @property
     def steps(self) -> int:
@@ -38,13 +39,14 @@ class Stretch:
 
     def merge(self, other: Stretch) -> Stretch:
         """The stretch over both; ``other`` follows this one."""
-        if other.first != self.last:
+        if other.first != self.last or other.stage != self.stage:
             raise ValueError(f"steps {other.first}-{other.last} do not follow steps {self.first}-{self.last}")
         return Stretch(
             self.first,
             other.last,
             tuple(a + b for a, b in zip(self.rates, other.rates, strict=True)),
             tuple(a + b for a, b in zip(self.decays, other.decays, strict=True)),
+            stage=self.stage,
         )
 
     def at(self, file: str) -> Stretch:

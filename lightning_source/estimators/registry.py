@@ -27,7 +27,7 @@ class Query:
 
     def gradients(self, state: State, bases: Mapping[str, Basis] | None = None) -> dict[str, Tensor]:
         """Gradients of the measurement at some parameters, ``[Q, P, O, I]`` by block; in parameter space by default."""
-        return self.run.workspace.query_gradients(state, self.examples, self.measurement, bases)
+        return self.run.query_workspace.query_gradients(state, self.examples, self.measurement, bases)
 
 
 @dataclass(frozen=True)

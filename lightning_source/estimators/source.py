@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_source.engine import Factors, State
 from lightning_source.estimators.registry import Contraction, Query, estimates
 from lightning_source.factors import Basis, contract_diagonal, contract_pairs
+from lightning_source.recorder import final_parameters
 from lightning_source.run import Run, Segment
 from lightning_source.unroll import reverse_walk, segment_response
 
@@ -33,7 +34,7 @@ def source(
     run = query.run
     which = snapshots or run.settings["snapshots"]
     parts = run.segments(segments)
-    factors = [run.snapshot_factors(segment, which) for segment in parts]
+    factors = [run.snapshot_factors(segment, which) for segment in [*parts, *run.later_segments()]]
     yield from _walk(query, parts, factors, [[partial(run.state, s, which) for s in p.snapshots] for p in parts])
 
 
@@ -47,7 +48,7 @@ def fast_source(query: Query, *, segments: int | Sequence[int] | None = None) ->
     """
     run = query.run
     parts = run.segments(segments)
-    factors = [run.mean_factors(segment) for segment in parts]
+    factors = [run.mean_factors(segment) for segment in [*parts, *run.later_segments()]]
     yield from _walk(query, parts, factors, [[partial(run.mean_state, p)] for p in parts])
 
 
@@ -58,12 +59,14 @@ def _walk(
     states: Sequence[Sequence[Callable[[], State]]],
 ) -> Iterator[Contraction]:
     run = query.run
-    gradients = query.gradients(run.final(), _bases(factors[-1]))
-    blocks = [block for block in run.coverage.blocks if block.name in gradients]
-    walks = {
-        name: reverse_walk(gradients.pop(name), factors[-1][name].basis, chain)
-        for name, chain in run.curvatures(segments, factors, blocks).items()
-    }
+    chains = run.curvatures([*segments, *run.later_segments()], factors, run.unbroken())
+    gradients = query.gradients(run.final(), {name: chain[-1].basis for name, chain in chains.items()})
+    walks = {}
+    for name, chain in chains.items():
+        if name in gradients:
+            walks[name] = reverse_walk(gradients.pop(name), chain[-1].basis, chain)
+            for _ in chain[len(segments) :]:  # later stages only carry the query back to the asked one
+                next(walks[name])
     for index in range(len(segments) - 1, -1, -1):
         vectors = {name: next(walk) for name, walk in walks.items()}
         weights = segments[index].weights if len(states[index]) > 1 else [1.0]
@@ -76,7 +79,7 @@ def _bases(factors: Factors) -> dict[str, Basis]:
 
 
 def self_influence(run: Run, ids: Tensor, chunk: int) -> Tensor:
-    """The diagonal of SOURCE scores with the training examples as queries and their own loss as measurement, ``[N]``.
+    """The diagonal of SOURCE scores at the stage's end, training examples as queries measured by their loss, ``[N]``.
 
     In the last segment (the only one, if there is one) the query's and the example's activations and gradients are
     rotated and multiplied element by element, so with one position no per-example matrix exists.
@@ -93,7 +96,9 @@ def self_influence(run: Run, ids: Tensor, chunk: int) -> Tensor:
 
 def _self_influence_of(run: Run, ids: Tensor, segments: Sequence[Segment], factors: Sequence[Factors]) -> Tensor:
     last, which = len(segments) - 1, run.settings["snapshots"]
-    query = run.workspace.collected(run.final(), run.data, ids, _bases(factors[last]), query=True)
+    query = run.workspace.collected(
+        final_parameters(run.store, run.stage.index), run.data, ids, _bases(factors[last]), query=True
+    )
     blocks = [block for block in run.coverage.blocks if block.name in query]
     chains = run.curvatures(segments, factors, blocks)
     # Vectors are needed as matrices from the last segment but one, and wherever steps are preconditioned.

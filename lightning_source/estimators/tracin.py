@@ -37,7 +37,9 @@ def tracin(query: Query, *, snapshots: Literal["mean", "point"] | None = None) -
 def grad_dot(query: Query) -> Iterator[Contraction]:
     """``(1/N) Λ ∇fᵀ g`` at the final model, ``Λ`` over all of training: SOURCE's limit for ``Λσ ≪ 1``."""
     run = query.run
-    vectors = _scaled(run, query.gradients(run.final()), merge_all(run.snapshots))
+    vectors = _scaled(
+        run, query.gradients(run.final()), merge_all([s for s in run.snapshots if s.stage == run.stage.index])
+    )
     yield Contraction(run.final, vectors, 1 / run.examples)
 
 
