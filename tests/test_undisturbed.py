@@ -1,0 +1,451 @@
+"""Training is bit-identical with and without the callback, and scoring leaves everything as it was."""
+
+import random
+import signal
+from collections import deque
+from contextlib import nullcontext
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from helpers import Classifier, classes, mlp, quiet_trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import Logger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_source import SourceCallback, _guards
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Threads only wait for each other on matrices this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Diary(Logger):
+    """Keeps every value that it is given, in order."""
+
+    name = version = "diary"
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, dict(metrics)))
+
+    def log_hyperparams(self, params):
+        pass
+
+
+def same(a, b):
+    """Bit-equality of nested containers."""
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple, deque)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+class Mean:
+    """A user's own running mean: a plain Python object."""
+
+    def __init__(self):
+        self.total, self.count = 0.0, 0
+
+    def update(self, value):
+        self.total, self.count = self.total + float(value), self.count + 1
+
+
+class Busy(Classifier):
+    """Does something beside the loss in ``training_step``: ``act(module, batch, loss)`` may give another loss back."""
+
+    def __init__(self, begin=lambda module: None, act=lambda module, batch, loss: None, net=None, **options):
+        super().__init__(net or mlp(), **options)
+        self.act = act
+        begin(self)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        changed = self.act(self, batch, loss)
+        return loss if changed is None else changed
+
+    def watched(self):
+        """What ``act`` may have written that is in no state_dict."""
+        if not hasattr(self, "seen"):
+            return None
+        seen = self.seen
+        if isinstance(seen, torch.Generator):
+            return seen.get_state()
+        if isinstance(seen, MeanMetric):
+            return [seen.metric_state, seen.update_count]
+        return vars(seen) if isinstance(seen, Mean) else seen
+
+
+def begin(seen):
+    return lambda module: setattr(module, "seen", seen())
+
+
+def buffer(module):
+    module.register_buffer("seen", torch.zeros(3))
+
+
+def averaged_copy(module):
+    module.seen_net = mlp().requires_grad_(False)
+
+
+def follow(module, batch, loss):
+    for mine, other in zip(module.seen_net.parameters(), module.net.parameters(), strict=True):
+        mine.lerp_(other.detach(), 0.1)
+
+
+def bincount(batch):
+    return torch.bincount(batch[1], minlength=3).float()
+
+
+def logs(module, batch, loss):
+    module.log("loss", loss, on_step=True, on_epoch=True, prog_bar=True)
+    module.log_dict({"largest": loss.detach() * 2, "size": float(len(batch[1]))}, on_epoch=True)
+
+
+def updates_metric(module, batch, loss):
+    module.seen(loss)
+    module.accuracy.update(module.net(batch[0]), batch[1])
+    module.log("mean", module.seen, on_step=True, on_epoch=True)
+    module.log("accuracy", module.accuracy, on_step=False, on_epoch=True)
+
+
+def two_metrics(module):
+    module.seen, module.accuracy = MeanMetric(), MulticlassAccuracy(3)
+
+
+def own_noise(module, batch, loss):
+    return loss * (1 + torch.rand((), generator=module.seen))
+
+
+def global_noise(module, batch, loss):
+    return loss * (1 + torch.rand(()) + random.random() + np.random.rand())
+
+
+def logs_to_the_logger(module, batch, loss):
+    module.logger.log_metrics({"own": float(loss.detach())}, module.global_step)
+
+
+def counts(module, batch, loss):
+    module.seen += len(batch[0])
+
+
+def counts_privately(module, batch, loss):
+    module._steps += 1
+    return loss * (1 + 0.1 * module._steps)
+
+
+def appends(module, batch, loss):
+    (module.seen["train"] if isinstance(module.seen, dict) else module.seen).append(float(loss.detach()))
+
+
+def updates(module, batch, loss):
+    module.seen.update(loss)
+
+
+def rebinds_tensor(module, batch, loss):
+    module.seen = 0.9 * module.seen + 0.1 * loss.detach()
+
+
+def changes_tensor(module, batch, loss):
+    module.seen.mul_(0.9).add_(0.1 * loss.detach())
+
+
+def rebinds_buffer(module, batch, loss):
+    module.seen = module.seen + bincount(batch)
+
+
+def changes_buffer(module, batch, loss):
+    module.seen.add_(bincount(batch))
+
+
+# What a training_step does beside the loss: (before training, in the step).
+ACTS = {
+    "nothing": (),
+    "logs": (lambda module: None, logs),
+    "logger called directly": (lambda module: None, logs_to_the_logger),
+    "metric": (two_metrics, updates_metric),
+    "global noise": (lambda module: None, global_noise),
+    "own generator": (begin(lambda: torch.Generator().manual_seed(1)), own_noise),
+    "output list": (begin(list), appends),
+    "nested lists": (begin(lambda: {"train": []}), appends),
+    "deque": (begin(lambda: deque(maxlen=3)), appends),
+    "counter": (begin(int), counts),
+    "private counter": (lambda module: setattr(module, "_steps", 0), counts_privately),
+    "plain object": (begin(Mean), updates),
+    "tensor, rebound": (begin(lambda: torch.zeros(())), rebinds_tensor),
+    "tensor, in place": (begin(lambda: torch.zeros(())), changes_tensor),
+    "buffer, rebound": (buffer, rebinds_buffer),
+    "buffer, in place": (buffer, changes_buffer),
+    "momentum encoder": (averaged_copy, follow),
+}
+
+
+class FrozenNorm(Busy):
+    """Keeps its BatchNorm in eval mode while it trains."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.net[1].eval()
+        return self
+
+
+class Validated(Busy):
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.loss(self.net(batch[0]), batch[1]) + torch.rand(()))
+
+
+class Augmented(Dataset):
+    """Random noise on every item, from the global generators."""
+
+    def __len__(self):
+        return len(classes())
+
+    def __getitem__(self, index):
+        inputs, target = classes()[index]
+        return inputs + torch.randn(6) + random.random() + np.random.rand(), target
+
+
+class OwnBatches:
+    """A user's batch sampler: says no batch size, and draws when iterated."""
+
+    def __iter__(self):
+        return iter(torch.randperm(24).view(6, 4).tolist())
+
+    def __len__(self):
+        return 6
+
+
+def normed():
+    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def dropped():
+    return nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def momentum(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01)
+
+
+class PerStep(Busy):
+    def configure_optimizers(self):
+        optimizer = momentum(self.parameters())
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.3, total_steps=9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def plain_loader():
+    return DataLoader(classes(), 8, shuffle=True)
+
+
+# How it is trained: (module, Trainer options, loader).
+SETTINGS = {
+    "dropout": (lambda: Busy(net=dropped()), {}, plain_loader),
+    "batch norm": (lambda: Busy(net=normed()), {}, plain_loader),
+    "frozen batch norm": (lambda: FrozenNorm(net=normed()), {}, plain_loader),
+    "momentum, scheduler per step": (PerStep, {}, plain_loader),
+    # 5 batches: the last window of each epoch is short
+    "accumulation": (Busy, {"accumulate_grad_batches": 2}, lambda: DataLoader(classes(), 5, shuffle=True)),
+    "clipping by norm": (Busy, {"gradient_clip_val": 0.1}, plain_loader),
+    "clipping by value": (Busy, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, plain_loader),
+    "bf16-mixed": (lambda: Busy(net=dropped()), {"precision": "bf16-mixed"}, plain_loader),
+    "validation": (Validated, {"num_sanity_val_steps": 2, "val_check_interval": 2}, plain_loader),
+    "compiled": (lambda: torch.compile(Busy(net=dropped()), backend="eager"), {}, plain_loader),
+    "augmented data": (Busy, {}, lambda: DataLoader(Augmented(), 8, shuffle=True)),
+    "own batch sampler": (Busy, {}, lambda: DataLoader(classes(), batch_sampler=OwnBatches())),
+}
+
+
+def rng():
+    return [torch.get_rng_state(), np.random.get_state(), random.getstate()]
+
+
+def snapshot(trainer, module, diary):
+    """Everything that a callback might have changed, copied."""
+    optimizer = trainer.optimizers[0]
+    metrics = {key: value.clone() for key, value in trainer.callback_metrics.items()}
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    children = list(module.modules())
+    return {
+        "state": state,
+        "grad": [None if p.grad is None else p.grad.clone() for p in module.parameters()],
+        "optimizer": optimizer.state_dict()["param_groups"],
+        "optimizer state": [
+            v.clone() for s in optimizer.state_dict()["state"].values() for v in s.values() if v is not None
+        ],
+        "metrics": metrics,
+        "logged": list(diary.rows),
+        "watched": getattr(module, "_orig_mod", module).watched(),
+        "requires_grad": [p.requires_grad for p in module.parameters()],
+        "modes": [child.training for child in children],
+        "hooks": [len(hooks) for child in children for hooks in hooks_of(child)],
+        "optimizer hooks": len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks),
+        "attributes": [sorted(vars(child)) for child in children],
+        "rng": rng(),
+    }
+
+
+def hooks_of(child):
+    return child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._forward_hooks_with_kwargs
+
+
+def train(tmp_path, make, options, loader, *callbacks):
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    module, diary = make(), Diary()
+    trainer = quiet_trainer(tmp_path, *callbacks, logger=diary, log_every_n_steps=1, max_epochs=3, **options)
+    trainer.fit(module, loader(), DataLoader(classes(), 8) if isinstance(module, Validated) else None)
+    return trainer, module, diary
+
+
+def differing(tmp_path, make, options=(), loader=plain_loader):
+    """Names of what differs between a training without the callback and one with it."""
+    without = snapshot(*train(tmp_path, make, dict(options), loader))
+    source = SourceCallback(dirpath=str(tmp_path / "run"), segments=2, snapshots_per_segment=1)
+    outcome = snapshot(*train(tmp_path, make, dict(options), loader, source))
+    assert (tmp_path / "run" / "segments" / "1.safetensors").exists()  # factors were computed inside `fit`
+    return [name for name in without if not same(outcome[name], without[name])]
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_training_is_bit_identical_whatever_the_step_does(tmp_path, act):
+    assert differing(tmp_path, lambda: Busy(*ACTS[act])) == []
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_training_is_bit_identical_however_it_is_done(tmp_path, setting):
+    assert differing(tmp_path, *SETTINGS[setting]) == []
+
+
+@pytest.mark.parametrize(
+    ("guards", "make", "changed"),
+    [
+        (["isolated_rng"], lambda: Busy(*ACTS["global noise"]), {"state", "rng"}),
+        (["_eval_mode", "_attributes_kept"], lambda: Busy(net=normed()), {"state"}),
+        (["_attributes_kept"], lambda: Busy(*ACTS["counter"]), {"watched"}),
+        (["_attributes_kept"], lambda: Busy(*ACTS["buffer, in place"]), {"state"}),
+        (["_attributes_kept"], lambda: Busy(*ACTS["metric"]), {"logged"}),
+    ],
+    ids=["rng", "batch norm", "attributes", "buffers", "metrics"],
+)
+def test_a_guard_taken_away_changes_training(tmp_path, monkeypatch, guards, make, changed):
+    for guard in guards:
+        monkeypatch.setattr(_guards, guard, lambda *args: nullcontext())
+    assert changed <= set(differing(tmp_path, make))
+
+
+def test_without_silence_a_step_that_logs_could_not_be_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(_guards, "_silent_log", lambda module: nullcontext())
+    source = SourceCallback(dirpath=str(tmp_path / "run"))
+    with pytest.warns(UserWarning, match=r"can't `self.log\(\)`"):
+        train(tmp_path, lambda: Busy(*ACTS["logs"]), {}, plain_loader, source)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter([classes()[i] for i in range(5)])
+
+
+def failing(module, batch):
+    module.net(batch[0] + torch.rand(()))
+    raise RuntimeError("the user's measurement")
+
+
+QUERIES = {
+    "batch": ([x[:4] for x in classes().tensors], {"per_segment": True}),
+    "dataset": (Augmented(), {"measurement": "margin"}),
+    "loader": (DataLoader(classes(), 4, shuffle=True), {"method": "influence"}),
+    "iterable loader": (DataLoader(Endless(), 2), {"method": "grad-cos"}),
+    "error": ([x[:4] for x in classes().tensors], {"measurement": failing}),
+}
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_attribute_leaves_everything_as_it_was(tmp_path, query):
+    source = SourceCallback(dirpath=str(tmp_path / "run"), snapshots_per_segment=2)
+    trainer, module, diary = train(tmp_path, lambda: Busy(*ACTS["metric"], net=normed()), {}, plain_loader, source)
+    module.train()
+    module.net[1].eval()
+    module.net[3].weight.requires_grad_(False)  # frozen since training
+    module.net[0].weight.grad = torch.ones(5, 6)
+    seen = []
+    module.net[0].register_forward_hook(lambda *args: seen.append(any(m.training for m in module.modules())))
+    before = snapshot(trainer, module, diary)
+    data, options = QUERIES[query]
+    with pytest.raises(RuntimeError, match="the user's") if query == "error" else nullcontext():
+        assert trainer.attribute(data, **options).values.isfinite().all()
+    after = snapshot(trainer, module, diary)
+    assert set(seen) == {False}  # the passes ran the module in eval mode
+    assert [name for name in before if not same(before[name], after[name])] == []
+
+
+class Stop(L.Callback):
+    def __init__(self, error):
+        self.error = error
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if self.error and trainer.global_step == 3:
+            raise self.error
+
+
+@pytest.fixture
+def _ctrl_c():
+    """Lightning ignores SIGINT from a KeyboardInterrupt on."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
+@pytest.mark.parametrize(
+    ("error", "raised"), [(None, None), (ValueError("user"), ValueError), (KeyboardInterrupt(), SystemExit)], ids=repr
+)
+def test_no_hook_remains(tmp_path, error, raised):
+    module, recording = Classifier(mlp()), []
+
+    class Peek(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            recording.append(len(trainer.optimizers[0]._optimizer_step_post_hooks))
+
+    source = SourceCallback(dirpath=str(tmp_path / "run"))
+    trainer = quiet_trainer(tmp_path, source, Peek(), Stop(error))
+    with pytest.raises(raised) if raised else nullcontext():
+        trainer.fit(module, plain_loader())
+    optimizer = trainer.optimizers[0]
+    assert set(recording) == {1}  # the step log hangs on the optimizer while training runs
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    assert not any(hooks for child in module.modules() for hooks in hooks_of(child))
+    assert "log" not in vars(module)
+
+
+def test_a_csv_log_is_the_same_file(tmp_path):
+    """By default the run lies beside the logger's files."""
+    files = []
+    for name, callbacks in (("without", []), ("with", [SourceCallback(segments=2)])):
+        torch.manual_seed(5)
+        logger = CSVLogger(tmp_path / name)
+        options = {"logger": logger, "log_every_n_steps": 1}
+        quiet_trainer(tmp_path, *callbacks, **options).fit(Busy(*ACTS["metric"]), plain_loader())
+        files.append((tmp_path / name / "lightning_logs" / "version_0" / "metrics.csv").read_text())
+    assert (tmp_path / "with" / "lightning_logs" / "version_0" / "source-run" / "manifest.json").exists()
+    assert files[0] == files[1]
+    assert len(files[0].splitlines()) > 6
