@@ -99,6 +99,9 @@ class Block:
         """
         g = form.gradients(module, gradients, size)
         a = form.activations(module, inputs, size) if self.weight else g.new_empty(*g.shape[:3], 0)
+        # They may differ under autocast, and what is computed of them needs more than half precision.
+        dtype = torch.promote_types(torch.promote_types(a.dtype, g.dtype), torch.float32)
+        a, g = a.to(dtype), g.to(dtype)
         if self.bias:
             a = torch.cat([a, a.new_ones(*a.shape[:3], 1)], dim=-1)
         return Captured(a, g)
