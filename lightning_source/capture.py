@@ -30,6 +30,8 @@ class Recording:
         by_name = {clean_name(name): child for name, child in module.named_modules()}
         self._modules = {block.module: by_name[block.module] for block in blocks}
         self._calls: dict[str, list[tuple[Tensor, GradientEdge]]] = defaultdict(list)
+        self.without_gradient: set[str] = set()  # layers that ran with gradients off, at least once
+        self.half: set[str] = set()  # layers whose outputs are in half precision
 
     @contextmanager
     def listening(self) -> Iterator[Recording]:
@@ -46,7 +48,13 @@ class Recording:
 
     def _hook(self, name: str) -> Any:
         def remember(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if isinstance(output, Tensor) and output.requires_grad:
+            if not isinstance(output, Tensor):
+                return
+            if output.dtype in (torch.float16, torch.bfloat16):
+                self.half.add(name)
+            if not output.requires_grad:
+                self.without_gradient.add(name)
+            else:
                 inputs = args[0] if args else kwargs["input"]
                 self._calls[name].append((inputs.detach(), get_gradient_edge(output)))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -154,7 +155,11 @@ def to_module(batch: Any, module: Any, hooks: Any = None) -> Any:
     ):
         owner = hooks if hooks is not None and _overrides(hooks, name) else module
         batch = getattr(owner, name)(batch, *arguments)
-    return batch
+    # What the Trainer's precision plugin does in "bf16-true", "16-true" and "64-true".
+    dtype = next((p.dtype for p in module.parameters()), torch.float32)
+    if dtype == torch.float32:
+        return batch
+    return apply_to_collection(batch, Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x)
 
 
 def _overrides(instance: Any, name: str) -> bool:

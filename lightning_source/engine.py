@@ -184,21 +184,22 @@ class Workspace:
         """
         size = max(1, min(16, data.batch_size, len(data) // 2))
         ids = list(range(min(len(data), 2 * size)))
-        whole, half = (self._evaluate(data, ids[:count]) for count in (len(ids), size))
+        whole = self._evaluate(data, ids)
         if not whole.calls:
             self.spec = self._calibrate_whole(data, ids, size, examples_per_batch)
             return self.spec
-        if len(whole.calls) != len(half.calls):
-            raise MisconfigurationException("`training_step` computes another number of losses on another batch.")
-        ratio = self._hook_ratio(data, ids, whole)
+        # The half with the fewest elements: normalisers are told apart where its examples differ from the rest.
+        counts = torch.stack([whole.by_example(whole.weights(i, "mean")[1]).sum(1) for i in range(len(whole.calls))])
+        counts = (counts / counts.sum(1, keepdim=True)).sum(0)
+        chosen = counts.masked_fill(counts == 0, torch.inf).argsort(stable=True)[:size].tolist()
+        ratio, alone = self._hook_ratio(data, ids, size, examples_per_batch)
         scales = []
         for index, call in enumerate(whole.calls):
             kind: Kind = "sum" if call.reduction == "sum" else "mean"  # all that one example can tell
             if len(ids) > size:
-                kept = whole.by_example(whole.scales[index])[:size].sum()
-                kind = _kind(float(half.by_example(half.scales[index]).sum() / kept), len(ids) / size)
-            factor = examples_per_batch if kind == "sum" else 1 / self._weight_per_example(data, whole, index)
-            scales.append(CallScale(call.name, kind, factor * ratio))
+                kind = self._kind_of(data, whole, index, chosen)
+            factor = examples_per_batch if kind == "sum" else 1 / self._weight_per_example(data, whole, index, kind)
+            scales.append(CallScale(call.name, kind, factor * ratio, alone))
         hook = self.objective.hook
         self.spec = ObjectiveSpec(
             "hook" if hook else "recognised",
@@ -212,23 +213,68 @@ class Workspace:
         (_, batch), *_ = batches.batches(ids)
         return self.objective.evaluate(to_module(batch, self.module, self.hooks), len(ids), recording, hooked)
 
-    def _weight_per_example(self, data: Examples, losses: Losses, index: int) -> float:
+    def _kind_of(self, data: Examples, whole: Losses, index: int, chosen: Sequence[int]) -> Kind:
+        """What a call's elements are divided by: that under which they weigh the same in another batch."""
+        half, again = (self._evaluate(data, chosen) for _ in range(2))
+        if [call.name for call in half.calls] != [call.name for call in whole.calls]:
+            raise MisconfigurationException("`training_step` computes other losses on another batch.")
+        call = whole.calls[index]
+        random = not torch.equal(half.scales[index], again.scales[index])  # drawn weights agree only in sum
+
+        def mismatch(kind: Kind) -> float:
+            one, other = (x.by_example(x.weights(index, kind)[0]) for x in (whole, half))
+            one = one[list(chosen)]
+            if random:
+                one, other = one.sum(), other.sum()
+            return round(float((one - other).norm() / other.norm()), 4)
+
+        kinds: list[Kind] = ["mean", "sum", "examples"]
+        best = min(sorted(kinds, key=lambda kind: kind != call.reduction), key=mismatch)
+        if not random and mismatch(best) > 1e-2:
+            raise MisconfigurationException(
+                f"`training_step` weights the elements of `{call.name}` neither as a mean nor as a sum over the"
+                " batch, so they cannot be told for others. HINT: pass weights to the loss itself (`weight=`), or"
+                " divide by the number of examples or elements."
+            )
+        return best
+
+    def _weight_per_example(self, data: Examples, losses: Losses, index: int, kind: Kind) -> float:
         """Mean normaliser an example adds to a training batch; a pass over data only where examples differ."""
-        weights = losses.by_example(losses.weights(index, "mean")[1]).sum(1)
+        weights = losses.by_example(losses.weights(index, kind)[1]).sum(1)
+        if kind == "examples":
+            return 1.0
         if bool((weights == weights[0]).all()):
             return float(weights[0])
         total, ids = 0.0, factor_ids(len(data), 4096, self.seed)
         for chosen, batch in data.batches(ids):
             other = self.objective.evaluate(to_module(batch, self.module, self.hooks), len(chosen))
-            total += float(other.weights(index, "mean")[1].sum())
+            total += float(other.weights(index, kind)[1].sum())
         return total / len(ids)
 
-    def _hook_ratio(self, data: Examples, ids: Sequence[int], hooked: Losses) -> float:
-        """Where the module names its own losses: the constant between their mean and the loss that was trained."""
+    def _hook_ratio(
+        self, data: Examples, ids: Sequence[int], size: int, examples_per_batch: float
+    ) -> tuple[float, float]:
+        """Where the module names its own losses: the trained loss over their mean, in training batches and alone.
+
+        Gradients are compared, since the two may differ by a constant term.
+        """
         if self.objective.hook is None:
-            return 1.0
-        trained = self._evaluate(data, ids, hooked=False)
-        return float(trained.loss.detach() / hooked.loss.detach())
+            return 1.0, 1.0
+        large, small = (self._gradient_ratio(data, ids[:count]) for count in (len(ids), size))
+        # Where the ratio does not grow with the batch, training takes a mean; one example tells no difference.
+        if len(ids) == size or large / small < (len(ids) / size) ** 0.5:
+            return large, large
+        return large / len(ids) * examples_per_batch, large / len(ids)
+
+    def _gradient_ratio(self, data: Examples, ids: Sequence[int]) -> float:
+        own = {clean_name(name): p for name, p in self.module.named_parameters()}
+        parameters = [own[name] for block in self.blocks for name in block.parameters]
+        trained, hooked = (
+            torch.autograd.grad(self._evaluate(data, ids, hooked=h).loss, parameters, allow_unused=True)
+            for h in (False, True)
+        )
+        pairs = [(t, h) for t, h in zip(trained, hooked, strict=True) if t is not None and h is not None]
+        return float(sum((t * h).sum() for t, h in pairs)) / float(sum(h.square().sum() for _, h in pairs))
 
     def _calibrate_whole(
         self, data: Examples, ids: Sequence[int], size: int, examples_per_batch: float
@@ -275,8 +321,10 @@ class Workspace:
                     for name, one in captured.items():
                         new = eigenvalue_sums(one, bases[name])
                         sums[name] = sums[name].add_(new) if name in sums else new
-        for name, total in sums.items():
-            _require_finite(total, name, "eigenvalues")
+        for block in self.blocks:
+            if block.name not in sums:  # control flow skipped it on every factor example: no curvature
+                sums[block.name] = next(self.module.parameters()).new_zeros(block.shape)
+            _require_finite(sums[block.name], block.name, "eigenvalues")
         return {name: total / (len(ids) * samples) for name, total in sums.items()}
 
     # ---------------------------------------------------------------- scoring

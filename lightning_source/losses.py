@@ -86,7 +86,8 @@ def _cross_entropy(call: dict[str, Any]) -> LossCall:
     if target.is_floating_point():
         soft = target.movedim(1, -1) if target.dim() > 1 else target
         weights = torch.ones_like(elements)
-        curvature = weights if weight is None else soft @ weight * (1 - smoothing) + smoothing * weight.mean()
+        total, mean = (soft.sum(-1), 1.0) if weight is None else (soft @ weight, weight.mean())
+        curvature = total * (1 - smoothing) + smoothing * mean
         return _categorical("cross_entropy", call, elements, lambda: rows.log_softmax(-1), None, weights, curvature)
     hard, weights = _targets(target, call["ignore_index"], weight, elements)
     curvature = weights
@@ -218,7 +219,8 @@ def _mse_loss(call: dict[str, Any]) -> LossCall:
     elements = F.mse_loss(prediction, target, reduction="none")
     ones = torch.ones_like(elements).detach()
     scale = ones if weight is None else ones * weight
-    # torch divides a weighted mean by the weights' sum, as it does here.
+    # torch divides a weighted mean by the sum of the weights as they were given, not as they were broadcast.
+    weights = scale if weight is None else scale * (weight.numel() / scale.numel())
     prediction = prediction.expand_as(elements)
 
     def sample(generator: torch.Generator) -> Tensor:
@@ -226,4 +228,4 @@ def _mse_loss(call: dict[str, Any]) -> LossCall:
         signs = torch.bernoulli(torch.full_like(prediction, 0.5), generator=generator)
         return (prediction - prediction.detach() - SQRT_HALF * (2 * signs - 1)).square()
 
-    return LossCall("mse_loss", call["reduction"], elements * scale, scale, scale, sample, None, lambda: -elements)
+    return LossCall("mse_loss", call["reduction"], elements * scale, weights, scale, sample, None, lambda: -elements)

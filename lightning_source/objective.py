@@ -28,7 +28,8 @@ from lightning_source.capture import Recording
 from lightning_source.losses import LossCall, read_call
 
 Measurement = Callable[[Any, Any], Tensor]
-Kind = Literal["mean", "sum"]
+# What the user divides elements by: their weights in the batch, nothing, or the number of examples.
+Kind = Literal["mean", "sum", "examples"]
 
 
 class _LossTap(TorchFunctionMode):
@@ -52,8 +53,9 @@ class CallScale:
     """How the training batches weighted the elements of one loss call."""
 
     name: str
-    kind: Kind  # whether a larger batch gives its examples less weight
+    kind: Kind
     factor: float  # B · s_j = factor · s_j · normaliser on a batch of any size
+    alone: float = 1.0  # the step's loss for one example over that of the module's hook
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,18 @@ class Losses:
         call, scale = self.calls[index], self.scales[index]
         if kind == "sum":
             return scale, torch.ones_like(scale)
-        weights = call.weights if call.reduction == "mean" else (scale != 0).to(scale.dtype)
+        if kind == "examples":
+            return scale * self.size, torch.full_like(scale, self.size / scale.numel())
+        valid = (scale != 0) & (call.weights != 0)
+        weights = call.weights if call.reduction == "mean" else valid.to(scale.dtype)
         return scale * weights.sum(), weights
+
+    @property
+    def recognised(self) -> Tensor:
+        """The part of the loss that is made of known elements, ``Σ_j s_j ℓ_j``; all of it where none is known."""
+        if not self.calls:
+            return self.loss
+        return _sum((s * call.elements).sum() for call, s in zip(self.calls, self.scales, strict=True))
 
     def by_example(self, elements: Tensor) -> Tensor:
         """Elements as ``[B, elements of an example]``."""
@@ -144,7 +156,9 @@ class Losses:
         for i, scale in enumerate(spec.calls):
             h, weights = self.weights(i, scale.kind)
             value = self.by_example(h * self.calls[i].elements).sum(1)
-            total.append(value / self.by_example(weights).sum(1).clamp_min(1e-12) if scale.kind == "mean" else value)
+            if scale.kind != "sum":
+                value = value / self.by_example(weights).sum(1).clamp_min(1e-12)
+            total.append(scale.alone * value)
         return _sum(iter(total))
 
     def _of_targets(self, measurement: str) -> Tensor:

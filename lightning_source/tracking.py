@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_source.capture import Recording
@@ -19,6 +20,8 @@ from lightning_source.objective import Objective
 # A layer's captured gradient must match autograd's weight gradient to this share of its norm; float32 sums in another
 # order differ by about 1e-6, a missing use of the weight by its whole contribution.
 TOLERANCE = 1e-3
+# Under autocast autograd itself rounds to 8 bits.
+HALF_TOLERANCE = 3e-2
 
 
 @dataclass(frozen=True)
@@ -147,12 +150,13 @@ def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: An
     while blocks:
         recording = Recording(module, blocks)
         losses = objective.evaluate(batch, size, recording)
+        target = losses.recognised  # a penalty on the weights is not data
+        last = _last_example(losses) if size > 1 and losses.calls else None
         parameters = {clean_name(n): p for n, p in module.named_parameters() if p.requires_grad}
         try:
-            captured = recording.captured(losses.loss, size, retain_graph=True)
-            one = (
-                recording.captured(_last_example(losses), size, retain_graph=True) if size > 1 and losses.calls else {}
-            )
+            captured = recording.captured(target, size, retain_graph=True)
+            one = {} if last is None else recording.captured(last, size, retain_graph=True)
+            everything = recording.captured(losses.loss, size, retain_graph=True) if losses.calls else {}
         except ValueError as error:
             name = str(error).split("`")[1]
             bad = [b.name for b in blocks if b.module == name]
@@ -160,12 +164,22 @@ def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: An
             blocks = [b for b in blocks if b.name not in bad]
             continue
         wanted = [name for b in blocks for name in b.parameters]
-        found = torch.autograd.grad(losses.loss, [parameters[n] for n in wanted], allow_unused=True)
+        found = torch.autograd.grad(target, [parameters[n] for n in wanted], allow_unused=True)
         gradients = {n: g for n, g in zip(wanted, found, strict=True) if g is not None}
         for block in blocks:
-            reason = _mismatch(block, captured.get(block.name), gradients) or _mixing(one.get(block.name))
+            tolerance = HALF_TOLERANCE if block.module in recording.half else TOLERANCE
+            reason = _mismatch(block, captured.get(block.name), gradients, tolerance) or _mixing(one.get(block.name))
+            if reason is None and block.name not in captured and block.module in recording.without_gradient:
+                reason = "its output carries no gradient (reentrant checkpointing, or torch.no_grad)"
             if reason:
                 reasons[block.name] = reason
+        unknown = _unknown_share(everything, captured)
+        if unknown > HALF_TOLERANCE:
+            rank_zero_warn(
+                f"Part of the loss in `{type(module).__name__}.training_step` was not recognised, {unknown:.0%} of its"
+                " gradient at the layers, and no score counts it. HINT: use torch's losses, or define"
+                " `attribution_losses(batch)` on the module."
+            )
         break
     checked = coverage.without(reasons)
     if not checked.blocks:
@@ -175,6 +189,15 @@ def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: An
     return checked
 
 
+def _unknown_share(everything: Mapping[str, Captured], known: Mapping[str, Captured]) -> float:
+    """Norm of the layers' output gradients that known elements do not explain, over that of all."""
+    total, rest = 0.0, 0.0
+    for name, one in everything.items():
+        total += float(one.gradients.square().sum())
+        rest += float((one.gradients - known[name].gradients if name in known else one.gradients).square().sum())
+    return (rest / total) ** 0.5 if total else 0.0
+
+
 def _last_example(losses: Any) -> Tensor:
     total = losses.loss.new_zeros(())
     for call, scale in zip(losses.calls, losses.scales, strict=True):
@@ -182,7 +205,7 @@ def _last_example(losses: Any) -> Tensor:
     return total
 
 
-def _mismatch(block: Block, captured: Captured | None, gradients: Mapping[str, Tensor]) -> str | None:
+def _mismatch(block: Block, captured: Captured | None, gradients: Mapping[str, Tensor], tolerance: float) -> str | None:
     present = {n: gradients[n] for n in block.parameters if n in gradients}
     if captured is None:
         return "used outside its layer's forward" if any(g.any() for g in present.values()) else None
@@ -191,7 +214,7 @@ def _mismatch(block: Block, captured: Captured | None, gradients: Mapping[str, T
     expected = block.matrix(present)
     a, g = (x.flatten(1, 2) for x in captured)
     error = (g.mT @ a - expected).norm()
-    if error > TOLERANCE * expected.norm() + 1e-12:
+    if error > tolerance * expected.norm() + 1e-12:
         return f"captured gradient differs from autograd's by {float(error / expected.norm()):.1%}"
     return None
 

@@ -175,7 +175,10 @@ class Block:
             size: number of examples in the batch.
         """
         form = _BY_NAME[self.form]
-        return form.capture(module, inputs, gradients, size, self.weight is not None, self.bias is not None)
+        one = form.capture(module, inputs, gradients, size, self.weight is not None, self.bias is not None)
+        # They may differ under autocast, and what is computed of them needs more than half precision.
+        dtype = torch.promote_types(torch.promote_types(one.activations.dtype, one.gradients.dtype), torch.float32)
+        return Captured(one.activations.to(dtype), one.gradients.to(dtype))
 
     def matrix(self, values: Mapping[str, Tensor]) -> Tensor:
         """Parameter-shaped ``values`` (parameters or their gradients, by name) as the block's ``[P, O, I]``."""
