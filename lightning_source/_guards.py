@@ -6,19 +6,28 @@ Each guard is there because a run without it differed: see the bit-identity test
 from __future__ import annotations
 
 import copy
+import math
+import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-_CONTAINERS = (list, dict, set, deque)
-# A plain tensor attribute up to this many scalars (a running statistic) is kept by value, a larger one by reference.
+# A plain tensor attribute up to this many scalars (a running statistic) is kept by value, a larger one by reference,
+# and so is everything after this many scalars and items in all (a data set that the module holds).
 _SMALL = 1 << 16
+_MOST = 1 << 20
+_NUMBERS = (int, float, str, bytes, type(None))
+_CONTAINERS = (list, tuple, dict, set, deque)
+_FRAMEWORK = set(vars(LightningModule()))
 
 
 @contextmanager
@@ -67,75 +76,138 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _silent_log(module: nn.Module) -> Iterator[None]:
-    """``self.log`` inside a hook of ours would raise, or add a metric under our hook's name."""
+    """``self.log`` inside a hook of ours would raise, or add a metric under our hook's name; loggers take nothing."""
     names = [name for name in ("log", "log_dict") if hasattr(module, name)]
     previous = {name: module.__dict__[name] for name in names if name in module.__dict__}
+    trainer: Any = getattr(module, "_trainer", None)
+    loggers = trainer.loggers if trainer is not None else []
     try:
         for name in names:
             module.__dict__[name] = lambda *args, **kwargs: None
+        if loggers:
+            trainer.loggers = [DummyLogger() for _ in loggers]
         yield
     finally:
         for name in names:
             del module.__dict__[name]
         module.__dict__.update(previous)
+        if loggers:
+            trainer.loggers = loggers
+
+
+@contextmanager
+def parameters_kept(module: nn.Module) -> Iterator[None]:
+    """Restore parameters that a ``training_step`` writes itself, such as those of a momentum encoder."""
+    kept = [(p, p.detach().clone()) for p in module.parameters()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, values in kept:
+                if not torch.equal(parameter, values):
+                    parameter.copy_(values)
 
 
 @contextmanager
 def _attributes_kept(module: nn.Module) -> Iterator[None]:
     """Restore what a ``training_step`` may write besides parameters: counters, output lists, buffers, metric states."""
-    kept = [(child, _save_attributes(child), _save_buffers(child)) for child in module.modules()]
+    kept = _Kept()
+    for child in module.modules():
+        kept.add(child)
     try:
         yield
     finally:
-        for child, attributes, buffers in kept:
-            _restore_attributes(child, attributes)
-            for name, (buffer, values) in buffers.items():
-                with torch.no_grad():
-                    if not torch.equal(buffer, values):
-                        buffer.copy_(values)
-                child._buffers[name] = buffer
+        kept.restore()
 
 
-def _save_buffers(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    return {name: (b, b.detach().clone()) for name, b in module._buffers.items() if b is not None}
+def _is_record(value: Any) -> bool:
+    """A user's meter or history. Anything with parts of other kinds (a client, a lock) is not ours to turn back."""
+    own = getattr(value, "__dict__", None)
+    kinds = (*_NUMBERS, *_CONTAINERS, Tensor, np.ndarray)
+    return type(own) is dict and bool(own) and all(isinstance(part, kinds) for part in own.values())
 
 
-def _save_attributes(module: nn.Module) -> dict[str, Any]:
-    own = {
-        name: (value, _copy(value))
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name != "training" and not isinstance(value, nn.Module)
-    }
-    if isinstance(module, Metric):
-        private = ("_update_count", "_update_called", "_computed", "_cache", "_is_synced")
-        names = [*module._defaults, *(name for name in private if name in vars(module))]
-        own |= {name: (value := vars(module)[name], _copy(value)) for name in names if name in vars(module)}
-    return own
+class _Kept:
+    """The mutable objects that can be reached from some, each with its contents."""
 
+    def __init__(self) -> None:
+        self.restores: list[Callable[[], Any]] = []
+        self.seen: dict[int, Any] = {}  # objects by id; held, so that no id is used twice
+        self.left = _MOST
 
-def _copy(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone() if value.numel() <= _SMALL else None
-    return copy.copy(value) if isinstance(value, _CONTAINERS) else None
+    def restore(self) -> None:
+        for restore in self.restores:
+            restore()
 
+    def add(self, value: Any) -> None:
+        """Keep an object's contents and, in turn, what they refer to."""
+        if isinstance(value, _NUMBERS) or id(value) in self.seen or self.left <= 0:
+            return
+        self.seen[id(value)] = value
+        if isinstance(value, nn.Module):
+            self._keep_attributes(value, [name for name in vars(value) if name not in _FRAMEWORK])
+            self._keep_buffers(value)
+        elif isinstance(value, (Tensor, np.ndarray)):
+            if not isinstance(value, nn.Parameter) and math.prod(value.shape) <= _SMALL:
+                self.left -= math.prod(value.shape)
+                self._keep_values(value)
+        elif isinstance(value, torch.Generator):
+            self.restores.append(partial(value.set_state, value.get_state()))
+        elif isinstance(value, random.Random):
+            self.restores.append(partial(value.setstate, value.getstate()))
+        elif isinstance(value, np.random.Generator):
+            self.restores.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+        elif isinstance(value, (list, set, dict, deque)):
+            self.left -= len(value)
+            self._keep_items(value, copy.copy(value))
+        elif isinstance(value, tuple):
+            for item in value:
+                self.add(item)
+        elif _is_record(value):
+            self._keep_attributes(value, list(vars(value)))
 
-def _restore_attributes(module: nn.Module, attributes: dict[str, Any]) -> None:
-    for name in [name for name in vars(module) if not name.startswith("_") and name != "training"]:
-        if name not in attributes and not isinstance(vars(module)[name], nn.Module):
-            del vars(module)[name]
-    for name, (value, saved) in attributes.items():
-        vars(module)[name] = value
-        if saved is None:
-            continue
-        if isinstance(value, Tensor):
-            if not torch.equal(value, saved):
-                with torch.no_grad():
-                    value.copy_(saved)
-        elif isinstance(value, list):
-            value[:] = saved
-        elif isinstance(value, deque):
-            value.clear()
-            value.extend(saved)
-        else:
-            value.clear()
-            value.update(saved)
+    def _keep_attributes(self, owner: Any, names: list[str]) -> None:
+        saved = {name: vars(owner)[name] for name in names}
+
+        def restore() -> None:
+            ignored = _FRAMEWORK if isinstance(owner, nn.Module) else ()
+            for name in [name for name in vars(owner) if name not in saved and name not in ignored]:
+                del vars(owner)[name]
+            vars(owner).update(saved)
+
+        self.restores.append(restore)
+        for value in saved.values():
+            self.add(value)
+
+    def _keep_buffers(self, module: nn.Module) -> None:
+        saved = dict(module._buffers)
+
+        def restore() -> None:
+            module._buffers.clear()
+            module._buffers.update(saved)
+
+        self.restores.append(restore)
+        for buffer in saved.values():
+            if buffer is not None:  # of any size
+                self._keep_values(buffer)
+
+    def _keep_values(self, tensor: Any) -> None:
+        saved = tensor.detach().clone() if isinstance(tensor, Tensor) else tensor.copy()
+
+        def restore() -> None:
+            with torch.no_grad():
+                if isinstance(tensor, np.ndarray):
+                    np.copyto(tensor, saved)
+                elif not torch.equal(tensor, saved):
+                    tensor.copy_(saved)
+
+        self.restores.append(restore)
+
+    def _keep_items(self, container: Any, saved: Any) -> None:
+        def restore() -> None:
+            container.clear()
+            (container.extend if isinstance(container, (list, deque)) else container.update)(saved)
+
+        self.restores.append(restore)
+        for item in saved.values() if isinstance(saved, dict) else saved:
+            self.add(item)
