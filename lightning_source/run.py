@@ -137,9 +137,13 @@ class Run:
         return [Segment(merge_all(m), m) for m in members]
 
     def curvatures(
-        self, segments: Sequence[Segment], factors: Sequence[Factors], blocks: Sequence[Block]
+        self,
+        segments: Sequence[Segment],
+        factors: Sequence[Factors],
+        blocks: Sequence[Block],
+        columns: Callable[[str, Tensor], Tensor] = lambda name, values: values,
     ) -> dict[str, list[SegmentCurvature]]:
-        """What the walk needs to know of each block in each segment."""
+        """What the walk needs to know of each block in each segment; ``columns`` takes what the walked vectors have."""
         found: dict[str, list[SegmentCurvature]] = {block.name: [] for block in blocks}
         for segment, one in zip(segments, factors, strict=True):
             scale = self.preconditioner(segment.snapshots)
@@ -147,11 +151,12 @@ class Run:
                 found[block.name].append(
                     SegmentCurvature(
                         one[block.name].basis,
-                        one[block.name].eigenvalues,
+                        columns(block.name, one[block.name].eigenvalues),
                         segment.stretch.rates[block.group],
                         segment.stretch.weight_decay(block.group),
-                        scale.get(block.name),
+                        columns(block.name, scale[block.name]) if block.name in scale else None,
                         self.stage["optimizer"]["decoupled"][block.group],
+                        float(one[block.name].eigenvalues.clamp_min(0).mean()) if block.name in scale else None,
                     )
                 )
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_source.engine import Factors, State
 from lightning_source.estimators.registry import Contraction, Query, estimates
-from lightning_source.factors import Basis, contract_diagonal, contract_pairs
+from lightning_source.factors import Basis, Rows, contract_diagonal, contract_pairs
 from lightning_source.run import Run, Segment
 from lightning_source.unroll import reverse_walk, segment_response
 
@@ -62,7 +62,7 @@ def _walk(
     blocks = [block for block in run.coverage.blocks if block.name in gradients]
     walks = {
         name: reverse_walk(gradients.pop(name), factors[-1][name].basis, chain)
-        for name, chain in run.curvatures(segments, factors, blocks).items()
+        for name, chain in run.curvatures(segments, factors, blocks, query.columns).items()
     }
     for index in range(len(segments) - 1, -1, -1):
         vectors = {name: next(walk) for name, walk in walks.items()}
@@ -95,15 +95,16 @@ def _self_influence_of(run: Run, ids: Tensor, segments: Sequence[Segment], facto
     last, which = len(segments) - 1, run.settings["snapshots"]
     query = run.workspace.collected(run.final(), run.data, ids, _bases(factors[last]), query=True)
     blocks = [block for block in run.coverage.blocks if block.name in query]
+    # An embedding's gradients are rows at tokens; along the walk each row is a matrix of one column.
+    rows = {name: one.rows() for name, one in query.items() if one.vocabulary is not None}
     chains = run.curvatures(segments, factors, blocks)
     # Vectors are needed as matrices from the last segment but one, and wherever steps are preconditioned.
     plain = all(chain[last].preconditioner is None for chain in chains.values())
-    walks = {}
+    walks: dict[str, Iterator[Tensor]] = {}
     if last or not plain:
-        walks = {
-            name: reverse_walk(query[name].per_example().transpose(0, 1), chain[last].basis, chain)
-            for name, chain in chains.items()
-        }
+        for name, chain in run.curvatures(segments, factors, blocks, partial(_at_rows, rows)).items():
+            held = rows[name].values[:, None, :, None] if name in rows else query[name].per_example().transpose(0, 1)
+            walks[name] = reverse_walk(held, chain[last].basis, chain)
     total = torch.zeros(len(ids))
     for index in range(last, -1, -1):
         vectors = {name: next(walk) for name, walk in walks.items()}
@@ -117,7 +118,14 @@ def _self_influence_of(run: Run, ids: Tensor, segments: Sequence[Segment], facto
                     here = chains[name][index]
                     response = segment_response(here.eigenvalues, here.rate, here.weight_decay)
                     products = contract_diagonal(captured, query[name], response)
+                elif name in rows:
+                    products = captured.rows().products(rows[name]._replace(values=vectors[name][:, 0, :, 0]), len(ids))
                 else:
                     products = contract_pairs(captured, vectors[name])
                 total += weight / run.examples * products.cpu()
     return total
+
+
+def _at_rows(rows: Mapping[str, Rows], name: str, values: Tensor) -> Tensor:
+    """An embedding's ``[1, O, V]`` at the token of each row, ``[R, 1, O, 1]``."""
+    return values[0][:, rows[name].tokens].mT[:, None, :, None] if name in rows else values
