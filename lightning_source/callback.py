@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_source._guards import undisturbed
+from lightning_source._guards import parameters_kept, undisturbed
 from lightning_source._trainer import (
     check_trainer,
     clips_gradients,
@@ -326,7 +326,7 @@ class SourceCallback(Callback):
         groups = [group["params"] for group in trainer.optimizers[0].param_groups]
         coverage = find_blocks(pl_module, groups, self.include, self.exclude)
         objective = Objective(pl_module)
-        with undisturbed(pl_module, self.settings["seed"]):
+        with undisturbed(pl_module, self.settings["seed"]), parameters_kept(pl_module):
             try:
                 losses = objective.evaluate(batch, size)
             except ValueError:

@@ -4,21 +4,38 @@ A forward hook keeps a layer's input and the graph edge of its output. ``torch.a
 no weight gradient, touches no ``.grad`` and no ``requires_grad``, and survives in-place activations behind the layer,
 because the edge names the output before them. A layer called several times in one forward (a shared module) adds
 positions: the example's gradient is the sum over its calls.
+
+Where parameters are used without their module's forward (attention's projections, tied weights), a torch function mode
+keeps the same of the calls of ``F.linear`` and ``F.embedding`` that take them.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
 
 from lightning_source.factors import Captured
-from lightning_source.layers import Block, clean_name
+from lightning_source.layers import Block, Call, captured_vectors, clean_name
+
+# Examples whose own backwards run at once where a parameter has no form.
+EXAMPLES_AT_ONCE = 16
+_UNKNOWN = torch.empty(0)  # stands for the gradient until the backward has run
+
+
+class _Seen(NamedTuple):
+    call: Call  # its gradient is not known yet
+    edge: GradientEdge
+    examples: int | None  # attention works on [T, N, ...] and rows [T · N, ...]: N
 
 
 class Recording:
@@ -26,10 +43,13 @@ class Recording:
 
     def __init__(self, module: nn.Module, blocks: Sequence[Block]) -> None:
         self.blocks = blocks
+        self.module = module
         # A wrapper and what it wraps share a clean name; the inner one comes later in named_modules() and is kept.
         by_name = {clean_name(name): child for name, child in module.named_modules()}
         self._modules = {block.module: by_name[block.module] for block in blocks}
-        self._calls: dict[str, list[tuple[Tensor, GradientEdge]]] = defaultdict(list)
+        self._hooked = {block.module: block for block in blocks if not block.functional and not block.free}
+        self._parameters = {clean_name(name): p for name, p in module.named_parameters()}
+        self._calls: dict[str, list[_Seen]] = defaultdict(list)  # by module, or by parameter where that is used
         self.without_gradient: set[str] = set()  # layers that ran with gradients off, at least once
         self.half: set[str] = set()  # layers whose outputs are in half precision
 
@@ -37,63 +57,194 @@ class Recording:
     def listening(self) -> Iterator[Recording]:
         """Record every call of a tracked layer inside the ``with``; the hooks are gone afterwards."""
         self._calls.clear()
-        handles = [
-            layer.register_forward_hook(self._hook(name), with_kwargs=True) for name, layer in self._modules.items()
-        ]
-        try:
+        names = {id(self._parameters[n]): n for block in self.blocks if block.functional for n in block.parameters}
+        with ExitStack() as stack:
+            for block in self._hooked.values():
+                hook = self._modules[block.module].register_forward_hook(self._hook(block), with_kwargs=True)
+                stack.callback(hook.remove)
+            if names:
+                stack.enter_context(_FunctionTap(names, self._calls))
+            if any(isinstance(child, nn.RNNBase) for child in self.module.modules()):
+                # cuDNN's recurrent layers have no backward in eval mode.
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             yield self
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, block: Block) -> Any:
         def remember(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if not isinstance(output, Tensor):
                 return
             if output.dtype in (torch.float16, torch.bfloat16):
-                self.half.add(name)
+                self.half.add(block.module)
             if not output.requires_grad:
-                self.without_gradient.add(name)
+                self.without_gradient.add(block.module)
             else:
-                inputs = args[0] if args else kwargs["input"]
-                self._calls[name].append((inputs.detach(), get_gradient_edge(output)))
+                seen = _Seen(Call(block.keep(args, kwargs), _UNKNOWN), get_gradient_edge(output), None)
+                self._calls[block.module].append(seen)
 
         return remember
 
-    def captured(self, target: Tensor, examples: int, retain_graph: bool = False) -> dict[str, Captured]:
-        """Backward from a scalar to the layers' outputs.
+    def captured(
+        self,
+        target: Tensor,
+        examples: int,
+        retain_graph: bool = False,
+        refused: dict[str, str] | None = None,
+        each: Tensor | None = None,
+    ) -> dict[str, Captured]:
+        """Backward from a target to the layers' outputs.
 
         Args:
-            target: a scalar that is a sum over examples.
+            target: one value for each example, ``[B]``, or a scalar that is a sum over examples.
             examples: number of examples in the batch.
             retain_graph: keep the graph for another call.
+            refused: blocks that cannot be told apart by example are entered here with the reason.
+            each: values ``[B]`` for the blocks that have no form; ``target`` by default.
 
         Returns:
             Blocks by name; a block whose layer did not run, or does not reach ``target``, is absent.
 
         Raises:
-            ValueError: a layer's input is not laid out by example; the message begins with the layer's name.
+            ValueError: a layer's input is not laid out by example, or a block without a form meets a scalar target, and
+                ``refused`` is not given; the message begins with the layer's name.
         """
-        edges = [edge for calls in self._calls.values() for _, edge in calls]
-        if not edges or not target.requires_grad:
+        if not target.requires_grad:
             return {}
-        gradients = iter(torch.autograd.grad(target, edges, retain_graph=retain_graph, allow_unused=True))
-        used = {
-            name: [(inputs, g) for (inputs, _), g in zip(calls, gradients, strict=False) if g is not None]
-            for name, calls in self._calls.items()
-        }
-        result = {}
+        result = self._free(target if each is None else each, examples, refused)
+        seen = [one for calls in self._calls.values() for one in calls]
+        edges = [one.edge for one in seen]
+        found = torch.autograd.grad(target.sum(), edges, retain_graph=retain_graph, allow_unused=True) if edges else ()
+        gradients = dict(zip(map(id, seen), found, strict=True))
         for block in self.blocks:
-            calls = used.get(block.module)
-            if calls:
-                layer = self._modules[block.module]
+            key = block.parameters[0] if block.functional else block.module
+            used = [(one, g) for one in self._calls.get(key, ()) if (g := gradients[id(one)]) is not None]
+            if used and not block.free:
                 try:
-                    pieces = [block.capture(layer, inputs, g, examples) for inputs, g in calls]
+                    calls = [_by_example(one, g) for one, g in used]
+                    result[block.name] = block.capture(self._modules[block.module], calls, examples)
                 except ValueError as error:
-                    raise ValueError(f"`{block.module}`: {error}") from None
-                result[block.name] = (
-                    pieces[0]
-                    if len(pieces) == 1
-                    else Captured(*(torch.cat(parts, dim=2) for parts in zip(*pieces, strict=True)))
-                )
+                    _refuse(block, str(error), refused)
         return result
+
+    def _free(self, target: Tensor, examples: int, refused: dict[str, str] | None) -> dict[str, Captured]:
+        blocks = [block for block in self.blocks if block.free]
+        if not blocks:
+            return {}
+        if target.numel() != examples:
+            for block in blocks:
+                _refuse(block, "no layer form, and the losses of single examples are not known", refused)
+            return {}
+        parameters = [self._parameters[block.parameters[0]] for block in blocks]
+        rows = per_example_gradients(target.reshape(examples), parameters)
+        found = {}
+        for block, gradients in zip(blocks, rows, strict=True):
+            if gradients is not None:
+                found[block.name] = captured_vectors(gradients.reshape(examples, -1))
+        return found
+
+
+def _refuse(block: Block, reason: str, refused: dict[str, str] | None) -> None:
+    if refused is None:
+        raise ValueError(f"`{block.module}`: {reason}")
+    refused[block.name] = reason
+
+
+def per_example_gradients(target: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients ``[B, *shape]`` of every entry of ``target [B]``: a full backward for each example.
+
+    They run several at once where every operation has a batching rule, which costs their number times the memory of
+    one backward; else one after another. ``None`` for a parameter that does not reach the target.
+    """
+    pieces = []
+    for start in range(0, len(target), EXAMPLES_AT_ONCE):
+        rows = target[start : start + EXAMPLES_AT_ONCE]
+        eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+        pieces.append(_rows_of_jacobian(rows, parameters, eye))
+    return [
+        None if any(x is None for x in columns) else torch.cat([x for x in columns if x is not None])
+        for columns in zip(*pieces, strict=True)
+    ]
+
+
+def _rows_of_jacobian(rows: Tensor, parameters: Sequence[Tensor], eye: Tensor) -> Sequence[Tensor | None]:
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an operation without a batching rule is slower, not wrong
+            return torch.autograd.grad(rows, parameters, eye, is_grads_batched=True, **options)
+    except RuntimeError:
+        found = [torch.autograd.grad(rows, parameters, one, **options) for one in eye]
+        return [None if any(x is None for x in xs) else torch.stack(xs) for xs in zip(*found, strict=True)]
+
+
+def _by_example(seen: _Seen, gradients: Tensor) -> Call:
+    call = seen.call._replace(gradients=gradients)
+    if seen.examples is None:
+        return call
+    inputs, g = (x.reshape(-1, seen.examples, x.shape[-1]).transpose(0, 1) for x in (call.inputs, gradients))
+    return call._replace(inputs=inputs, gradients=g)
+
+
+# Under a mode, attention's function hands itself to the mode instead of running. This copy of it runs, so that the mode
+# sees the calls inside.
+_attention = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    vars(F) | {"has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+
+
+class _FunctionTap(TorchFunctionMode):
+    """Keeps the calls of ``F.linear`` and ``F.embedding`` on parameters, given their names by ``id``."""
+
+    def __init__(self, names: dict[int, str], calls: dict[str, list[_Seen]]) -> None:
+        super().__init__()
+        self.names = names
+        self.calls = calls
+        self.attending: int | None = None
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.multi_head_attention_forward and self.attending is None:
+            query = args[0] if args else kwargs["query"]
+            self.attending = query.shape[1] if query.dim() == 3 else 1
+            try:
+                with self:  # a mode is off inside its own handler
+                    return _attention(*args, **kwargs)
+            finally:
+                self.attending = None
+        output = function(*args, **kwargs)
+        if function is F.linear:
+            self._linear(output, *args, **kwargs)
+        elif function is F.embedding:
+            self._embedding(output, *args, **kwargs)
+        return output
+
+    def _linear(self, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        owner, row = self._find(weight)
+        other, bias_row = (None, 0) if bias is None else self._find(bias)
+        if output.requires_grad and (owner or other):
+            edge = get_gradient_edge(output)
+            for name, start in ((owner, row), (other, bias_row)):
+                if name is not None:
+                    call = Call(input.detach(), _UNKNOWN, "linear", start, other)
+                    self.calls[name].append(_Seen(call, edge, self.attending))
+
+    def _embedding(
+        self, output: Tensor, input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        owner, _ = self._find(weight)
+        if output.requires_grad and owner:
+            padding = padding_idx if padding_idx is None or padding_idx >= 0 else len(weight) + padding_idx
+            call = Call(input.detach(), _UNKNOWN, "embedding", padding=padding)
+            self.calls[owner].append(_Seen(call, get_gradient_edge(output), None))
+
+    def _find(self, x: Tensor) -> tuple[str | None, int]:
+        """The parameter that ``x`` is, or some rows of it are, and the first of those rows."""
+        if id(x) in self.names:
+            return self.names[id(x)], 0
+        base = x._base
+        if base is None or id(base) not in self.names or x.shape[1:] != base.shape[1:] or x.stride() != base.stride():
+            return None, 0
+        return self.names[id(base)], (x.storage_offset() - base.storage_offset()) // base.stride(0)

@@ -6,6 +6,7 @@ Everything a pass needs is in a :class:`Workspace`; everything it computes is a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +23,11 @@ from lightning_source.factors import (
     Basis,
     Captured,
     CovarianceSums,
+    Rows,
     contract,
     eigenbasis,
     eigenvalue_sums,
+    join,
     mean_covariances,
     rotated_matrices,
     squared_norms,
@@ -33,7 +36,8 @@ from lightning_source.layers import Block, clean_name
 from lightning_source.objective import CallScale, Kind, Losses, Measurement, Objective, ObjectiveSpec
 
 State = Mapping[str, Tensor]  # parameters and buffers by clean name
-# Runs the user's code on a batch while the recording listens, and gives back a scalar to differentiate.
+# Runs the user's code on a batch while the recording listens, and gives back what to differentiate: one value for each
+# example, or where that is not known a scalar that is their sum.
 Target = Callable[[Any, int, Recording], Tensor]
 
 
@@ -118,12 +122,13 @@ class Workspace:
         recording = Recording(self.module, self.blocks)
         for index, batch in data.batches(ids):
             with torch.enable_grad():
-                scalar = target(to_module(batch, self.module, self.hooks), len(index), recording)
-            if not torch.isfinite(scalar):
-                raise FloatingPointError(f"the objective is {float(scalar)} on {what} {_shorten(index)}")
-            yield index, recording.captured(scalar, len(index))
+                values = target(to_module(batch, self.module, self.hooks), len(index), recording)
+            total = float(values.detach().sum())
+            if not math.isfinite(total):
+                raise FloatingPointError(f"the objective is {total} on {what} {_shorten(index)}")
+            yield index, recording.captured(values, len(index))
 
-    def _target(self, scalar: Callable[[Losses, ObjectiveSpec], Tensor]) -> Target:
+    def _target(self, values: Callable[[Losses, ObjectiveSpec], Tensor]) -> Target:
         """A target made of the training step's losses, which must be those that were calibrated."""
         spec = self.spec
         assert spec is not None
@@ -138,7 +143,7 @@ class Workspace:
                     f"`training_step` computed the losses {found} where calibration saw {expected}; their scales cannot"
                     " be matched."
                 )
-            return scalar(losses, spec)
+            return values(losses, spec)
 
         return run
 
@@ -154,7 +159,7 @@ class Workspace:
     def measured(self, measurement: str | Measurement) -> Target:
         """Gradients of a measurement of queries."""
         if not callable(measurement):
-            return self._target(lambda losses, spec: losses.measurement(spec, measurement).sum())
+            return self._target(lambda losses, spec: losses.measurement(spec, measurement))
 
         def run(batch: Any, size: int, recording: Recording) -> Tensor:
             with recording.listening():
@@ -169,7 +174,7 @@ class Workspace:
                     "the measurement has no gradient with respect to the model. HINT: compute it without"
                     " `torch.no_grad()` or `.detach()`."
                 )
-            return values.sum()
+            return values
 
         return run
 
@@ -284,7 +289,9 @@ class Workspace:
             recording = Recording(self.module, self.blocks)
             losses = self._evaluate(data, ids[:count], recording=recording)
             captured = recording.captured(losses.loss, count)
-            rows.append(torch.stack([c.gradients[:, :size].norm() for c in captured.values()]).norm())
+            rows.append(
+                torch.stack([squared_norms(c.select(slice(size))).sum() for c in captured.values()]).sum().sqrt()
+            )
         kind = _kind(float(rows[1] / rows[0]), len(ids) / size) if len(ids) > size else "mean"
         scale = CallScale("whole", kind, examples_per_batch if kind == "sum" else 1.0)
         return ObjectiveSpec("whole", "empirical", (scale,))
@@ -301,10 +308,8 @@ class Workspace:
                     sums[name] = sums[name].merge(new) if name in sums else new
         for block in self.blocks:
             if block.name not in sums:  # control flow skipped it on every factor example: no curvature
-                parts, outputs, inputs = block.shape
-                new_zeros = self.module.parameters().__next__().new_zeros
-                zeros = (new_zeros(parts, inputs, inputs), new_zeros(parts, outputs, outputs))
-                sums[block.name] = CovarianceSums(*zeros, len(ids))
+                like = next(self.module.parameters()).detach()
+                sums[block.name] = CovarianceSums.zeros(block.shape, block.indexed, like)
             _require_finite(sums[block.name].activations, block.name, "activations")
             _require_finite(sums[block.name].gradients, block.name, "gradients")
             sums[block.name].examples = len(ids)  # a batch that skips the block has gradient 0 there
@@ -335,19 +340,36 @@ class Workspace:
         queries: Examples | GivenBatches,
         measurement: str | Measurement,
         bases: Mapping[str, Basis] | None = None,
-    ) -> dict[str, Tensor]:
-        """Gradients of the measurement, ``[Q, P, O, I]`` by block, in the given bases or in parameter space."""
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Gradients of the measurement by block, in the given bases or in parameter space.
+
+        Returns:
+            ``[Q, P, O, I]`` by block, and for an embedding the tokens that its ``I`` columns stand for: those that the
+            queries use, in ascending order.
+        """
+        found: dict[str, Tensor] = {}
+        rows: dict[str, list[Rows]] = {}
         with self.at(state):
-            found: dict[str, Tensor] = {}
             for index, captured in self.captures(queries, self.measured(measurement), what="queries"):
                 for name, one in captured.items():
+                    basis = bases[name] if bases else Basis(None, None)
+                    if one.vocabulary is not None:
+                        new = basis.rotate(one).rows()
+                        rows.setdefault(name, []).append(new._replace(examples=index.to(new.examples)[new.examples]))
+                        continue
                     if name not in found:
                         parts, _, _, outputs, inputs = one.shape
                         found[name] = one.activations.new_zeros(len(queries), parts, outputs, inputs)
-                    found[name][index] = rotated_matrices(one, bases[name] if bases else Basis(None, None))
-        for name, rows in found.items():
-            _require_finite(rows, name, "query gradients")
-        return found
+                    found[name][index] = rotated_matrices(one, basis)
+        columns = {}
+        for name, pieces in rows.items():
+            examples, tokens, values = (torch.cat(x) for x in zip(*pieces, strict=True))
+            columns[name], where = tokens.unique(return_inverse=True)
+            found[name] = values.new_zeros(len(queries), 1, values.shape[1], len(columns[name]))
+            found[name][examples, 0, :, where] = values
+        for name, vectors in found.items():
+            _require_finite(vectors, name, "query gradients")
+        return found, columns
 
     def inner_products(
         self,
@@ -357,6 +379,7 @@ class Workspace:
         vectors: Mapping[str, Tensor],
         bases: Mapping[str, Basis] | None = None,
         normalize: bool = False,
+        tokens: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """``⟨vectors[q], g(z_n)⟩`` over all blocks, ``[Q, N]`` on the CPU: one pass over the examples.
 
@@ -367,6 +390,7 @@ class Workspace:
             vectors: ``[Q, P, O, I]`` by block.
             bases: the eigenbases that ``vectors`` are written in; parameter space by default.
             normalize: divide by the norm of the example's gradient (cosine similarity).
+            tokens: what the columns of an embedding's ``vectors`` stand for (:meth:`query_gradients`).
         """
         columns = []
         queries = len(next(iter(vectors.values())))
@@ -378,12 +402,12 @@ class Workspace:
                     if normalize:
                         norms += squared_norms(one)
                     if name in vectors:
-                        total += contract(bases[name].rotate(one) if bases else one, vectors[name])
+                        rotated = bases[name].rotate(one) if bases else one
+                        total += contract(rotated, vectors[name], (tokens or {}).get(name))
                 if not torch.isfinite(total).all():
                     for name, one in captured.items():
-                        _require_finite(
-                            torch.stack([x.sum() for x in one]), name, f"gradients of examples {_shorten(index)}"
-                        )
+                        seen = one.gradients if one.vocabulary else torch.stack([x.sum() for x in one[:2]])
+                        _require_finite(seen, name, f"gradients of examples {_shorten(index)}")
                     raise FloatingPointError(f"scores overflow on examples {_shorten(index)}")
                 columns.append((total / norms.sqrt().clamp_min(1e-30) if normalize else total).cpu())
         return torch.cat(columns, dim=1)
@@ -398,7 +422,7 @@ class Workspace:
             for _, captured in self.captures(data, target, ids):
                 for name, one in captured.items():
                     pieces.setdefault(name, []).append(bases[name].rotate(one) if bases else one)
-        return {name: Captured(*(torch.cat(x, dim=1) for x in zip(*p, strict=True))) for name, p in pieces.items()}
+        return {name: join(p, dim=1) for name, p in pieces.items()}
 
 
 def factor_ids(total: int, limit: int | None, seed: int) -> Tensor:

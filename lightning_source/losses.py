@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SQRT_HALF = math.sqrt(0.5)
-
 
 @dataclass
 class LossCall:
@@ -47,7 +45,7 @@ class LossCall:
         return self.elements if self.reduction == "none" else self.elements.sum() / self.normalizer
 
 
-Reader = Callable[[dict[str, Any]], LossCall]
+Reader = Callable[[dict[str, Any]], LossCall | None]
 _READERS: dict[Callable[..., Any], tuple[inspect.Signature, Reader]] = {}
 
 
@@ -62,7 +60,7 @@ def reads(function: Callable[..., Any]) -> Callable[[Reader], Reader]:
 
 
 def read_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossCall | None:
-    """The call as a :class:`LossCall`; ``None`` if ``function`` is not a loss that is known here."""
+    """The call as a :class:`LossCall`; ``None`` if it is not one of a loss that is known here as a likelihood."""
     if function not in _READERS:
         return None
     signature, reader = _READERS[function]
@@ -86,8 +84,8 @@ def _cross_entropy(call: dict[str, Any]) -> LossCall:
     if target.is_floating_point():
         soft = target.movedim(1, -1) if target.dim() > 1 else target
         weights = torch.ones_like(elements)
-        total, mean = (soft.sum(-1), 1.0) if weight is None else (soft @ weight, weight.mean())
-        curvature = total * (1 - smoothing) + smoothing * mean
+        by_class = soft.new_ones(soft.shape[-1]) if weight is None else weight
+        curvature = soft @ by_class * (1 - smoothing) + smoothing * by_class.mean()
         return _categorical("cross_entropy", call, elements, lambda: rows.log_softmax(-1), None, weights, curvature)
     hard, weights = _targets(target, call["ignore_index"], weight, elements)
     curvature = weights
@@ -213,19 +211,132 @@ def _binary(
     )
 
 
+# Losses of a residual r are read as densities exp(-loss(r)), of which the Fisher takes only one number: the expected
+# squared score. A residual of random sign has a score of that square with no variance of its own.
+
+
 @reads(F.mse_loss)
 def _mse_loss(call: dict[str, Any]) -> LossCall:
-    prediction, target, weight = call["input"], call["target"], call.get("weight")
-    elements = F.mse_loss(prediction, target, reduction="none")
+    """Normal with variance 1/2: the Fisher is the Gauss-Newton matrix, 2."""
+    return _residual("mse_loss", call, F.mse_loss(call["input"], call["target"], reduction="none"), 2.0)
+
+
+@reads(F.l1_loss)
+def _l1_loss(call: dict[str, Any]) -> LossCall:
+    """Laplace with scale 1. The second derivative is 0 but at the target; the squared score, a sign's, is 1."""
+    return _residual("l1_loss", call, F.l1_loss(call["input"], call["target"], reduction="none"), 1.0)
+
+
+@reads(F.huber_loss)
+def _huber_loss(call: dict[str, Any]) -> LossCall:
+    """Normal in the middle, Laplace in the tails; see :func:`_huber_information`."""
+    elements = F.huber_loss(call["input"], call["target"], reduction="none", delta=call["delta"])
+    # Other than its siblings', torch's weighted mean divides by the number of elements.
+    return _residual("huber_loss", call, elements, _huber_information(1.0, call["delta"]), normalized=False)
+
+
+@reads(F.smooth_l1_loss)
+def _smooth_l1_loss(call: dict[str, Any]) -> LossCall:
+    """Huber's loss over ``beta``; the L1 loss where that is 0."""
+    beta = call["beta"]
+    elements = F.smooth_l1_loss(call["input"], call["target"], reduction="none", beta=beta)
+    return _residual("smooth_l1_loss", call, elements, _huber_information(1 / beta, beta) if beta else 1.0)
+
+
+def _huber_information(slope: float, threshold: float) -> float:
+    """Expected squared score of the density ``exp(-loss)`` whose score is ``slope · r``, constant past the threshold.
+
+    By parts, it is the expected second derivative: the slope times the probability of a residual in the middle.
+    """
+    middle = math.sqrt(2 * math.pi / slope) * math.erf(threshold * math.sqrt(slope / 2))
+    tails = 2 * math.exp(-slope * threshold**2 / 2) / (slope * threshold)
+    return slope * middle / (middle + tails)
+
+
+def _residual(
+    name: str, call: dict[str, Any], elements: Tensor, information: float, normalized: bool = True
+) -> LossCall:
     ones = torch.ones_like(elements).detach()
-    scale = ones if weight is None else ones * weight
-    # torch divides a weighted mean by the sum of the weights as they were given, not as they were broadcast.
-    weights = scale if weight is None else scale * (weight.numel() / scale.numel())
-    prediction = prediction.expand_as(elements)
+    weight = ones if call.get("weight") is None else call["weight"]
+    scale = (ones * weight).detach()
+    # A weighted mean is divided by the sum of the weights as they are, before a broadcast target repeats them.
+    weights = scale * (weight.numel() / max(1, ones.numel())) if normalized else ones
 
     def sample(generator: torch.Generator) -> Tensor:
-        # Only the noise's variance, 1/2, enters the Fisher. A sign has that variance with no variance of its own.
-        signs = torch.bernoulli(torch.full_like(prediction, 0.5), generator=generator)
-        return (prediction - prediction.detach() - SQRT_HALF * (2 * signs - 1)).square()
+        # Written in the residual, which is the same whichever of the two the network has put out.
+        signs = 2 * torch.bernoulli(torch.full_like(ones, 0.5), generator=generator) - 1
+        return math.sqrt(information) * signs * (call["input"] - call["target"])
 
-    return LossCall("mse_loss", call["reduction"], elements * scale, weights, scale, sample, None, lambda: -elements)
+    return LossCall(name, call["reduction"], elements * weight, weights, scale, sample, None, lambda: -elements)
+
+
+@reads(F.gaussian_nll_loss)
+def _gaussian_nll_loss(call: dict[str, Any]) -> LossCall:
+    """Normal, whose Fisher over mean and variance ``v`` is ``diag(1 / v, 1 / (2 v²))``; ``v`` at least ``eps``."""
+    options = {"full": call["full"], "eps": call["eps"]}
+    elements = F.gaussian_nll_loss(call["input"], call["target"], call["var"], reduction="none", **options)
+
+    def sample(generator: torch.Generator) -> Tensor:
+        residual = call["input"] - call["target"]
+        var = call["var"] if isinstance(call["var"], Tensor) else torch.full_like(residual, call["var"])
+        if var.shape == residual.shape[:-1]:
+            var = var.unsqueeze(-1)
+        deviation = var.detach().clamp_min(call["eps"]).sqrt()
+        # Moments up to the fourth enter the Fisher. 0 and ±√3 at odds of 4 : 1 : 1 have those of the Normal, and a
+        # square that varies far less.
+        tails, signs = (
+            torch.bernoulli(torch.full_like(elements, p), generator=generator).detach() for p in (1 / 3, 1 / 2)
+        )
+        noise = math.sqrt(3) * tails * (2 * signs - 1) * deviation
+        return F.gaussian_nll_loss(residual - residual.detach(), noise, var, reduction="none", eps=call["eps"])
+
+    return _density("gaussian_nll_loss", call, elements, sample)
+
+
+@reads(F.poisson_nll_loss)
+def _poisson_nll_loss(call: dict[str, Any]) -> LossCall:
+    """Poisson, with Fisher ``rate`` over the logarithm of the rate and ``1 / rate`` over the rate."""
+    options = {"log_input": call["log_input"], "eps": call["eps"], "reduction": "none"}
+    elements = F.poisson_nll_loss(call["input"], call["target"], full=call["full"], **options)
+
+    def sample(generator: torch.Generator) -> Tensor:
+        output = call["input"].expand_as(elements)
+        rate = output.detach().float().exp() if call["log_input"] else output.detach().float().clamp_min(0)
+        return F.poisson_nll_loss(output, torch.poisson(rate, generator=generator).to(output.dtype), **options)
+
+    return _density("poisson_nll_loss", call, elements, sample)
+
+
+def _density(
+    name: str, call: dict[str, Any], elements: Tensor, sample: Callable[[torch.Generator], Tensor]
+) -> LossCall:
+    ones = torch.ones_like(elements).detach()
+    return LossCall(name, call["reduction"], elements, ones, ones, sample, None, lambda: -elements)
+
+
+@reads(F.kl_div)
+def _kl_div(call: dict[str, Any]) -> LossCall | None:
+    """Cross entropy with soft targets, less their entropy, where the last dimension holds the model's classes.
+
+    That is so if ``input`` are logarithms of probabilities that sum to 1 along it and the targets are data: then a
+    label is drawn for each row, and the Gauss-Newton matrix is that of a cross entropy times the targets' sum. Any
+    other call, such as one over raw scores or classes in dimension 1 of several, is no likelihood of known labels.
+    """
+    rows, target = call["input"], call["target"]
+    probabilities = rows.detach().float().exp()
+    total = probabilities.sum(-1)
+    if rows.dim() < 2 or rows.shape != target.shape or target.requires_grad or ((total - 1).abs() > 1e-2).any():
+        return None
+    elements = F.kl_div(rows, target, reduction="none", log_target=call["log_target"])
+    mass = (target.exp() if call["log_target"] else target).sum(-1, keepdim=True)
+
+    def sample(generator: torch.Generator) -> Tensor:
+        labels = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
+        drawn = torch.zeros_like(rows, dtype=torch.bool).scatter(-1, labels.view(*rows.shape[:-1], 1), True)
+        return -rows.masked_fill(~drawn, 0)
+
+    # "batchmean" divides by the number of rows along the first dimension: a mean of lighter elements.
+    batchmean = call["reduction"] == "batchmean"
+    weights = torch.full_like(elements, rows.shape[0] / rows.numel() if batchmean else 1.0).detach()
+    reduction = "mean" if batchmean else call["reduction"]
+    return LossCall("kl_div", reduction, elements, weights, mass.expand_as(elements).detach(), sample)

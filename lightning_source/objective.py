@@ -14,7 +14,7 @@ whole, with the empirical Fisher.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -112,18 +112,32 @@ class Losses:
             )
         return elements.reshape(self.size, -1)
 
+    def of_examples(self, terms: Sequence[Tensor]) -> Tensor:
+        """Sums over the elements of each example, ``[B]``; over all, a scalar, if elements are not laid out so."""
+        if all(term.dim() and not term.shape[0] % self.size for term in terms):
+            return _sum(self.by_example(term).sum(1) for term in terms)
+        return _sum(term.sum() for term in terms)
+
+    def each(self) -> Tensor:
+        """``Σ_j s_j ℓ_j`` of each example, ``[B]``; the loss as a whole where that is not known."""
+        if not self.calls:
+            return self.loss
+        return self.of_examples([s * call.elements for s, call in zip(self.scales, self.calls, strict=True)])
+
     def data_target(self, spec: ObjectiveSpec) -> Tensor:
-        """Scalar whose gradient at example ``m`` is ``g(z_m) = B Σ_j s_j ∇ℓ_j`` of the training batches."""
+        """``[B]`` (or their sum) whose gradient at example ``m`` is ``g(z_m) = B Σ_j s_j ∇ℓ_j`` of training batches."""
         if spec.origin == "whole":
             scale = spec.calls[0]
             return self.loss * scale.factor * (self.size if scale.kind == "mean" else 1)
-        return _sum(
-            (self.weights(i, scale.kind)[0] * scale.factor * self.calls[i].elements).sum()
-            for i, scale in enumerate(spec.calls)
+        return self.of_examples(
+            [
+                self.weights(i, scale.kind)[0] * scale.factor * self.calls[i].elements
+                for i, scale in enumerate(spec.calls)
+            ]
         )
 
     def fisher_target(self, spec: ObjectiveSpec, generator: torch.Generator) -> Tensor:
-        """Scalar whose per-example gradients have ``H`` as second moment, labels sampled from the model (method §4)."""
+        """``[B]`` (or their sum) whose gradients have ``H`` as second moment, labels sampled from the model."""
         if spec.origin == "whole":
             scale = spec.calls[0]
             # g gᵀ / (B s) with B s = 1 for a mean and B for a sum: the empirical Fisher.
@@ -138,8 +152,8 @@ class Losses:
                     " positive curvature to unroll"
                 )
             elements = call.sample(generator) if spec.fisher == "true" else call.elements
-            terms.append((h.sqrt() * elements).sum())
-        return _sum(iter(terms))
+            terms.append(h.sqrt() * elements)
+        return self.of_examples(terms)
 
     def measurement(self, spec: ObjectiveSpec, measurement: str) -> Tensor:
         """``[B]``: the scalar that a query asks about, example by example.

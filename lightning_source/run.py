@@ -208,9 +208,13 @@ class Run:
         return [s for stage in self.stages[self.stage.index + 1 :] for s in self.segments(stage=stage.index)]
 
     def curvatures(
-        self, segments: Sequence[Segment], factors: Sequence[Factors], blocks: Sequence[Block]
+        self,
+        segments: Sequence[Segment],
+        factors: Sequence[Factors],
+        blocks: Sequence[Block],
+        columns: Callable[[str, Tensor], Tensor] = lambda name, values: values,
     ) -> dict[str, list[SegmentCurvature]]:
-        """What the walk needs to know of each block in each segment.
+        """What the walk needs to know of each block in each segment; ``columns`` takes what the walked vectors have.
 
         A block that a later stage did not train stood still there: that stage is left out of its chain.
         """
@@ -226,11 +230,12 @@ class Run:
                 found[block.name].append(
                     SegmentCurvature(
                         one[block.name].basis,
-                        one[block.name].eigenvalues,
+                        columns(block.name, one[block.name].eigenvalues),
                         segment.stretch.rates[group],
                         segment.stretch.weight_decay(group),
-                        scale.get(block.name),
+                        columns(block.name, scale[block.name]) if block.name in scale else None,
                         stage.record["optimizer"]["decoupled"][group],
+                        float(one[block.name].eigenvalues.clamp_min(0).mean()) if block.name in scale else None,
                     )
                 )
         return found

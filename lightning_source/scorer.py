@@ -116,9 +116,10 @@ class SourceScorer:
         start = 0
         for piece in queries.split(self._queries_at_once()):
             rows = slice(start, start + len(piece))
-            for term in estimator(Query(run, piece, self.measurement), **options):
+            asked = Query(run, piece, self.measurement)
+            for term in estimator(asked, **options):
                 new = term.weight * run.workspace.inner_products(
-                    term.state(), data, ids, term.vectors, term.bases, term.normalize
+                    term.state(), data, ids, term.vectors, term.bases, term.normalize, asked.tokens
                 )
                 total[rows] += new
                 if shares is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from lightning_source.capture import Recording
 from lightning_source.factors import Captured
 from lightning_source.layers import Block, blocks_of, clean_name, form_of
+from lightning_source.layers.embedding import tied_block
+from lightning_source.layers.free import free_block
 from lightning_source.objective import Objective
 
 # A layer's captured gradient must match autograd's weight gradient to this share of its norm; float32 sums in another
@@ -46,6 +48,8 @@ class Coverage:
     def summary(self) -> str:
         """A line for the log, then one for each reason why something is left out."""
         lines = [f"attributing {len(self.blocks)} blocks, {self.share:.2%} of {self.trainable:,} trainable parameters"]
+        if free := [block.name for block in self.blocks if block.free]:
+            lines.append(f"a backward for each example, as they have no layer form: {', '.join(free)}")
         reasons: dict[str, list[tuple[str, int]]] = {}
         for name, size, reason in self.left_out:
             reasons.setdefault(reason, []).append((name, size))
@@ -100,35 +104,45 @@ def find_blocks(
     group_of = {id(p): index for index, group in enumerate(groups) for p in group if p.requires_grad}
     names = {id(p): clean_name(name) for name, p in module.named_parameters()}
     trainable = {id(p): p for p in module.parameters() if id(p) in group_of}
-    owners: dict[int, int] = {}
+    owners: dict[int, list[nn.Module]] = {}
     for child in module.modules():
         for parameter in child.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+            owners.setdefault(id(parameter), []).append(child)
     blocks: list[Block] = []
     reasons: dict[int, str] = {}
+    seen: set[int] = set()
     for name, child in module.named_modules():
-        own = [p for p in child.parameters(recurse=False) if id(p) in trainable]
-        reason = _why_not(name, child, own, owners, include, exclude)
-        if own and reason is None:
-            blocks += blocks_of(name, child, lambda p: group_of.get(id(p)))
-        else:
-            reasons |= {id(p): str(reason) for p in own}
+        own = {id(p): p for p in child.parameters(recurse=False) if id(p) in trainable and id(p) not in seen}
+        seen |= own.keys()
+        if reason := _why_not(name, include, exclude):
+            reasons |= dict.fromkeys(own, reason)
+            continue
+        tied = {key for key in own if len(owners[key]) > 1}
+        found = [] if form_of(child) is None else blocks_of(name, child, _only(own.keys() - tied, group_of))
+        held = {parameter for block in found for parameter in block.parameters}
+        blocks += found
+        for key, parameter in own.items():
+            if names[key] in held:
+                continue
+            if key in tied:
+                block = tied_block(names[key], clean_name(name), owners[key], group_of[key])
+                reason = "weights tied between modules"
+            else:
+                block = free_block(names[key], clean_name(name), parameter, group_of[key])
+                reason = f"no layer form for {type(child).__name__}"
+            if block is None:
+                reasons[key] = reason
+            else:
+                blocks.append(block)
     left = [(names[key], trainable[key].numel(), reason) for key, reason in reasons.items()]
     return Coverage(tuple(blocks), tuple(left), sum(p.numel() for p in trainable.values()))
 
 
-def _why_not(
-    name: str,
-    module: nn.Module,
-    own: Sequence[nn.Parameter],
-    owners: Mapping[int, int],
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-) -> str | None:
-    if any(owners[id(p)] > 1 for p in own):
-        return "weights tied between modules"
-    if form_of(module) is None:
-        return f"no layer form for {type(module).__name__}"
+def _only(keys: Set[int], group_of: Mapping[int, int]) -> Callable[[nn.Parameter], int | None]:
+    return lambda parameter: group_of[id(parameter)] if id(parameter) in keys else None
+
+
+def _why_not(name: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> str | None:
     if exclude and any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
         return "excluded"
     if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
@@ -140,48 +154,32 @@ def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: An
     """Check every block on a real batch; blocks that do not account for their weights' gradient are left out.
 
     Two checks, so that no layout or unusual use of a weight is guessed at: the captured gradients of all examples must
-    add up to autograd's weight gradient, and an example's own loss must reach only its own rows.
+    add up to autograd's weight gradient, and an example's own loss must reach only its own rows. A block that fails is
+    tried in other ways (:func:`_others`) before it is left out.
 
     Raises:
         MisconfigurationException: no block is left.
     """
-    reasons: dict[str, str] = {}
-    blocks = list(coverage.blocks)
-    while blocks:
-        recording = Recording(module, blocks)
-        losses = objective.evaluate(batch, size, recording)
-        target = losses.recognised  # a penalty on the weights is not data
-        last = _last_example(losses) if size > 1 and losses.calls else None
-        parameters = {clean_name(n): p for n, p in module.named_parameters() if p.requires_grad}
-        try:
-            captured = recording.captured(target, size, retain_graph=True)
-            one = {} if last is None else recording.captured(last, size, retain_graph=True)
-            everything = recording.captured(losses.loss, size, retain_graph=True) if losses.calls else {}
-        except ValueError as error:
-            name = str(error).split("`")[1]
-            bad = [b.name for b in blocks if b.module == name]
-            reasons |= dict.fromkeys(bad, str(error).split(": ", 1)[1])
-            blocks = [b for b in blocks if b.name not in bad]
-            continue
-        wanted = [name for b in blocks for name in b.parameters]
-        found = torch.autograd.grad(target, [parameters[n] for n in wanted], allow_unused=True)
-        gradients = {n: g for n, g in zip(wanted, found, strict=True) if g is not None}
-        for block in blocks:
-            tolerance = HALF_TOLERANCE if block.module in recording.half else TOLERANCE
-            reason = _mismatch(block, captured.get(block.name), gradients, tolerance) or _mixing(one.get(block.name))
-            if reason is None and block.name not in captured and block.module in recording.without_gradient:
-                reason = "its output carries no gradient (reentrant checkpointing, or torch.no_grad)"
-            if reason:
-                reasons[block.name] = reason
-        unknown = _unknown_share(everything, captured)
-        if unknown > HALF_TOLERANCE:
-            rank_zero_warn(
-                f"Part of the loss in `{type(module).__name__}.training_step` was not recognised, {unknown:.0%} of its"
-                " gradient at the layers, and no score counts it. HINT: use torch's losses, or define"
-                " `attribution_losses(batch)` on the module."
-            )
-        break
-    checked = coverage.without(reasons)
+    passed: dict[str, Block] = {}
+    failed: dict[str, str] = {}
+    waiting = {block.name: [block, *_others(block, module)] for block in coverage.blocks}
+    while waiting:
+        blocks = [ways.pop(0) for ways in waiting.values()]
+        for block, reason in zip(blocks, _check(module, objective, blocks, batch, size), strict=True):
+            if reason is None:
+                passed[block.name] = block
+            else:
+                failed.setdefault(block.name, reason)
+        waiting = {name: ways for name, ways in waiting.items() if ways and name not in passed}
+    checked = coverage.without({name: reason for name, reason in failed.items() if name not in passed})
+    checked = replace(checked, blocks=tuple(passed[block.name] for block in checked.blocks))
+    unknown = _unknown_share(module, objective, checked.blocks, batch, size)
+    if unknown > HALF_TOLERANCE:
+        rank_zero_warn(
+            f"Part of the loss in `{type(module).__name__}.training_step` was not recognised, {unknown:.0%} of its"
+            " gradient at the layers, and no score counts it. HINT: use torch's losses, or define"
+            " `attribution_losses(batch)` on the module."
+        )
     if not checked.blocks:
         raise MisconfigurationException(
             f"`{type(module).__name__}` has no layer whose gradients can be attributed.\n  {checked.summary()}"
@@ -189,8 +187,14 @@ def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: An
     return checked
 
 
-def _unknown_share(everything: Mapping[str, Captured], known: Mapping[str, Captured]) -> float:
+def _unknown_share(module: nn.Module, objective: Objective, blocks: Sequence[Block], batch: Any, size: int) -> float:
     """Norm of the layers' output gradients that known elements do not explain, over that of all."""
+    recording = Recording(module, [block for block in blocks if not block.free])
+    losses = objective.evaluate(batch, size, recording)
+    if not losses.calls:
+        return 0.0
+    everything = recording.captured(losses.loss, size, True, {})
+    known = recording.captured(losses.recognised, size, False, {})
     total, rest = 0.0, 0.0
     for name, one in everything.items():
         total += float(one.gradients.square().sum())
@@ -198,31 +202,88 @@ def _unknown_share(everything: Mapping[str, Captured], known: Mapping[str, Captu
     return (rest / total) ** 0.5 if total else 0.0
 
 
-def _last_example(losses: Any) -> Tensor:
-    total = losses.loss.new_zeros(())
-    for call, scale in zip(losses.calls, losses.scales, strict=True):
-        total = total + (losses.by_example(scale)[-1] * losses.by_example(call.elements)[-1]).sum()
-    return total
+def _others(block: Block, module: nn.Module) -> list[Block]:
+    """Other ways to capture a block, in the order in which they are tried.
+
+    Sequences may come before examples, a linear layer's or an embedding's weight may be used by functions as well as
+    by its forward, and an embedding of positions has no rows of single examples.
+    """
+    if block.free:
+        return []
+    found = [replace(block, layout=1)]
+    if block.weight is not None and block.form in ("LinearForm", "EmbeddingForm"):
+        _, first, second = block.shape
+        shape = (1, second, first) if block.indexed else block.shape
+        functional = replace(block, form="FunctionalLinearForm", shape=shape)
+        found += [functional, replace(functional, layout=1)]
+        if block.indexed:
+            free = free_block(block.name, block.module, module.get_parameter(block.weight), block.group)
+            found += [] if free is None else [replace(free, weight=block.weight)]
+    return found
+
+
+def _check(module: nn.Module, objective: Objective, blocks: Sequence[Block], batch: Any, size: int) -> list[str | None]:
+    """For each block, why it cannot be attributed."""
+    recording = Recording(module, blocks)
+    losses = objective.evaluate(batch, size, recording)
+    each = losses.each()
+    target = losses.recognised  # a penalty on the weights is not data
+    refused: dict[str, str] = {}
+    captured = recording.captured(target, size, True, refused, each)
+    one: dict[str, Captured] = {}
+    if size > 1 and each.shape == (size,):
+        one = recording.captured(each[-1], size, True, {})
+    parameters = {clean_name(n): p for n, p in module.named_parameters() if p.requires_grad}
+    wanted = [name for block in blocks for name in block.parameters]
+    found = torch.autograd.grad(target, [parameters[n] for n in wanted], retain_graph=True, allow_unused=True)
+    gradients = {n: g for n, g in zip(wanted, found, strict=True) if g is not None}
+    return [
+        refused.get(block.name)
+        or _mismatch(
+            block,
+            captured.get(block.name),
+            gradients,
+            HALF_TOLERANCE if block.module in recording.half else TOLERANCE,
+        )
+        or (None if block.free else _mixing(one.get(block.name)))
+        or _unseen(block, captured, recording)
+        for block in blocks
+    ]
+
+
+def _unseen(block: Block, captured: Mapping[str, Captured], recording: Recording) -> str | None:
+    if block.name in captured or block.module not in recording.without_gradient:
+        return None
+    return "its output carries no gradient (reentrant checkpointing, or torch.no_grad)"
 
 
 def _mismatch(block: Block, captured: Captured | None, gradients: Mapping[str, Tensor], tolerance: float) -> str | None:
-    present = {n: gradients[n] for n in block.parameters if n in gradients}
+    present = {n: gradients[n].to_dense() for n in block.parameters if n in gradients}
     if captured is None:
         return "used outside its layer's forward" if any(g.any() for g in present.values()) else None
     if len(present) < len(block.parameters):
         return "its layer ran but its parameters got no gradient"
     expected = block.matrix(present)
-    a, g = (x.flatten(1, 2) for x in captured)
-    error = (g.mT @ a - expected).norm()
-    if error > tolerance * expected.norm() + 1e-12:
+    error = (_total(captured) - expected).norm()
+    # Where examples' gradients cancel, what is left of their sum is round-off of its parts.
+    parts = float(captured.squares().sum().sqrt())
+    if error > tolerance * expected.norm() + 1e-6 * parts + 1e-12:
         return f"captured gradient differs from autograd's by {float(error / expected.norm()):.1%}"
     return None
+
+
+def _total(captured: Captured) -> Tensor:
+    """The sum of all examples' gradients, ``[P, O, I]``."""
+    a, g = (x.flatten(1, 2) for x in captured[:2])
+    if captured.vocabulary is None:
+        return g.mT @ a
+    return g.new_zeros(1, captured.vocabulary, g.shape[-1]).index_add_(1, a[0], g).mT
 
 
 def _mixing(captured: Captured | None) -> str | None:
     if captured is None:
         return None
-    norms = captured.gradients.square().sum((0, 2, 3))
-    if norms[:-1].max() > TOLERANCE**2 * norms[-1]:
+    squares = captured.squares()
+    if squares[:-1].max() > TOLERANCE**2 * squares[-1]:
         return "examples of a batch influence each other's rows"
     return None

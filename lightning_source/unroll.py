@@ -73,6 +73,7 @@ class SegmentCurvature(NamedTuple):
     weight_decay: float  # w
     preconditioner: Tensor | None = None  # P̄ [P, O, I], in parameter space; None: plain gradient steps
     decoupled: bool = False  # the decay is not preconditioned
+    mean: float | None = None  # mean eigenvalue of the whole block, where those here are of some columns
 
 
 def diagonal_of(basis: Basis, eigenvalues: Tensor) -> Tensor:
@@ -122,5 +123,6 @@ def _preconditioned_segment(vector: Tensor, here: Basis, segment: SegmentCurvatu
     moved = segment.basis.rotate_from(IDENTITY, -torch.expm1(-exponent) * vector)
     values = segment.eigenvalues.clamp_min(0)
     decay = 0.0 if segment.decoupled else segment.weight_decay
-    response = damped_inverse(values, max(0.1 * float(values.mean()) + decay, 1e-30)) * moved
+    mean = float(values.mean()) if segment.mean is None else segment.mean
+    response = damped_inverse(values, max(0.1 * mean + decay, 1e-30)) * moved
     return response, vector if first else torch.exp(-exponent) * vector, IDENTITY

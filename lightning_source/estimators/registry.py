@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,10 +24,18 @@ class Query:
     run: Run
     examples: Examples | GivenBatches
     measurement: str | Measurement
+    # What the columns of an embedding's gradients stand for, by block: the tokens that the queries use.
+    tokens: dict[str, Tensor] = field(default_factory=dict)
 
     def gradients(self, state: State, bases: Mapping[str, Basis] | None = None) -> dict[str, Tensor]:
         """Gradients of the measurement at some parameters, ``[Q, P, O, I]`` by block; in parameter space by default."""
-        return self.run.query_workspace.query_gradients(state, self.examples, self.measurement, bases)
+        found, tokens = self.run.query_workspace.query_gradients(state, self.examples, self.measurement, bases)
+        self.tokens.update(tokens)
+        return found
+
+    def columns(self, name: str, values: Tensor) -> Tensor:
+        """A block's ``[P, O, I]`` (eigenvalues, a preconditioner) for the columns that its gradients have."""
+        return values[..., self.tokens[name]] if name in self.tokens else values
 
 
 @dataclass(frozen=True)

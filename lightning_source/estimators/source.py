@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_source.engine import Factors, State
 from lightning_source.estimators.registry import Contraction, Query, estimates
-from lightning_source.factors import Basis, contract_diagonal, contract_pairs
+from lightning_source.factors import Basis, Rows, contract_diagonal, contract_pairs
 from lightning_source.recorder import final_parameters
 from lightning_source.run import Run, Segment
 from lightning_source.unroll import reverse_walk, segment_response
@@ -59,14 +59,17 @@ def _walk(
     states: Sequence[Sequence[Callable[[], State]]],
 ) -> Iterator[Contraction]:
     run = query.run
-    chains = run.curvatures([*segments, *run.later_segments()], factors, run.unbroken())
-    gradients = query.gradients(run.final(), {name: chain[-1].basis for name, chain in chains.items()})
+    later = [*segments, *run.later_segments()]
+    bases: dict[str, Basis] = {}
+    for one in factors:  # a block's last segment comes last
+        bases |= _bases(one)
+    gradients = query.gradients(run.final(), bases)
+    blocks = [block for block in run.unbroken() if block.name in gradients]
     walks = {}
-    for name, chain in chains.items():
-        if name in gradients:
-            walks[name] = reverse_walk(gradients.pop(name), chain[-1].basis, chain)
-            for _ in chain[len(segments) :]:  # later stages only carry the query back to the asked one
-                next(walks[name])
+    for name, chain in run.curvatures(later, factors, blocks, query.columns).items():
+        walks[name] = reverse_walk(gradients.pop(name), chain[-1].basis, chain)
+        for _ in chain[len(segments) :]:  # later stages only carry the query back to the asked one
+            next(walks[name])
     for index in range(len(segments) - 1, -1, -1):
         vectors = {name: next(walk) for name, walk in walks.items()}
         weights = segments[index].weights if len(states[index]) > 1 else [1.0]
@@ -100,15 +103,16 @@ def _self_influence_of(run: Run, ids: Tensor, segments: Sequence[Segment], facto
         final_parameters(run.store, run.stage.index), run.data, ids, _bases(factors[last]), query=True
     )
     blocks = [block for block in run.coverage.blocks if block.name in query]
+    # An embedding's gradients are rows at tokens; along the walk each row is a matrix of one column.
+    rows = {name: one.rows() for name, one in query.items() if one.vocabulary is not None}
     chains = run.curvatures(segments, factors, blocks)
     # Vectors are needed as matrices from the last segment but one, and wherever steps are preconditioned.
     plain = all(chain[last].preconditioner is None for chain in chains.values())
-    walks = {}
+    walks: dict[str, Iterator[Tensor]] = {}
     if last or not plain:
-        walks = {
-            name: reverse_walk(query[name].per_example().transpose(0, 1), chain[last].basis, chain)
-            for name, chain in chains.items()
-        }
+        for name, chain in run.curvatures(segments, factors, blocks, partial(_at_rows, rows)).items():
+            held = rows[name].values[:, None, :, None] if name in rows else query[name].per_example().transpose(0, 1)
+            walks[name] = reverse_walk(held, chain[last].basis, chain)
     total = torch.zeros(len(ids))
     for index in range(last, -1, -1):
         vectors = {name: next(walk) for name, walk in walks.items()}
@@ -122,7 +126,14 @@ def _self_influence_of(run: Run, ids: Tensor, segments: Sequence[Segment], facto
                     here = chains[name][index]
                     response = segment_response(here.eigenvalues, here.rate, here.weight_decay)
                     products = contract_diagonal(captured, query[name], response)
+                elif name in rows:
+                    products = captured.rows().products(rows[name]._replace(values=vectors[name][:, 0, :, 0]), len(ids))
                 else:
                     products = contract_pairs(captured, vectors[name])
                 total += weight / run.examples * products.cpu()
     return total
+
+
+def _at_rows(rows: Mapping[str, Rows], name: str, values: Tensor) -> Tensor:
+    """An embedding's ``[1, O, V]`` at the token of each row, ``[R, 1, O, 1]``."""
+    return values[0][:, rows[name].tokens].mT[:, None, :, None] if name in rows else values

@@ -29,7 +29,7 @@ def tracin(query: Query, *, snapshots: Literal["mean", "point"] | None = None) -
             load = partial(run.state, snapshot, which)
             vectors = _scaled(run, query.gradients(load()), snapshot)
             for name, scale in run.preconditioner([snapshot]).items():
-                vectors[name] *= scale
+                vectors[name] *= query.columns(name, scale)
             yield Contraction(load, vectors, 1 / run.examples, segment=index)
 
 

@@ -1,12 +1,19 @@
 """The kinds of layer that can be attributed: one file each, entered by :func:`register`."""
 
+from lightning_source.layers import attention as attention
 from lightning_source.layers import conv as conv
+from lightning_source.layers import conv_transpose as conv_transpose
+from lightning_source.layers import embedding as embedding
+from lightning_source.layers import free as free
 from lightning_source.layers import linear as linear
+from lightning_source.layers import norm as norm
 from lightning_source.layers.registry import Block as Block
+from lightning_source.layers.registry import Call as Call
 from lightning_source.layers.registry import LayerForm as LayerForm
 from lightning_source.layers.registry import MatrixForm as MatrixForm
 from lightning_source.layers.registry import VectorForm as VectorForm
 from lightning_source.layers.registry import blocks_of as blocks_of
+from lightning_source.layers.registry import captured_vectors as captured_vectors
 from lightning_source.layers.registry import clean_name as clean_name
 from lightning_source.layers.registry import form_of as form_of
 from lightning_source.layers.registry import register as register

@@ -1,4 +1,6 @@
-"""``nn.Conv2d`` with every padding mode, stride, dilation and number of groups, unfolded into positions."""
+"""Convolutions in one to three dimensions with every option, unfolded into positions."""
+
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -6,29 +8,48 @@ from torch import Tensor, nn
 from lightning_source.layers.registry import MatrixForm, register
 
 
-@register(nn.Conv2d)
-class Conv2dForm(MatrixForm):
+@register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+class ConvForm(MatrixForm):
     """A position is an output pixel, a part is a group; inputs are ordered as in ``weight.flatten(1)``."""
 
-    def shape(self, module: nn.Conv2d) -> tuple[int, int, int]:
-        """``(groups, out_channels / groups, in_channels / groups · kernel area)``."""
+    def shape(self, module: Any) -> tuple[int, int, int]:
+        """``(groups, out_channels / groups, in_channels / groups · kernel size)``."""
         return module.groups, module.out_channels // module.groups, module.weight[0].numel()
 
-    def activations(self, module: nn.Conv2d, inputs: Tensor, examples: int) -> Tensor:
-        """``[B, C, H, W]`` as ``[groups, B, positions, C / groups · kernel area]``."""
-        _check(inputs, examples)
+    def activations(self, module: Any, inputs: Tensor, examples: int) -> Tensor:
+        """``[N, C, ...]`` as ``[groups, B, positions, C / groups · kernel size]``."""
+        check_images(module, inputs, examples)
         # The module pads explicitly for the other modes, and (for "same") by what this attribute says in any mode.
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         padded = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
-        patches = F.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
-        return patches.view(examples, module.groups, -1, patches.shape[-1]).permute(1, 0, 3, 2)
+        return by_position(patches(padded, module), module, examples)
 
-    def gradients(self, module: nn.Conv2d, gradients: Tensor, examples: int) -> Tensor:
-        """``[B, O, H', W']`` as ``[groups, B, positions, O / groups]``."""
-        _check(gradients, examples)
-        return gradients.reshape(examples, module.groups, -1, gradients[0, 0].numel()).permute(1, 0, 3, 2)
+    def gradients(self, module: Any, gradients: Tensor, examples: int) -> Tensor:
+        """``[N, O, ...]`` as ``[groups, B, positions, O / groups]``."""
+        check_images(module, gradients, examples)
+        return by_position(gradients, module, examples)
 
 
-def _check(x: Tensor, examples: int) -> None:
-    if x.dim() != 4 or x.shape[0] != examples:
-        raise ValueError(f"its input of shape {tuple(x.shape)} is not [batch of {examples}, channels, height, width]")
+def check_images(module: Any, x: Tensor, examples: int) -> None:
+    """Refuse what has no batch dimension, or one that counts neither the examples nor equally many frames of each."""
+    extent = len(module.kernel_size)
+    if x.dim() != 2 + extent or x.shape[0] % examples:
+        raise ValueError(
+            f"its input of shape {tuple(x.shape)} is not [batch of {examples}, channels, {extent}-D image]"
+        )
+
+
+def patches(padded: Tensor, module: Any) -> Tensor:
+    """What each position of the kernel's window sees, ``[N, C, *positions, *kernel]``: a view."""
+    windows = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    for dim, (size, stride, dilation) in enumerate(windows, start=2):
+        padded = padded.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    return padded
+
+
+def by_position(x: Tensor, module: Any, examples: int) -> Tensor:
+    """``[N, C, *positions, *kernel]``, or without a kernel, as ``[groups, B, positions, C / groups · kernel size]``."""
+    grouped = x.unflatten(1, (module.groups, -1))  # [N, groups, C / groups, *positions, *kernel]
+    kernel = 3 + len(module.kernel_size)
+    rows = grouped.permute(1, 0, *range(3, kernel), 2, *range(kernel, grouped.dim())).flatten(kernel - 1)
+    return rows.reshape(module.groups, examples, -1, rows.shape[-1])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_source.factors import Captured
+from lightning_source.factors import Captured, in_full_precision, join
 
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
@@ -19,11 +19,24 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+class Call(NamedTuple):
+    """One use of a layer, or of a parameter by itself, in a forward."""
+
+    inputs: Any  # what the forward got: a tensor, or what the form's ``keep`` made of its arguments
+    gradients: Tensor  # gradient at the output, shaped like it
+    kind: Literal["layer", "linear", "embedding"] = "layer"  # a module's forward, or the function that was called
+    start: int = 0  # the first row of the parameter that the function used
+    bias: str | None = None  # clean name of the bias that a linear function used, if that is known
+    padding: int | None = None  # the token whose row gets no gradient
+
+
 class LayerForm(Protocol):
     """One kind of layer, which has a parameter ``weight`` and may have ``bias``: what a file in this package provides.
 
     :class:`MatrixForm` and :class:`VectorForm` leave only a few lines to write.
     """
+
+    joint: bool  # whether one block can hold weight and bias
 
     def block_shape(self, module: nn.Module, weight: bool, bias: bool) -> tuple[int, int, int]:
         """``(P, O, I)`` of a block that holds the weight, the bias, or both."""
@@ -42,6 +55,8 @@ class LayerForm(Protocol):
 
 class MatrixForm:
     """A layer whose weight gradient is ``Σ_t g_t a_tᵀ``; the bias is one more input, which is always 1."""
+
+    joint = True
 
     def shape(self, module: Any) -> tuple[int, int, int]:
         """``(parts, outputs a part, inputs a part)``, the bias not counted."""
@@ -79,12 +94,19 @@ class MatrixForm:
         return torch.cat(columns if bias is None else [*columns, bias.reshape(parts, outputs, 1)], dim=-1)
 
 
+def captured_vectors(gradients: Tensor) -> Captured:
+    """Per-example gradients ``[B, entries]`` as outputs of one input that is always 1."""
+    return Captured(gradients.new_ones(1, len(gradients), 1, 1), gradients[None, :, None])
+
+
 class VectorForm:
     """A layer that scales by ``weight`` and shifts by ``bias``: one full block of all its entries.
 
     Its per-example gradient is a vector, so the block is ``O`` entries by one input that is always 1, and the
     covariance of the gradients is the block's Fisher itself.
     """
+
+    joint = True
 
     def entries(self, module: Any) -> int:
         """Number of entries of the weight."""
@@ -108,21 +130,23 @@ class VectorForm:
         """See :class:`LayerForm`."""
         g = self.rows(module, gradients, examples)
         pieces = [(g * self.rows(module, self.normalized(module, inputs), examples)).sum(1)] if weight else []
-        vector = torch.cat([*pieces, g.sum(1)] if bias else pieces, dim=-1)
-        return Captured(vector.new_ones(1, examples, 1, 1), vector.view(1, examples, 1, -1))
+        return captured_vectors(torch.cat([*pieces, g.sum(1)] if bias else pieces, dim=-1))
 
     def matrix(self, shape: tuple[int, int, int], weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """See :class:`LayerForm`."""
         return torch.cat([v.flatten() for v in (weight, bias) if v is not None]).view(shape)
 
 
-_FORMS: dict[type[nn.Module], LayerForm] = {}
+_FORMS: dict[type[nn.Module] | str, LayerForm] = {}
 _BY_NAME: dict[str, LayerForm] = {}
 Form = TypeVar("Form", bound=type)
 
 
-def register(*kinds: type[nn.Module]) -> Callable[[Form], Form]:
-    """Class decorator: the decorated :class:`LayerForm` serves these module classes and their subclasses."""
+def register(*kinds: type[nn.Module] | str) -> Callable[[Form], Form]:
+    """Class decorator: the decorated :class:`LayerForm` serves these module classes and their subclasses.
+
+    A class of another library is given by its full name, ``"package.module.Class"``, so that nothing is imported.
+    """
 
     def enter(form: Form) -> Form:
         instance = form()
@@ -135,15 +159,18 @@ def register(*kinds: type[nn.Module]) -> Callable[[Form], Form]:
 
 def form_of(module: nn.Module) -> LayerForm | None:
     """The form for a module, found along its class's bases; ``None`` where there is none."""
-    return next((_FORMS[kind] for kind in type(module).__mro__ if kind in _FORMS), None)
+    for kind in type(module).__mro__:
+        if form := _FORMS.get(kind) or _FORMS.get(f"{kind.__module__}.{kind.__qualname__}"):
+            return form
+    return None
 
 
 @dataclass(frozen=True)
 class Block:
     """One attributed parameter matrix, or stack of equally shaped ones: the unit of curvature.
 
-    Weight and bias share a block while one optimizer group holds both; otherwise each is a block of its own, since
-    learning rate and weight decay belong to the block.
+    Weight and bias share a block while one optimizer group holds both and the form can join them; otherwise each is a
+    block of its own, since learning rate and weight decay belong to the block.
     """
 
     name: str  # the module's name, with ".weight" or ".bias" if the block holds only that
@@ -154,6 +181,22 @@ class Block:
     shape: tuple[int, int, int]  # (P, O, I), the bias column counted
     form: str  # class name of the layer's form
     sizes: tuple[int, ...]  # scalars of each parameter
+    layout: int = 0  # the dimension of its layer's tensors that counts examples: 0, or 1 (sequence first)
+
+    @property
+    def functional(self) -> bool:
+        """Whether it is captured where torch's functions use its parameters, and not by a hook on its module."""
+        return getattr(_BY_NAME[self.form], "functional", False)
+
+    @property
+    def free(self) -> bool:
+        """Whether its gradients are those of each example's own loss, since no form makes them of positions."""
+        return getattr(_BY_NAME[self.form], "free", False)
+
+    @property
+    def indexed(self) -> bool:
+        """Whether its inputs are one-hot rows over a vocabulary, kept as indices."""
+        return getattr(_BY_NAME[self.form], "indexed", False)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -165,20 +208,39 @@ class Block:
         """Number of scalars in the block."""
         return sum(self.sizes)
 
-    def capture(self, module: nn.Module, inputs: Tensor, gradients: Tensor, size: int) -> Captured:
-        """One call of the layer in the internal format.
+    def keep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What must be remembered of its module's arguments."""
+        keep = getattr(_BY_NAME[self.form], "keep", None)
+        if keep is not None:
+            return keep(*args, **kwargs)
+        return (args[0] if args else kwargs["input"]).detach()
+
+    def capture(self, module: nn.Module, calls: Sequence[Call], size: int) -> Captured:
+        """All uses in one forward in the internal format: each adds positions.
 
         Args:
             module: the layer.
-            inputs: what its forward got.
-            gradients: gradient at its output.
+            calls: its uses.
             size: number of examples in the batch.
+
+        Raises:
+            ValueError: an input is not laid out by example.
         """
         form = _BY_NAME[self.form]
-        one = form.capture(module, inputs, gradients, size, self.weight is not None, self.bias is not None)
-        # They may differ under autocast, and what is computed of them needs more than half precision.
-        dtype = torch.promote_types(torch.promote_types(one.activations.dtype, one.gradients.dtype), torch.float32)
-        return Captured(one.activations.to(dtype), one.gradients.to(dtype))
+        if self.layout:
+            calls = [
+                call._replace(
+                    inputs=_examples_first(call.inputs, size), gradients=_examples_first(call.gradients, size)
+                )
+                for call in calls
+            ]
+        combine = getattr(form, "combine", None)
+        if combine is not None:
+            found: Captured = combine(self, calls, size)
+            return in_full_precision(found)
+        held = self.weight is not None, self.bias is not None
+        pieces = [form.capture(module, call.inputs, call.gradients, size, *held) for call in calls]
+        return join([in_full_precision(piece) for piece in pieces], dim=2)
 
     def matrix(self, values: Mapping[str, Tensor]) -> Tensor:
         """Parameter-shaped ``values`` (parameters or their gradients, by name) as the block's ``[P, O, I]``."""
@@ -186,14 +248,27 @@ class Block:
         return _BY_NAME[self.form].matrix(self.shape, weight, bias)
 
 
+def _examples_first(x: Any, examples: int) -> Tensor:
+    """``[T, B, ...]``, or rows ``[T · B, F]``, as ``[B, T, ...]``."""
+    rows = isinstance(x, Tensor) and x.dim() == 2 and x.is_floating_point()  # else its last dimension is no feature
+    if isinstance(x, Tensor) and not rows and x.dim() > 1 and x.shape[1] == examples:
+        return x.transpose(0, 1)
+    if rows and not x.shape[0] % examples:
+        return x.unflatten(0, (-1, examples)).transpose(0, 1)
+    raise ValueError(f"its input has no second dimension that counts the batch's {examples} examples")
+
+
 def blocks_of(name: str, module: nn.Module, group_of: Callable[[nn.Parameter], int | None]) -> Sequence[Block]:
     """The blocks of a module that has a form; parameters for which ``group_of`` gives ``None`` are left out."""
     form = form_of(module)
     assert form is not None
     name = clean_name(name)
+    if own := getattr(form, "blocks", None):  # its parameters are not `weight` and `bias`
+        found: Sequence[Block] = own(name, module, group_of)
+        return found
     held = {key: parameter for key, parameter in module.named_parameters(recurse=False) if key in ("weight", "bias")}
     groups = {key: group for key, parameter in held.items() if (group := group_of(parameter)) is not None}
-    together = [list(groups)] if len(set(groups.values())) == 1 else [[key] for key in groups]
+    together = [list(groups)] if form.joint and len(set(groups.values())) == 1 else [[key] for key in groups]
     prefix = f"{name}." if name else ""
     return [
         Block(

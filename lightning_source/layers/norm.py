@@ -1,0 +1,76 @@
+"""Normalisation layers: what their weight multiplies, and where the entries of the weight lie in a tensor."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_source.layers.registry import VectorForm, register
+
+
+class _LastDimensions(VectorForm):
+    """The weight has the shape of the input's last dimensions."""
+
+    def rows(self, module: Any, x: Tensor, examples: int) -> Tensor:
+        """``[B, ..., *normalized_shape]``, or with examples flattened into rows, as ``[B, T, entries]``."""
+        if x.dim() == len(module.normalized_shape) or x.shape[0] % examples:
+            raise ValueError(f"its input of shape {tuple(x.shape)} does not begin with the batch's {examples} examples")
+        return x.reshape(examples, -1, self.entries(module))
+
+
+@register(nn.LayerNorm)
+class LayerNormForm(_LastDimensions):
+    """``nn.LayerNorm``."""
+
+    def normalized(self, module: Any, inputs: Tensor) -> Tensor:
+        """The input with mean 0 and variance 1 over the normalised dimensions."""
+        return F.layer_norm(inputs, module.normalized_shape, eps=module.eps)
+
+
+@register(nn.RMSNorm)
+class RMSNormForm(_LastDimensions):
+    """``nn.RMSNorm``."""
+
+    def normalized(self, module: Any, inputs: Tensor) -> Tensor:
+        """The input with mean square 1 over the normalised dimensions."""
+        return F.rms_norm(inputs, module.normalized_shape, eps=module.eps)
+
+
+class _Channels(VectorForm):
+    """The weight has one entry a channel, which is the input's second dimension."""
+
+    def rows(self, module: Any, x: Tensor, examples: int) -> Tensor:
+        """``[N, C, ...]`` as ``[B, T, C]``."""
+        if x.dim() < 2 or x.shape[0] % examples or x.shape[1] != module.weight.numel():
+            raise ValueError(f"its input of shape {tuple(x.shape)} is not [batch of {examples}, channels, ...]")
+        return x.movedim(1, -1).reshape(examples, -1, x.shape[1])
+
+
+@register(nn.GroupNorm)
+class GroupNormForm(_Channels):
+    """``nn.GroupNorm``."""
+
+    def normalized(self, module: Any, inputs: Tensor) -> Tensor:
+        """The input with mean 0 and variance 1 over each group of channels."""
+        return F.group_norm(inputs, module.num_groups, eps=module.eps)
+
+
+@register(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+class BatchNormForm(_Channels):
+    """Batch normalisation by running statistics, as in eval mode; those of the batch would mix its examples."""
+
+    def normalized(self, module: Any, inputs: Tensor) -> Tensor:
+        """The input less the running mean, over the running standard deviation."""
+        if module.training or module.running_mean is None:
+            raise ValueError("it normalises by the batch's own statistics, which mix examples")
+        return F.batch_norm(inputs, module.running_mean, module.running_var, eps=module.eps)
+
+
+@register(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+class InstanceNormForm(_Channels):
+    """Instance normalisation, by running statistics if the module keeps any."""
+
+    def normalized(self, module: Any, inputs: Tensor) -> Tensor:
+        """The input with mean 0 and variance 1 over each channel of each example, or less running ones."""
+        own = module.training or not module.track_running_stats
+        return F.instance_norm(inputs, module.running_mean, module.running_var, use_input_stats=own, eps=module.eps)
