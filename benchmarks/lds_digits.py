@@ -4,8 +4,9 @@
     python benchmarks/lds_digits.py --data ../shared/data/ground_truth --out benchmarks/results/lds_digits.json
 
 The ground-truth files hold the data, 100 half subsets and the margins after 5 retrainings on each; their metadata
-state the recipe, which is repeated here. The linear datamodeling score (method §7) is the mean over 200 queries of the Spearman
-correlation between the margins on the subsets and the scores' predictions. Each row is the mean of three trainings.
+state the recipe, which is repeated here. The linear datamodeling score (method §7) is the mean over 200 queries of the
+Spearman correlation between the margins on the subsets and the scores' predictions. Each row is the mean of three
+trainings.
 """
 
 import argparse

@@ -331,6 +331,8 @@ class SourceCallback(Callback):
                 losses = objective.evaluate(batch, size)
             except ValueError:
                 return  # no loss for this batch; ask the next one
+            if not torch.isfinite(losses.loss):
+                return  # nothing can be told apart by comparing with it
             coverage = probe(pl_module, objective, coverage, batch, size)
         self._probed = True
         self._stage["coverage"] = coverage.to_json()
@@ -444,8 +446,8 @@ class SourceCallback(Callback):
 
     def _open(self, trainer: Trainer, pl_module: LightningModule, stage: int | str | None = None) -> Run:
         store = self._store
-        if self._recorder is None and self._restored is not None and store is None:
-            store = RunStore.open(self._restored["dirpath"])  # a finished run, resumed: no step was left to take
+        if store is not None and not self._handles and (store.path / MANIFEST).exists():
+            store = self._store = RunStore.open(store.path)  # a scorer may have completed an interrupted run meanwhile
         if store is None or not store.manifest.get("steps"):
             raise MisconfigurationException(
                 "there is no finished segment: no optimizer step was recorded. HINT: call `fit` first, for at least one"

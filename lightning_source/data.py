@@ -14,6 +14,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
+from lightning_source._guards import isolated_rng
+
 Batch = tuple[Tensor, Any]  # ids of the batch's examples, and what training_step takes
 
 
@@ -99,7 +101,7 @@ def examples_of(data: Any, batch_size: int | None = None, like: Examples | None 
 
 
 def loader_batch_size(loader: DataLoader) -> int:
-    """Examples in a full batch; custom batch samplers are asked for theirs, else for their first batch."""
+    """Examples that a pass takes at once: the loader's or its batch sampler's ``batch_size``, if they have one."""
     if loader.batch_size is not None:
         return loader.batch_size
     sampler: Any = loader.batch_sampler
@@ -108,13 +110,14 @@ def loader_batch_size(loader: DataLoader) -> int:
             "the training DataLoader has `batch_size=None` (its dataset yields whole batches), so examples have no ids."
             " HINT: pass `train=` a dataset of single examples."
         )
-    return int(getattr(sampler, "batch_size", None) or len(next(iter(sampler))))
+    return int(getattr(sampler, "batch_size", None) or 32)  # to look at a batch would advance the sampler
 
 
 def query_of(query: Any, like: Examples | None, batch_size: int | None = None) -> Examples | GivenBatches:
     """One batch, a ``Dataset`` or a ``DataLoader`` of queries; a loader over a map-style dataset is not shuffled."""
     if isinstance(query, DataLoader) and isinstance(query.dataset, IterableDataset):
-        examples: Examples | GivenBatches = GivenBatches(list(query))
+        with isolated_rng(0):  # an iterator draws its base seed, and the dataset what it likes
+            examples: Examples | GivenBatches = GivenBatches(list(query))
     elif isinstance(query, (DataLoader, Dataset)):
         dataset: Any = query.dataset if isinstance(query, DataLoader) else query
         if len(dataset) == 0:

@@ -216,7 +216,10 @@ class Workspace:
     def _evaluate(self, data: Examples, ids: Sequence[int], hooked: bool = True, recording: Any = None) -> Losses:
         batches = Examples(data.dataset, len(ids), data.collate)
         (_, batch), *_ = batches.batches(ids)
-        return self.objective.evaluate(to_module(batch, self.module, self.hooks), len(ids), recording, hooked)
+        losses = self.objective.evaluate(to_module(batch, self.module, self.hooks), len(ids), recording, hooked)
+        if not torch.isfinite(losses.loss):
+            raise FloatingPointError(f"the objective is {losses.loss.item()} on examples {_shorten(torch.tensor(ids))}")
+        return losses
 
     def _kind_of(self, data: Examples, whole: Losses, index: int, chosen: Sequence[int]) -> Kind:
         """What a call's elements are divided by: that under which they weigh the same in another batch."""

@@ -112,10 +112,7 @@ def cut(stretches: Sequence[Stretch], segments: int | Sequence[int]) -> list[lis
     """
     if isinstance(segments, int):
         return cut_evenly(stretches, segments)
-    starts = {0}
-    for boundary in segments:
-        if not stretches[0].first < boundary < stretches[-1].last:
-            continue
-        starts.add(min(range(len(stretches)), key=lambda i: abs(stretches[i].first - boundary)))
-    ordered = sorted(starts)
+    ends = [*(s.first for s in stretches), stretches[-1].last]
+    nearest = {min(range(len(ends)), key=lambda i: abs(ends[i] - boundary)) for boundary in segments}
+    ordered = sorted({0} | nearest - {len(stretches)})  # where training ended, no segment begins
     return [list(range(a, b)) for a, b in zip(ordered, [*ordered[1:], len(stretches)], strict=True)]

@@ -3,6 +3,9 @@ import warnings
 import pytest
 import torch
 
+# Trainings of a few dozen parameters run ten times longer on threads that contend for cores.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _quiet_and_seeded():

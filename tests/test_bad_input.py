@@ -9,7 +9,7 @@ import torch
 from helpers import Classifier, classes, fitted, mlp, quiet_trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.optim import SGD, Adam
+from torch.optim import SGD, Rprop
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from lightning_source import SourceCallback, SourceScorer, attribute
@@ -65,14 +65,14 @@ def test_wrong_settings_are_refused_when_they_are_given(options, message):
 
 
 class Frozen(Classifier):
-    """Nothing but a scale, which is in no layer."""
+    """Nothing but a parameter in no layer, with too many entries for a gradient of each example."""
 
     def __init__(self):
         super().__init__(nn.Identity())
-        self.scale = nn.Parameter(torch.ones(3))
+        self.scale = nn.Parameter(torch.ones(3, 400_000))
 
     def training_step(self, batch, batch_idx):
-        return self.loss(batch[0][:, :3] * self.scale, batch[1])
+        return self.loss(batch[0][:, :3] * self.scale.mean(1), batch[1])
 
 
 class Manual(Classifier):
@@ -99,8 +99,8 @@ def optimized(make):
 
 # name: (module, training data, message)
 REFUSED = {
-    "no layer": (Frozen, loader(), r"no layer.*\n.*\n.*scale \(no layer form for Frozen\)"),
-    "unknown optimizer": (optimized(lambda p: Adam(p, 0.1)), loader(), "`Adam`.*Known optimizers: SGD"),
+    "no layer": (Frozen, loader(), r"no layer.*\n.*\n.*scale \(.*\)"),
+    "unknown optimizer": (optimized(lambda p: Rprop(p, 0.1)), loader(), "`Rprop`.*Known optimizers: .*SGD"),
     "subclass": (optimized(lambda p: type("Signed", (SGD,), {})(p, 0.1)), loader(), "`Signed`"),
     "maximize": (optimized(lambda p: SGD(p, 0.1, maximize=True)), loader(), "maximize=True"),
     "manual optimization": (Manual, loader(), "`Manual` uses manual optimization"),
@@ -157,8 +157,8 @@ def test_overwrite_replaces_a_run_and_nothing_else(tmp_path):
 def test_overwrite_keeps_the_old_run_until_there_is_a_new_one(tmp_path):
     fitted(tmp_path)
     before = contents(tmp_path / "run")
-    with pytest.raises(MisconfigurationException, match="Adam"):
-        fitted(tmp_path, optimized(lambda p: Adam(p, 0.1))(), overwrite=True)
+    with pytest.raises(MisconfigurationException, match="Rprop"):
+        fitted(tmp_path, optimized(lambda p: Rprop(p, 0.1))(), overwrite=True)
     assert contents(tmp_path / "run") == before
 
 
@@ -184,18 +184,10 @@ def test_a_file_in_the_place_of_the_directory(tmp_path):
         fitted(tmp_path)
 
 
-def test_a_second_fit_with_the_same_callback_is_refused(tmp_path):
-    trainer = fitted(tmp_path)
-    before = contents(tmp_path / "run")
-    with pytest.raises(MisconfigurationException, match=r"already recorded a `fit`.*new SourceCallback"):
-        trainer.fit(Classifier(mlp()), loader())
-    assert contents(tmp_path / "run") == before
-
-
 def test_a_refused_fit_can_be_repeated_with_the_same_callback(tmp_path):
     source = SourceCallback(str(tmp_path / "run"))
-    with pytest.raises(MisconfigurationException, match="Adam"):
-        quiet_trainer(tmp_path, source).fit(optimized(lambda p: Adam(p, 0.1))(), loader())
+    with pytest.raises(MisconfigurationException, match="Rprop"):
+        quiet_trainer(tmp_path, source).fit(optimized(lambda p: Rprop(p, 0.1))(), loader())
     trainer = quiet_trainer(tmp_path, source)
     trainer.fit(Classifier(mlp()), loader())
     assert trainer.attribute(QUERY).values.abs().max() > 0
@@ -308,7 +300,7 @@ def test_a_training_that_diverged_keeps_its_snapshots_and_says_where(tmp_path, s
     assert trainer.state.finished
     assert len(list((tmp_path / "run" / "snapshots").glob("*.safetensors"))) == 2
     for ask in (trainer.attribute, lambda query: scorer_of(tmp_path).score(query, classes())):
-        with pytest.raises(FloatingPointError, match=r"`net\.\d`|examples \d"):
+        with pytest.raises(FloatingPointError, match=r"`net\.\d|examples \d"):
             ask(QUERY)
 
 

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader
 
 from lightning_source import SourceCallback, SourceScorer
-from lightning_source.recorder import snapshot_parameters
+from lightning_source.recorder import assemble, snapshot_parameters
 from lightning_source.segments import Stretch
 from lightning_source.store import RunStore
 
@@ -82,7 +82,11 @@ class Record:
 
 
 def run_of(tmp_path):
-    return RunStore.open(tmp_path / "run")
+    """The run directory; opening it completes a run that was interrupted."""
+    store = RunStore.open(tmp_path / "run")
+    settings = store.manifest["settings"]
+    assemble(store, settings["segments"], settings["snapshots_per_segment"])
+    return store
 
 
 def step_log(tmp_path, groups=1):
@@ -208,7 +212,7 @@ UPDATES = {
     "clipping that never happens": (Watched, lambda: {"gradient_clip_val": 1e6}, 8, 6),
     "own clipping": (OwnClipping, dict, 8, 6),
     "accumulation and clipping": (Watched, lambda: {"accumulate_grad_batches": 2, "gradient_clip_val": 0.2}, 5, 6),
-    "a step without loss": (SkipsSteps, dict, 8, 6),
+    "a step without loss": (lambda: SkipsSteps(optimizer=sgd(weight_decay=0.3)), dict, 8, 6),
     "an epoch left early": (SkipsEpochs, dict, 8, 4),
     "a step that the scaler skips": (Overflows, scaled, 8, 4),
 }
@@ -353,7 +357,7 @@ def failure():
 # name: (Trainer options, callbacks, what `fit` raises)
 ENDS = {
     "max_steps": ({"max_steps": 7, "max_epochs": -1}, [], None),
-    "max_time": ({"max_time": timedelta(seconds=0.2), "max_epochs": None}, [], None),
+    "max_time": ({"max_time": timedelta(seconds=1), "max_epochs": None}, [], None),
     "early stopping": ({"max_epochs": 6}, [early_stopping], None),
     "early stopping, long before the end": ({"max_epochs": 1000}, [early_stopping], None),
     "should_stop": ({"max_epochs": -1}, [lambda: Act(31, stop)], None),
@@ -482,7 +486,7 @@ def test_segments_begin_where_they_should(tmp_path, segments, steps, expected):
 )
 def test_include_and_exclude(tmp_path, options, tracked, why):
     trainer = fitted(tmp_path, **options)
-    coverage = run_of(tmp_path).manifest["coverage"]
+    coverage = run_of(tmp_path).manifest["stages"][0]["coverage"]
     assert {block["module"] for block in coverage["blocks"]} == tracked
     assert {reason for _, _, reason in coverage["left_out"]} == why
     sizes = {"net.0": 35, "net.2": 18}

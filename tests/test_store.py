@@ -127,8 +127,10 @@ def test_overwriting_deletes_the_runs_files_and_no_others(tmp_path, torn):
     if torn:  # nothing says what belongs to the run, so only the manifest goes
         (tmp_path / MANIFEST).write_text("{")
         kept.append(tmp_path / "bins" / "x.safetensors")
-    RunStore.create(tmp_path, overwrite=True)
-    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == sorted(kept)
+    new = RunStore.create(tmp_path, overwrite=True)
+    assert (tmp_path / "bins" / "x.safetensors").exists()  # until the new run writes something
+    new.commit()
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == sorted([*kept, tmp_path / MANIFEST])
 
 
 def test_commit_deletes_what_it_no_longer_names(tmp_path):
@@ -202,7 +204,7 @@ def test_a_kill_leaves_the_previous_or_the_next_state(tmp_path, monkeypatch, bef
 def record(path, steps=11):
     """A training of one weight by -1 a step, in bins that merge, and its snapshots."""
     store = RunStore.create(path)
-    store.manifest["settings"] = {}
+    store.manifest |= {"settings": {}, "stages": [{}]}
     module = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(module.weight)
     recorder = Recorder(store, module, bins=4, boundaries=[3])

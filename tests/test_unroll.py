@@ -138,7 +138,7 @@ def test_the_walk_is_the_product_of_matrix_exponentials(parts, outputs, inputs, 
     segments = [curvature(generator, parts, outputs, inputs, *one) for one in chain]
     query = torch.randn(5, parts, outputs, inputs, generator=generator, dtype=torch.float64)
     flat = query.flatten(1)
-    walked = list(reverse_walk((flat @ eigenvectors(segments[-1])).view_as(query), segments))
+    walked = list(reverse_walk((flat @ eigenvectors(segments[-1])).view_as(query), segments[-1].basis, segments))
     assert len(walked) == len(segments)
     carried = flat
     for segment, vectors in zip(reversed(segments), walked, strict=True):
@@ -158,8 +158,8 @@ def test_equal_segments_are_one_long_segment():
     whole = curvature(generator, 2, 3, 4, 1.7, 0.2)
     query = torch.randn(5, 2, 3, 4, generator=generator, dtype=torch.float64)
     pieces = [whole._replace(rate=rate) for rate in (0.9, 0.0, 0.5, 0.3)]
-    (expected,) = reverse_walk(query, [whole])
-    torch.testing.assert_close(sum(reverse_walk(query, pieces)), expected, rtol=1e-12, atol=1e-13)
+    (expected,) = reverse_walk(query, whole.basis, [whole])
+    torch.testing.assert_close(sum(reverse_walk(query, pieces[-1].basis, pieces)), expected, rtol=1e-12, atol=1e-13)
 
 
 def test_the_walk_leaves_the_query_alone():
@@ -167,5 +167,5 @@ def test_the_walk_leaves_the_query_alone():
     segments = [curvature(generator, 1, 2, 3, 1.0) for _ in range(3)]
     query = torch.randn(2, 1, 2, 3, dtype=torch.float64)
     before = query.clone()
-    list(reverse_walk(query, segments))
+    list(reverse_walk(query, segments[-1].basis, segments))
     assert torch.equal(query, before)
