@@ -331,8 +331,9 @@ class SourceCallback(Callback):
                 losses = objective.evaluate(batch, size)
             except ValueError:
                 return  # no loss for this batch; ask the next one
-            if not torch.isfinite(losses.loss):
-                return  # nothing can be told apart by comparing with it
+            if not torch.isfinite(losses.loss):  # nothing can be told apart by comparing with it
+                self._stage.setdefault("coverage", coverage.to_json())
+                return
             coverage = probe(pl_module, objective, coverage, batch, size)
         self._probed = True
         self._stage["coverage"] = coverage.to_json()
@@ -433,6 +434,8 @@ class SourceCallback(Callback):
         with self._timed("recording"):
             self._store.manifest["status"] = status
             self._recorder.finish()
+            if self._recorder.steps > self._recorder.start:
+                self._store.commit()
             if status == "finished":  # an interrupted run may be resumed, which needs its bins
                 assemble(self._store, self.settings["segments"], self.settings["snapshots_per_segment"])
 

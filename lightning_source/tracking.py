@@ -17,13 +17,14 @@ from lightning_source.factors import Captured
 from lightning_source.layers import Block, blocks_of, clean_name, form_of
 from lightning_source.layers.embedding import tied_block
 from lightning_source.layers.free import free_block
-from lightning_source.objective import Objective
+from lightning_source.objective import Losses, Objective
 
 # A layer's captured gradient must match autograd's weight gradient to this share of its norm; float32 sums in another
 # order differ by about 1e-6, a missing use of the weight by its whole contribution.
 TOLERANCE = 1e-3
 # Under autocast autograd itself rounds to 8 bits.
 HALF_TOLERANCE = 3e-2
+_NO_GRADIENT = "its output carries no gradient (reentrant checkpointing, or torch.no_grad)"
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,9 @@ def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: An
         for block, reason in zip(blocks, _check(module, objective, blocks, batch, size), strict=True):
             if reason is None:
                 passed[block.name] = block
+            elif reason == _NO_GRADIENT:  # no other way would see more
+                failed[block.name] = reason
+                waiting[block.name].clear()
             else:
                 failed.setdefault(block.name, reason)
         waiting = {name: ways for name, ways in waiting.items() if ways and name not in passed}
@@ -227,6 +231,8 @@ def _check(module: nn.Module, objective: Objective, blocks: Sequence[Block], bat
     recording = Recording(module, blocks)
     losses = objective.evaluate(batch, size, recording)
     each = losses.each()
+    if losses.calls and each.shape != (size,):
+        raise MisconfigurationException(_not_by_example(losses))
     target = losses.recognised  # a penalty on the weights is not data
     refused: dict[str, str] = {}
     captured = recording.captured(target, size, True, refused, each)
@@ -251,10 +257,17 @@ def _check(module: nn.Module, objective: Objective, blocks: Sequence[Block], bat
     ]
 
 
+def _not_by_example(losses: Losses) -> str:
+    shapes = ", ".join(f"`{call.name}` has elements of shape {tuple(call.elements.shape)}" for call in losses.calls)
+    return (
+        f"{shapes}, which do not begin with the batch's {losses.size} examples, so no loss can be told for one of them."
+    )
+
+
 def _unseen(block: Block, captured: Mapping[str, Captured], recording: Recording) -> str | None:
     if block.name in captured or block.module not in recording.without_gradient:
         return None
-    return "its output carries no gradient (reentrant checkpointing, or torch.no_grad)"
+    return _NO_GRADIENT
 
 
 def _mismatch(block: Block, captured: Captured | None, gradients: Mapping[str, Tensor], tolerance: float) -> str | None:

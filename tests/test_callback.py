@@ -84,8 +84,9 @@ class Record:
 def run_of(tmp_path):
     """The run directory; opening it completes a run that was interrupted."""
     store = RunStore.open(tmp_path / "run")
-    settings = store.manifest["settings"]
-    assemble(store, settings["segments"], settings["snapshots_per_segment"])
+    if store.manifest["status"] == "interrupted":
+        settings = store.manifest["settings"]
+        assemble(store, settings["segments"], settings["snapshots_per_segment"])
     return store
 
 

@@ -138,7 +138,7 @@ def test_merging_adds_up(positions):
 def test_half_precision_adds_up_in_float32(dtype, positions):
     """Sums of ones in bfloat16 stop at 256, in float16 at 2048; 4,000 batches must add up to 4,000."""
     batch = captured(1, positions, 2, 3, examples=1, dtype=dtype)
-    one = Captured(*(torch.ones_like(x) for x in batch))
+    one = Captured(torch.ones_like(batch.activations), torch.ones_like(batch.gradients))
     total, values = CovarianceSums.of(one), eigenvalue_sums(one, Basis(None, None))
     for _ in range(3999):
         total = total.merge(CovarianceSums.of(one))

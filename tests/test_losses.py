@@ -204,7 +204,7 @@ def test_a_batch_of_ignored_targets_has_no_loss():
     assert call.value == 0
 
 
-@pytest.mark.parametrize("function", [F.l1_loss, F.huber_loss, torch.add, F.softmax, F.kl_div])
+@pytest.mark.parametrize("function", [torch.add, F.softmax, F.triplet_margin_loss])
 def test_other_functions_are_not_read(function):
     assert read_call(function, (fixed(N), fixed(N)), {}) is None
 

@@ -51,7 +51,7 @@ def test_the_first_stage_is_carried_through_the_second(two_stages):
         scorer.run.calibrate()
         from lightning_source.data import query_of
 
-        gradients = run.query_workspace.query_gradients(run.final(), query_of(QUERY, None), "loss")
+        gradients, _ = run.query_workspace.query_gradients(run.final(), query_of(QUERY, None), "loss")
         total = torch.zeros(4, 24)
         for block in run.coverage.blocks:
 
