@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=list(ROWS), help="only these rows")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     results: dict[str, dict[str, list[float]]] = {}

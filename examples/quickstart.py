@@ -62,6 +62,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
+    torch.set_num_threads(1)  # a network this small runs faster on one thread than on several
     L.seed_everything(0, verbose=False)
     images, labels, given = digits()
     train = TensorDataset(images[:TRAIN], given[:TRAIN])

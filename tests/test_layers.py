@@ -52,7 +52,7 @@ class Plain(nn.Linear):
 
 
 class Doubled(nn.Linear):
-    """A subclass whose output is not ``W x + b``."""
+    """A subclass whose output is not ``W x + b`` but twice that."""
 
     def forward(self, x):
         return 2 * super().forward(x)
@@ -243,11 +243,48 @@ def reentrant(m, x):
 
 
 def head(first, size=5):
-    """What is refused, with a layer behind it that is not."""
+    """What is examined, with a plain layer behind it."""
     return nn.Sequential(first, nn.Linear(size, 3))
 
 
-OUTSIDE, TIED = "used outside its layer's forward", "weights tied between modules"
+def time_first(m, x):
+    return m.one(x.transpose(0, 1)).transpose(0, 1)
+
+
+# Layers of which the weight, the layout or the forward is not that of a plain layer, yet the gradients are known.
+UNUSUAL = {
+    "tied weights": (
+        lambda: tied(nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))),
+        (5,),
+        ["net.0.0.bias", "net.0.0.weight", "net.0.2.bias", "net.1"],
+    ),
+    "attention's projections": (
+        lambda: Apply(attend, one=nn.MultiheadAttention(6, 2, batch_first=True)),
+        (5, 6),
+        ["net.0.one.in_proj", "net.0.one.out_proj", "net.1"],
+    ),
+    "weight only used functionally": (
+        lambda: Apply(lambda m, x: F.linear(x, m.one.weight), one=nn.Linear(5, 5, bias=False)),
+        (5,),
+        ["net.0.one", "net.1"],
+    ),
+    "subclass with another forward": (lambda: Doubled(5, 5), (5,), ["net.0", "net.1"]),
+    "time before batch": (lambda: Apply(time_first, one=nn.Linear(5, 5)), (3, 5), ["net.0.one", "net.1"]),
+    # The shape alone does not tell which dimension is the batch.
+    "as much time before as batch": (
+        lambda: Apply(time_first, one=nn.Linear(5, 5)),
+        (EXAMPLES, 5),
+        ["net.0.one", "net.1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_unusual_use(case):
+    net, shape, names = UNUSUAL[case]
+    compare(head(net(), shape[-1]), shape, names)
+
+
 MIXING, DIFFERS = "examples of a batch influence each other's rows", "captured gradient differs from autograd's"
 REFUSED = {
     "reentrant checkpointing": (  # hides its backward from hooks and from torch.autograd.grad

@@ -23,7 +23,7 @@ def fixed(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def one_hot_noise(*shape: int, dim: int = 1) -> Tensor:
+def soft_labels(*shape: int, dim: int = 1) -> Tensor:
     return fixed(*shape, seed=5).softmax(dim)
 
 
@@ -58,7 +58,7 @@ class Case(NamedTuple):
 LABELS = torch.tensor([2, 0, 3])
 GRID = torch.tensor([[2, 0], [1, -100], [3, 3]])  # [N, d], one position ignored
 CLASS_WEIGHT = torch.tensor([0.5, 2.0, 1.0, 3.0])
-SOFT = one_hot_noise(N, C)
+SOFT = soft_labels(N, C)
 BITS = torch.tensor([[0.0, 1, 1, 0], [1, 1, 0, 0], [0, 0, 1, 1]])
 POSITIVE = torch.tensor([0.3, 1.0, 2.0, 4.0])
 ELEMENT_WEIGHT = fixed(N, C, seed=3).abs()
@@ -86,7 +86,7 @@ def cases() -> dict[str, Case]:
         "ce, ignored class weighted and smoothed": Case(ce, z, LABELS, everything | {"ignore_index": 3}),
         "ce, soft": Case(ce, z, SOFT, {}),
         "ce, soft, class weight and smoothing": Case(ce, z, SOFT, everything),
-        "ce, soft, [N, C, d]": Case(ce, zd, one_hot_noise(N, C, 2), everything),
+        "ce, soft, [N, C, d]": Case(ce, zd, soft_labels(N, C, 2), everything),
         "ce, soft targets that do not sum to 1": Case(ce, z, 0.5 * SOFT, {"label_smoothing": 0.2}),
         "nll": Case(nll, z, LABELS, {}),
         "nll, class weight and ignore_index": Case(nll, z, LABELS, {"weight": CLASS_WEIGHT, "ignore_index": 2}),
