@@ -40,6 +40,7 @@ from helpers import *
 from test_scorer import QUERY
 from lightning_source import SourceScorer
 torch.manual_seed(7)
+torch.set_num_threads(1)  # as here: the order of sums depends on it
 scorer = SourceScorer.from_run({str(tmp_path / "run")!r}, Classifier(mlp()))
 scorer.score(QUERY, classes(), method={method!r}).save({str(tmp_path / "there.safetensors")!r})
 """
