@@ -1,9 +1,8 @@
 """Convolutions, normalisation layers, GPT-2's linear layer and adapters against autograd on one example at a time."""
 
-import lightning as L
 import pytest
 import torch
-import torch.nn.functional as F
+from singles import EXAMPLES, TOLERANCE, Apply, Net
 from torch import nn
 
 from lightning_source.capture import Recording
@@ -20,37 +19,6 @@ from lightning_source.layers import clean_name, form_of
 from lightning_source.layers.linear import InputFirstForm
 from lightning_source.objective import Objective
 from lightning_source.tracking import find_blocks, probe
-
-EXAMPLES = 4
-# Share of an example's own gradient norm. Batched and single products sum float32 in another order, which costs about
-# 1e-6 here; a wrong layout, a lost call or a missing position costs tens of percent.
-TOLERANCE = 1e-4
-
-
-class Net(L.LightningModule):
-    """A loss that is a sum over examples, whatever the network puts out."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def training_step(self, batch, batch_idx):
-        inputs, targets = batch
-        output = self.net(inputs).flatten(1)
-        return F.mse_loss(output, targets.expand_as(output), reduction="sum")
-
-
-class Apply(nn.Module):
-    """Modules under names, and any function of them."""
-
-    def __init__(self, function, **children):
-        super().__init__()
-        self.function = function
-        for name, child in children.items():
-            setattr(self, name, child)
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 def one_group(module):
