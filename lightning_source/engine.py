@@ -24,6 +24,7 @@ from lightning_source.factors import (
     Captured,
     CovarianceSums,
     Rows,
+    accumulator_dtype,
     contract,
     eigenbasis,
     eigenvalue_sums,
@@ -331,7 +332,8 @@ class Workspace:
                         sums[name] = sums[name].add_(new) if name in sums else new
         for block in self.blocks:
             if block.name not in sums:  # control flow skipped it on every factor example: no curvature
-                sums[block.name] = next(self.module.parameters()).new_zeros(block.shape)
+                like = next(self.module.parameters()).detach()
+                sums[block.name] = like.new_zeros(block.shape, dtype=accumulator_dtype(like))
             _require_finite(sums[block.name], block.name, "eigenvalues")
         return {name: total / (len(ids) * samples) for name, total in sums.items()}
 
