@@ -49,9 +49,14 @@ class Recording:
         self._modules = {block.module: by_name[block.module] for block in blocks}
         self._hooked = {block.module: block for block in blocks if not block.functional and not block.free}
         self._parameters = {clean_name(name): p for name, p in module.named_parameters()}
-        self._calls: dict[str, list[_Seen]] = defaultdict(list)  # by module, or by parameter where that is used
-        self.without_gradient: set[str] = set()  # layers that ran with gradients off, at least once
-        self.half: set[str] = set()  # layers whose outputs are in half precision
+        self._calls: dict[str, list[_Seen]] = defaultdict(list)  # by key
+        self.without_gradient: set[str] = set()  # keys of what ran with gradients off, at least once
+        self.half: set[str] = set()  # keys of what has outputs in half precision
+
+    @staticmethod
+    def key(block: Block) -> str:
+        """What a block's uses are kept under: its module, or its parameter where functions use that."""
+        return block.parameters[0] if block.functional else block.module
 
     @contextmanager
     def listening(self) -> Iterator[Recording]:
@@ -63,7 +68,7 @@ class Recording:
                 hook = self._modules[block.module].register_forward_hook(self._hook(block), with_kwargs=True)
                 stack.callback(hook.remove)
             if names:
-                stack.enter_context(_FunctionTap(names, self._calls))
+                stack.enter_context(_FunctionTap(names, self))
             if any(isinstance(child, nn.RNNBase) for child in self.module.modules()):
                 # cuDNN's recurrent layers have no backward in eval mode.
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -71,17 +76,19 @@ class Recording:
 
     def _hook(self, block: Block) -> Any:
         def remember(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if not isinstance(output, Tensor):
-                return
-            if output.dtype in (torch.float16, torch.bfloat16):
-                self.half.add(block.module)
-            if not output.requires_grad:
-                self.without_gradient.add(block.module)
-            else:
-                seen = _Seen(Call(block.keep(args, kwargs), _UNKNOWN), get_gradient_edge(output), None)
-                self._calls[block.module].append(seen)
+            if isinstance(output, Tensor):
+                self.keep(block.module, output, Call(block.keep(args, kwargs), _UNKNOWN))
 
         return remember
+
+    def keep(self, key: str, output: Tensor, call: Call, examples: int | None = None) -> None:
+        """Remember one use, whose gradient is not known yet."""
+        if output.dtype in (torch.float16, torch.bfloat16):
+            self.half.add(key)
+        if output.requires_grad:
+            self._calls[key].append(_Seen(call, get_gradient_edge(output), examples))
+        else:
+            self.without_gradient.add(key)
 
     def captured(
         self,
@@ -115,8 +122,8 @@ class Recording:
         found = torch.autograd.grad(target.sum(), edges, retain_graph=retain_graph, allow_unused=True) if edges else ()
         gradients = dict(zip(map(id, seen), found, strict=True))
         for block in self.blocks:
-            key = block.parameters[0] if block.functional else block.module
-            used = [(one, g) for one in self._calls.get(key, ()) if (g := gradients[id(one)]) is not None]
+            calls_of = self._calls.get(self.key(block), ())
+            used = [(one, g) for one in calls_of if (g := gradients[id(one)]) is not None]
             if used and not block.free:
                 try:
                     calls = [_by_example(one, g) for one, g in used]
@@ -196,10 +203,10 @@ _attention = FunctionType(
 class _FunctionTap(TorchFunctionMode):
     """Keeps the calls of ``F.linear`` and ``F.embedding`` on parameters, given their names by ``id``."""
 
-    def __init__(self, names: dict[int, str], calls: dict[str, list[_Seen]]) -> None:
+    def __init__(self, names: dict[int, str], recording: Recording) -> None:
         super().__init__()
         self.names = names
-        self.calls = calls
+        self.recording = recording
         self.attending: int | None = None
 
     def __torch_function__(
@@ -224,21 +231,18 @@ class _FunctionTap(TorchFunctionMode):
     def _linear(self, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         owner, row = self._find(weight)
         other, bias_row = (None, 0) if bias is None else self._find(bias)
-        if output.requires_grad and (owner or other):
-            edge = get_gradient_edge(output)
-            for name, start in ((owner, row), (other, bias_row)):
-                if name is not None:
-                    call = Call(input.detach(), _UNKNOWN, "linear", start, other)
-                    self.calls[name].append(_Seen(call, edge, self.attending))
+        for name, start in ((owner, row), (other, bias_row)):
+            if name is not None:
+                call = Call(input.detach(), _UNKNOWN, "linear", start, other)
+                self.recording.keep(name, output, call, self.attending)
 
     def _embedding(
         self, output: Tensor, input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
     ) -> None:
         owner, _ = self._find(weight)
-        if output.requires_grad and owner:
+        if owner is not None:
             padding = padding_idx if padding_idx is None or padding_idx >= 0 else len(weight) + padding_idx
-            call = Call(input.detach(), _UNKNOWN, "embedding", padding=padding)
-            self.calls[owner].append(_Seen(call, get_gradient_edge(output), None))
+            self.recording.keep(owner, output, Call(input.detach(), _UNKNOWN, "embedding", padding=padding))
 
     def _find(self, x: Tensor) -> tuple[str | None, int]:
         """The parameter that ``x`` is, or some rows of it are, and the first of those rows."""

@@ -249,7 +249,7 @@ def _check(module: nn.Module, objective: Objective, blocks: Sequence[Block], bat
             block,
             captured.get(block.name),
             gradients,
-            HALF_TOLERANCE if block.module in recording.half else TOLERANCE,
+            HALF_TOLERANCE if recording.key(block) in recording.half else TOLERANCE,
         )
         or (None if block.free else _mixing(one.get(block.name)))
         or _unseen(block, captured, recording)
@@ -265,7 +265,7 @@ def _not_by_example(losses: Losses) -> str:
 
 
 def _unseen(block: Block, captured: Mapping[str, Captured], recording: Recording) -> str | None:
-    if block.name in captured or block.module not in recording.without_gradient:
+    if block.name in captured or recording.key(block) not in recording.without_gradient:
         return None
     return _NO_GRADIENT
 

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from singles import EXAMPLES, Apply, Net, compare, floats
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_source.objective import Objective
 from lightning_source.tracking import find_blocks, probe
@@ -182,3 +183,43 @@ def test_examples_that_attend_to_each_other_are_left_out():
     mixing = "examples of a batch influence each other's rows"
     for name in ("net.0.weight", "net.1.one.in_proj_weight", "net.1.one.in_proj_bias"):
         assert left[name] == mixing
+
+
+def coverage_of(net, *inputs):
+    module = Net(net).eval()
+    found = find_blocks(module, [list(module.parameters())])
+    return probe(module, Objective(module), found, (*inputs, floats(1)), EXAMPLES)
+
+
+def test_autocast():
+    """Attention under autocast is checked to the 8 bits that autograd itself keeps."""
+
+    def half(m, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return m.two(m.one(x, x, x)[0]).float()
+
+    net = Apply(half, one=nn.MultiheadAttention(6, 2, batch_first=True), two=nn.Linear(6, 3))
+    assert coverage_of(net, floats(5, 6)).share == 1
+
+
+def test_tied_weights_under_autocast():
+    def half(m, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return m.head(m.middle(m.one(x)).relu()).float()
+
+    one, head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+    head.weight = one.weight
+    assert (
+        coverage_of(Apply(half, one=one, middle=nn.Linear(6, 6), head=head), torch.randint(11, (EXAMPLES, 5))).share
+        == 1
+    )
+
+
+def test_attention_under_reentrant_checkpointing_is_left_out():
+    def run(m, x):
+        return m.two(checkpoint(lambda z: m.one(z, z, z)[0], x.clone().requires_grad_(), use_reentrant=True))
+
+    net = Apply(run, one=nn.MultiheadAttention(6, 2, batch_first=True), two=nn.Linear(6, 3))
+    coverage = coverage_of(net, floats(5, 6))
+    assert [block.name for block in coverage.blocks] == ["net.two"]
+    assert all(reason.startswith("its output carries no gradient") for _, _, reason in coverage.left_out)
