@@ -341,8 +341,8 @@ class SourceCallback(Callback):
         if not losses.calls:
             rank_zero_warn(
                 f"No loss in `{type(pl_module).__name__}.training_step` was recognised: the empirical Fisher stands in"
-                " for the true one, margins are unknown, and the loss is taken to be additive over examples. HINT: use torch's losses, or define"
-                " `attribution_distribution(batch)` on the module."
+                " for the true one, margins are unknown, and the loss is taken to be additive over examples. HINT: use"
+                " torch's losses, or define `attribution_distribution(batch)` on the module."
             )
 
     @override
