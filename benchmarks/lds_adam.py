@@ -9,7 +9,6 @@ The data and the network are those of :mod:`lds_digits`; training is Adam at 1e-
 """
 
 import argparse
-import json
 import logging
 import tempfile
 import warnings
@@ -19,7 +18,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lds_digits import DigitClassifier, lds
+from lds_digits import DigitClassifier, lds, report
 from retraining import half_subsets, initial, margins, train_stage
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
@@ -87,14 +86,7 @@ def main() -> None:
                     query = [data["query_x"], data["query_y"]]
                     scores = trainer.attribute(query, measurement="margin", **options)  # type: ignore[attr-defined]
                     results.setdefault(row, {}).setdefault(name, []).append(lds(truth, scores.values))
-    print("| | " + " | ".join(OPTIMIZERS) + " |\n|---|---|---|")
-    for row, found in results.items():
-        print(f"| {row} | " + " | ".join(f"{sum(v) / len(v):.3f}" for v in found.values()) + " |")
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        rounded = {r: {k: [round(x, 4) for x in v] for k, v in found.items()} for r, found in results.items()}
-        record = {"seeds": arguments.seeds, "torch": torch.__version__, "lightning": L.__version__, "lds": rounded}
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    report(results, arguments.seeds, arguments.out)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,19 @@ def train(
     return trainer
 
 
+def report(results: dict[str, dict[str, list[float]]], seeds: int, out: Path | None) -> None:
+    """Print the means by row and task, and write all figures to ``out``."""
+    tasks = list(next(iter(results.values())))
+    print("| | " + " | ".join(tasks) + " |\n|" + "---|" * (len(tasks) + 1))
+    for row, found in results.items():
+        print(f"| {row} | " + " | ".join(f"{sum(found[t]) / len(found[t]):.3f}" for t in tasks) + " |")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        rounded = {row: {t: [round(x, 4) for x in v] for t, v in found.items()} for row, found in results.items()}
+        record = {"seeds": seeds, "torch": torch.__version__, "lightning": L.__version__, "lds": rounded}
+        out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of digits_mlp_*_epochs.safetensors")
@@ -119,14 +132,7 @@ def main() -> None:
                     query = [truth["query_x"], truth["query_y"]]
                     scores = trained[key].attribute(query, measurement="margin", **options)  # type: ignore[attr-defined]
                     results.setdefault(name, {}).setdefault(f"{epochs} epochs", []).append(lds(truth, scores.values))
-    print("| | 20 epochs | 3 epochs |\n|---|---|---|")
-    for name, tasks in results.items():
-        print(f"| {name} | " + " | ".join(f"{sum(v) / len(v):.3f}" for v in tasks.values()) + " |")
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        rounded = {n: {t: [round(x, 4) for x in v] for t, v in tasks.items()} for n, tasks in results.items()}
-        record = {"seeds": arguments.seeds, "torch": torch.__version__, "lightning": L.__version__, "lds": rounded}
-        arguments.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    report(results, arguments.seeds, arguments.out)
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ class SourceCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if getattr(trainer, "attribute", None) is None:
-            trainer.attribute = self.attribute_with(trainer)  # type: ignore[attr-defined]
+            trainer.attribute = _Attribute(trainer, self)  # type: ignore[attr-defined]
         if stage == "fit":
             self._restored = None  # a state that `test(ckpt_path=…)` loaded says nothing about the next fit
 
@@ -193,10 +193,6 @@ class SourceCallback(Callback):
             "stage": self._recorder.stage,
             "steps": self._recorder.steps,
         }
-
-    def attribute_with(self, trainer: Trainer) -> Any:
-        """``trainer.attribute``: a bound method of a small picklable object."""
-        return _Attribute(trainer, self)
 
     def stage(self, name: str) -> SourceCallback:
         """Name the next ``fit``: each is a stage with its own examples, ``N`` and segments. Gives back the callback."""

@@ -116,11 +116,6 @@ class Basis(NamedTuple):
     activations: Tensor | None  # [P, I, I]
     gradients: Tensor | None  # [P, O, O]
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether rotating into this basis does nothing."""
-        return self.activations is None and self.gradients is None
-
     def rotate(self, captured: Captured) -> Captured:
         """Activations and output gradients in this basis: the example's gradient becomes ``Q_Gᵀ (Σ_t g aᵀ) Q_A``."""
         a, g = (_times(x, q) for x, q in zip(captured[:2], self, strict=True))
