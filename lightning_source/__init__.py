@@ -1,7 +1,7 @@
 """Training data attribution for PyTorch Lightning: one callback records a run, and scores follow."""
 
+from lightning_source.attribution import attribute as attribute
 from lightning_source.callback import SourceCallback as SourceCallback
-from lightning_source.callback import attribute as attribute
 from lightning_source.scorer import SourceScorer as SourceScorer
 from lightning_source.scores import InfluenceScores as InfluenceScores
 

@@ -9,7 +9,7 @@ import copy
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -93,6 +93,19 @@ def _silent_log(module: nn.Module) -> Iterator[None]:
         module.__dict__.update(previous)
         if loggers:
             trainer.loggers = loggers
+
+
+@contextmanager
+def thawed(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Parameters that are frozen now, and were trained at some time, take gradients inside."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 @contextmanager

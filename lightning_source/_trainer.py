@@ -8,45 +8,66 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from lightning_source.data import Examples, examples_of
 from lightning_source.store import MANIFEST
 
 
-def check_trainer(trainer: Any, module: Any) -> None:
+def check_trainer(trainer: Any, module: Any, optimizer: int | None) -> None:
     """Refuse what would be recorded wrongly.
+
+    Args:
+        trainer: the Trainer.
+        module: the LightningModule.
+        optimizer: index of the optimizer whose parameters are attributed; ``None`` if the user did not say.
 
     Raises:
         MisconfigurationException: names the setting and the way out.
     """
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+    strategy, count = trainer.strategy, len(trainer.optimizers)
+    if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise MisconfigurationException(
-            f"SourceCallback does not support the strategy `{type(trainer.strategy).__name__}` yet."
-            " HINT: train on one device (`devices=1`)."
+            f"SourceCallback does not support the strategy `{type(strategy).__name__}`: parameters are not whole on"
+            ' every rank. HINT: train on one device, or with `strategy="ddp"`.'
         )
-    if not module.automatic_optimization:
+    for callback in trainer.callbacks:
+        if isinstance(callback, StochasticWeightAveraging):
+            raise MisconfigurationException(
+                "SourceCallback does not support `StochasticWeightAveraging`, which replaces the weights while training"
+                " goes on. HINT: use `lightning.pytorch.callbacks.WeightAveraging` or `EMAWeightAveraging`, which leave"
+                " the trained weights alone."
+            )
+    if count == 0:
+        raise MisconfigurationException("`configure_optimizers` gave no optimizer, so there are no steps to attribute.")
+    if count > 1 and optimizer is None:
+        names = ", ".join(f"{i} `{type(o).__name__}`" for i, o in enumerate(trainer.optimizers))
         raise MisconfigurationException(
-            f"`{type(module).__name__}` uses manual optimization, which SourceCallback does not support yet."
-            " HINT: return the loss from `training_step` with `automatic_optimization=True`."
+            f"`{type(module).__name__}` has {count} optimizers ({names}), each with a loss of its own. HINT: say whose"
+            " parameters are attributed, `SourceCallback(optimizer=0)`."
         )
-    if len(trainer.optimizers) != 1:
+    if optimizer is not None and not 0 <= optimizer < count:
         raise MisconfigurationException(
-            f"SourceCallback needs exactly one optimizer; `configure_optimizers` gave {len(trainer.optimizers)}."
+            f"`SourceCallback(optimizer={optimizer})`: `configure_optimizers` gave {count} optimizers, numbered from 0."
         )
 
 
 def run_directory(trainer: Any, dirpath: str | None) -> Path:
     """Where the run goes: the argument, else beside the logger's files, else a fresh ``source-run`` directory.
 
-    A collective call under distributed strategies, as ``trainer.log_dir`` is. ``fast_dev_run`` writes to a temporary
-    directory, since it must leave nothing behind that looks like a run.
+    A collective call under distributed strategies, as ``trainer.log_dir`` is; rank 0 decides. ``fast_dev_run`` writes
+    to a temporary directory, since it must leave nothing behind that looks like a run.
     """
     log_dir = trainer.log_dir
+    return trainer.strategy.broadcast(_run_directory(trainer, log_dir, dirpath) if trainer.is_global_zero else None)
+
+
+def _run_directory(trainer: Any, log_dir: str | None, dirpath: str | None) -> Path:
     if trainer.fast_dev_run:
         return Path(tempfile.mkdtemp(prefix="source-run-"))
     if dirpath is not None:
@@ -88,11 +109,17 @@ def _left_out(trainer: Any, loader: DataLoader) -> Sequence[str]:
     if trainer.num_training_batches < len(loader):
         reasons.append(f"`limit_train_batches` leaves {trainer.num_training_batches} of {len(loader)} batches")
     sampler = loader.sampler
-    if not isinstance(sampler, (RandomSampler, SequentialSampler)) and loader.batch_size is not None:
+    alike = (RandomSampler, SequentialSampler, DistributedSampler)
+    if not isinstance(sampler, alike) and loader.batch_size is not None:
         reasons.append(f"the sampler is `{type(sampler).__name__}`")
     if loader.drop_last and isinstance(sampler, SequentialSampler) and len(loader.dataset) % (loader.batch_size or 1):  # type: ignore[arg-type]
         reasons.append("`drop_last` without shuffling never reaches the last examples")
     return reasons
+
+
+def averages_weights(trainer: Any) -> bool:
+    """Whether some callback puts an average of the trained weights into the module when training ends."""
+    return any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
 
 
 def other_callbacks(trainer: Any, callback: Any) -> list[Any]:

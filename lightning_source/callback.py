@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -19,23 +19,25 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_source._guards import parameters_kept, undisturbed
+from lightning_source._guards import parameters_kept, thawed, undisturbed
 from lightning_source._trainer import (
+    averages_weights,
     check_trainer,
     clips_gradients,
     other_callbacks,
     run_directory,
-    scoring_device,
     training_examples,
 )
+from lightning_source.attribution import AttributingCallback
 from lightning_source.data import Examples, count_examples
 from lightning_source.layers import clean_name
-from lightning_source.objective import Measurement, Objective
+from lightning_source.objective import Objective
 from lightning_source.optimizers import Rule, preconditioners, rule_for
-from lightning_source.recorder import Recorder, assemble, changed_between_stages
-from lightning_source.run import Run, fingerprint
-from lightning_source.scorer import MEASUREMENTS, SourceScorer
-from lightning_source.scores import InfluenceScores
+from lightning_source.phases import Phase
+from lightning_source.ranks import Ranks
+from lightning_source.recorder import Recorder, assemble, changed_between_stages, replace_final
+from lightning_source.run import fingerprint
+from lightning_source.scorer import MEASUREMENTS
 from lightning_source.store import MANIFEST, RunStore
 from lightning_source.tracking import find_blocks, probe
 
@@ -43,7 +45,7 @@ from lightning_source.tracking import find_blocks, probe
 BINS_PER_SNAPSHOT = 4
 
 
-class SourceCallback(Callback):
+class SourceCallback(AttributingCallback):
     """Records a training run so that its result can be attributed to training examples.
 
     While ``fit`` runs, the callback logs every optimizer step and keeps running means of the parameters; when training
@@ -66,6 +68,7 @@ class SourceCallback(Callback):
         include: glob patterns of module names to attribute; all by default.
         exclude: glob patterns of module names not to attribute.
         mode: ``"fit"`` computes factors when training ends, ``"deferred"`` when scores are first asked for.
+        optimizer: where the module has several optimizers, the index of the one whose parameters are attributed.
         overwrite: replace the run that ``dirpath`` holds.
         seed: seeds sampled labels and the choice of factor examples.
 
@@ -93,10 +96,11 @@ class SourceCallback(Callback):
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         mode: Literal["fit", "deferred"] = "fit",
+        optimizer: int | None = None,
         overwrite: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(dirpath, measurement)
         if isinstance(segments, list):
             if any(step < 1 for step in segments):
                 raise ValueError(f"`segments={segments}` must be steps after 0, at which inner segments begin")
@@ -123,8 +127,7 @@ class SourceCallback(Callback):
         ):
             if choice not in choices:
                 raise ValueError(f'`{name}="{choice}"` must be one of {", ".join(choices)}')
-        self.dirpath = dirpath
-        self.measurement = measurement
+        self.optimizer = optimizer
         self.include = include
         self.exclude = exclude
         self.mode = mode
@@ -143,13 +146,17 @@ class SourceCallback(Callback):
         self._recorder: Recorder | None = None
         self._restored: dict[str, Any] | None = None  # what a checkpoint said of its recording
         self._next_name: str | None = None
-        self._taught: dict[int, tuple[LightningModule, Examples | None]] = {}  # by stage
         self._handles: list[RemovableHandle] = []
+        self._names: dict[int, str] = {}  # of parameters, by id
+        self._optimizer: Optimizer | None = None
         self._rule: Rule | None = None
+        self._trained: tuple[Any, ...] = ()
+        self._phase: Phase | None = None
         self._clips = False
         self._norm: Tensor | None = None
         self._probed = False
-        self._micro_batches = 0  # that contributed to the step's gradient
+        self._window = 0
+        self._weight: float | None = None
         self._batches = 0
         self._batch_examples = 0
         self.seconds = {"recording": 0.0, "factors": 0.0}  # time spent by the callback
@@ -171,8 +178,7 @@ class SourceCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if getattr(trainer, "attribute", None) is None:
-            trainer.attribute = _Attribute(trainer, self)  # type: ignore[attr-defined]
+        self._bind(trainer)
         if stage == "fit":
             self._restored = None  # a state that `test(ckpt_path=…)` loaded says nothing about the next fit
 
@@ -201,56 +207,67 @@ class SourceCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_trainer(trainer, pl_module)
-        self._rule = rule_for(trainer.optimizers[0])
-        for group in trainer.optimizers[0].param_groups:
-            self._rule(group)
+        check_trainer(trainer, pl_module, self.optimizer)
+        self._find_optimizer(trainer)
         Objective(pl_module)
+        path = run_directory(trainer, self.dirpath)
         if self._recorder is None:
-            self._store = self._open_store(trainer)
+            self._path = Ranks.current().from_first(lambda: self._open_store(trainer, path))
 
-    def _open_store(self, trainer: Trainer) -> RunStore:
+    def _find_optimizer(self, trainer: Trainer) -> None:
+        self._optimizer = trainer.optimizers[self.optimizer or 0]
+        self._rule = rule_for(self._optimizer)
+        rules = [self._rule(group) for group in self._optimizer.param_groups]
+        if len({rule.maximize for rule in rules}) > 1:
+            raise MisconfigurationException("some parameter groups maximise and others minimise; HINT: do one of them.")
+
+    def _open_store(self, trainer: Trainer, path: Path) -> Path:
         """The directory of a new run, or that of the run which the checkpoint belongs to."""
         if self._restored is not None:
-            path = run_directory(trainer, self.dirpath) if self.dirpath else Path(self._restored["dirpath"])
-            if (path / MANIFEST).exists():
-                store = RunStore.open(path)
+            earlier = path if self.dirpath else Path(self._restored["dirpath"])
+            if (earlier / MANIFEST).exists():
+                store = RunStore.open(earlier)
                 if store.manifest["run_id"] == self._restored["run_id"]:
-                    return store
-        path = run_directory(trainer, self.dirpath)
+                    self._store = store
+                    return earlier
         for other in other_callbacks(trainer, self):
-            if other.dirpath is not None and run_directory(trainer, other.dirpath) == path:
+            if other.dirpath is not None and Path(other.dirpath).resolve() == path:
                 raise MisconfigurationException(f"two SourceCallbacks write to `{path}`. HINT: give each its own.")
         # An existing run is refused before the first step; nothing is written until training starts.
-        return RunStore.create(path, self.overwrite)
+        self._store = RunStore.create(path, self.overwrite)
+        return path
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._store is not None
-        assert self._rule is not None
-        optimizer = trainer.optimizers[0]
         examples = training_examples(trainer)
-        self._clips = clips_gradients(trainer, pl_module)
-        names = {id(p): clean_name(name) for name, p in pl_module.named_parameters()}
-        scales = partial(preconditioners, optimizer, self._rule, names)
+        self._names = {id(p): clean_name(name) for name, p in pl_module.named_parameters()}
+        self._clips = pl_module.automatic_optimization and clips_gradients(trainer, pl_module)
+        self._window, self._weight = 0, None
+        index = Ranks.current().from_first(lambda: self._begin(trainer, pl_module, examples))
+        self._taught[index] = (pl_module, examples)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, examples: Examples | None) -> int:
+        """Start to record, on the rank that does; gives back the stage's index."""
+        assert self._store is not None
         manifest = self._store.manifest
         point = self._resume_point(trainer)
         if point is None:
             if manifest.get("bins"):  # the stage before was interrupted
                 assemble(self._store, self.settings["segments"], self.settings["snapshots_per_segment"])
-            self._begin_stage(trainer, pl_module, examples, names)
+            self._begin_stage(trainer, pl_module, examples)
         index = len(manifest["stages"]) - 1
         manifest["status"] = "running"
         boundaries = self.settings["segments"] if isinstance(self.settings["segments"], list) else []
-        self._recorder = Recorder(self._store, pl_module, self._bins, boundaries, scales, index, point)
+        self._recorder = Recorder(self._store, pl_module, self._bins, boundaries, self._preconditioners, index, point)
         self._batches, self._batch_examples = self._stage.get("seen", [0, 0])
-        self._micro_batches = 0
         self._probed = "coverage" in self._stage
-        self._taught[index] = (pl_module, examples)
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step(trainer)),
-        ]
+        self._watch(trainer)
+        return index
+
+    def _preconditioners(self) -> dict[str, Tensor]:
+        assert self._optimizer is not None
+        assert self._rule is not None
+        return preconditioners(self._optimizer, self._rule, self._names)
 
     def _resume_point(self, trainer: Trainer) -> dict[str, Any] | None:
         """Where the recording goes on after a checkpoint was loaded; says so if there is no such point."""
@@ -270,12 +287,10 @@ class SourceCallback(Callback):
         )
         return None
 
-    def _begin_stage(
-        self, trainer: Trainer, pl_module: LightningModule, examples: Examples | None, names: dict[int, str]
-    ) -> None:
+    def _begin_stage(self, trainer: Trainer, pl_module: LightningModule, examples: Examples | None) -> None:
         assert self._store is not None
         assert self._rule is not None
-        optimizer = trainer.optimizers[0]
+        assert self._optimizer is not None
         manifest = self._store.manifest
         stages = manifest.setdefault("stages", [])
         manifest |= {
@@ -288,6 +303,11 @@ class SourceCallback(Callback):
         if name in taken:
             raise MisconfigurationException(f'the run has a stage "{name}" already. HINT: name the next one otherwise.')
         self._next_name = None
+        by_hand = {
+            "optimizers": len(trainer.optimizers),
+            "schedulers": len(trainer.lr_scheduler_configs),
+            "attributed": self.optimizer or 0,
+        }
         stages.append(
             {
                 "name": name,
@@ -296,33 +316,87 @@ class SourceCallback(Callback):
                 "examples_per_batch": None,
                 "objective": None,
                 "module": {"class": type(pl_module).__name__, "parameters": fingerprint(pl_module)},
-                "optimizer": {
-                    "class": type(optimizer).__name__,
-                    "groups": [[names[id(p)] for p in g["params"] if id(p) in names] for g in optimizer.param_groups],
-                    "decoupled": [self._rule(group).decoupled for group in optimizer.param_groups],
-                },
+                "phases": [],
+                "manual": None if pl_module.automatic_optimization else by_hand,
+                "maximize": any(self._rule(group).maximize for group in self._optimizer.param_groups),
                 "reset": changed_between_stages(self._store, pl_module) if stages else [],
             }
         )
+
+    # ---------------------------------------------------------------- which parameters are trained
+
+    def _watch(self, trainer: Trainer) -> None:
+        """Record the optimizer's steps from now on, under the groups that it has now."""
+        assert self._recorder is not None
+        for handle in self._handles:
+            handle.remove()
+        self._find_optimizer(trainer)
+        assert self._optimizer is not None
+        assert self._rule is not None
+        self._handles = [
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_step(trainer)),
+        ]
+        self._trained = self._groups(trainer)
+        groups = [[self._names[key] for key in group if key in self._names] for group in self._trained[1:]]
+        phases = [Phase.from_json(phase) for phase in self._stage["phases"]]
+        rules = [self._rule(group) for group in self._optimizer.param_groups]
+        self._phase = Phase.after(
+            phases[-1] if phases else None,
+            self._recorder.steps,
+            type(self._optimizer).__name__,
+            groups,
+            [rule.decoupled for rule in rules],
+        )
+        if phases and replace(phases[-1], first=self._phase.first) == self._phase:  # a resumed run as it was
+            return
+        if phases:
+            self._recorder.flush(force=True)
+            trained = [name for group in groups for name in group]
+            self._recorder.regroup(phases[-1].parents(self._phase.columns), trained)
+        # A phase without a step leaves its columns to the next one, and nothing else.
+        kept = [phase for phase in phases if phase.first < self._phase.first]
+        self._stage["phases"] = [phase.to_json() for phase in [*kept, self._phase]]
+        self._probed = False
+
+    def _groups(self, trainer: Trainer) -> tuple[Any, ...]:
+        """The optimizer and, by its groups, the parameters that it trains.
+
+        Optimizing by hand, users toggle gradients as they go, which says nothing of what is trained.
+        """
+        optimizer = trainer.optimizers[self.optimizer or 0]
+        by_hand = not trainer.lightning_module.automatic_optimization
+        groups = [tuple(id(p) for p in g["params"] if by_hand or p.requires_grad) for g in optimizer.param_groups]
+        return optimizer, *groups
 
     # ---------------------------------------------------------------- during training
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._recorder is None:
+            return
         with self._timed("recording"):
             size = count_examples(batch)
             self._batches += 1
             self._batch_examples += size
+            if pl_module.automatic_optimization is False:
+                self._window += 1
+            if self._groups(trainer) != self._trained:
+                self._recorder.flush(force=True)
+                self._watch(trainer)
             if not self._probed:
-                self._probe(trainer, pl_module, batch, size)
+                self._probe(pl_module, batch, size)
 
-    def _probe(self, trainer: Trainer, pl_module: LightningModule, batch: Any, size: int) -> None:
+    def _probe(self, pl_module: LightningModule, batch: Any, size: int) -> None:
         """Find out on a real batch what can be attributed, and say so once."""
         assert self._store is not None
-        groups = [group["params"] for group in trainer.optimizers[0].param_groups]
-        coverage = find_blocks(pl_module, groups, self.include, self.exclude)
-        objective = Objective(pl_module)
-        with undisturbed(pl_module, self.settings["seed"]), parameters_kept(pl_module):
+        assert self._phase is not None
+        own = {self._names[id(p)]: p for p in pl_module.parameters()}
+        groups = [[own[name] for name in column] for column in self._phase.columns]
+        objective = Objective(pl_module, **(self._stage["manual"] or {}))
+        everything = [p for group in groups for p in group]  # those that are frozen again by now, too
+        with undisturbed(pl_module, self.settings["seed"]), parameters_kept(pl_module), thawed(everything):
+            coverage = find_blocks(pl_module, groups, self.include, self.exclude)
             try:
                 losses = objective.evaluate(batch, size)
             except ValueError:
@@ -332,9 +406,10 @@ class SourceCallback(Callback):
                 return
             coverage = probe(pl_module, objective, coverage, batch, size)
         self._probed = True
+        known = self._stage.get("coverage")
         self._stage["coverage"] = coverage.to_json()
         rank_zero_info(f"SourceCallback: {coverage.summary()}")
-        if not losses.calls:
+        if not losses.calls and known is None:
             rank_zero_warn(
                 f"No loss in `{type(pl_module).__name__}.training_step` was recognised: the empirical Fisher stands in"
                 " for the true one, margins are unknown, and the loss is taken to be additive over examples. HINT: use"
@@ -343,16 +418,23 @@ class SourceCallback(Callback):
 
     @override
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._micro_batches = 0
+        self._window = 0  # of micro-batches; by hand, where this hook is silent, of batches
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._micro_batches += 1
+        if pl_module.automatic_optimization:
+            self._window += 1
+        elif self._optimizer is not None and self._recorder is not None and trainer.scaler is None:
+            self._norm = _gradient_norm(self._optimizer)  # before the user clips, by whatever means
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if optimizer is not self._optimizer or self._recorder is None:
+            return
         if self._clips:
             self._norm = _gradient_norm(optimizer)
+        if not pl_module.automatic_optimization:
+            self._weight = self._close_window(trainer)  # here, since the loss scaler may skip the step itself
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         assert self._recorder is not None
@@ -363,29 +445,45 @@ class SourceCallback(Callback):
         def log(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             assert self._recorder is not None
             assert self._rule is not None
+            assert self._phase is not None
             with self._timed("recording"):
-                clip = None
-                if self._norm is not None:
-                    clip = torch.where(self._norm > 0, _gradient_norm(optimizer) / self._norm, 1.0)
                 rules = [self._rule(group) for group in optimizer.param_groups]
-                # A short last window is still divided by the full number of micro-batches.
-                weight = self._micro_batches / max(1, trainer.accumulate_grad_batches)
                 self._recorder.after_step(
-                    [float(group["lr"]) for group in optimizer.param_groups],
-                    [rule.rate_multiplier for rule in rules],
-                    [rule.weight_decay for rule in rules],
-                    weight,
-                    clip,
+                    self._phase.per_column([group["lr"] for group in optimizer.param_groups]),
+                    self._phase.per_column([rule.rate_multiplier for rule in rules]),
+                    self._phase.per_column([rule.weight_decay for rule in rules]),
+                    self._close_window(trainer),
+                    self._coefficient(optimizer),
                 )
-                self._micro_batches, self._norm = 0, None
+                self._weight = self._norm = None
 
         return log
+
+    def _close_window(self, trainer: Trainer) -> float:
+        """What multiplies the mean loss of the micro-batches that a step saw."""
+        window, self._window = self._window, 0
+        if self._weight is not None:
+            return self._weight
+        if trainer.lightning_module.automatic_optimization:
+            return window / max(1, trainer.accumulate_grad_batches)  # also where a last window is shorter
+        return max(1, window)  # several steps on one batch each see its mean
+
+    def _coefficient(self, optimizer: Optimizer) -> Tensor | None:
+        """What multiplied the step's gradient: clipping, and 0 where a fused optimizer was told to skip."""
+        found = None
+        if self._norm is not None:
+            found = torch.where(self._norm > 0, _gradient_norm(optimizer) / self._norm, 1.0)
+        overflow = getattr(optimizer, "found_inf", None)
+        if overflow is not None:
+            found = (1.0 if found is None else found) * (1 - overflow.reshape(()))
+        return found
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert self._recorder is not None
+        if self._recorder is None:
+            return
         with self._timed("recording"):
             self._stage["examples_per_batch"] = self._batch_examples / self._batches
             self._stage["seen"] = [self._batches, self._batch_examples]
@@ -399,11 +497,18 @@ class SourceCallback(Callback):
     # ---------------------------------------------------------------- after training
 
     @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._recorder is not None and averages_weights(trainer):
+            # When training ends, the averaged weights may be in the module before this callback is asked.
+            with self._timed("recording"):
+                self._recorder.flush(force=True)
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close("finished")
-        if self._recorder is None or self._store is None or self._store.manifest.get("segments") is None:
-            return
-        if self.mode == "deferred" or self._taught[self._recorder.stage][1] is None:
+        ranks = Ranks.current()
+        recorded = ranks.from_first(lambda: self._close("finished"))
+        index = max(self._taught, default=0)
+        if not recorded or self.mode == "deferred" or self._taught[index][1] is None:
             return
         try:
             with self._timed("factors"):
@@ -413,19 +518,29 @@ class SourceCallback(Callback):
         except Exception as error:  # training has succeeded, and nothing of ours may take that away
             rank_zero_warn(
                 f"SourceCallback could not fit its factors: {error} Training and its snapshots are safe in"
-                f" `{self._store and self._store.path}`; the factors are tried again when scores are asked for."
+                f" `{self._path}`; the factors are tried again when scores are asked for."
             )
+        if ranks.first:
+            self._store = RunStore.open(self._store.path) if self._store else None
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Queries are asked of the model that the user ends up with, which may be an average of the trained weights."""
+        if self._store is not None and self._recorder is not None and self._store.manifest.get("segments"):
+            with self._timed("recording"):
+                replace_final(self._store, pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close("interrupted")
 
-    def _close(self, status: str) -> None:
+    def _close(self, status: str) -> bool:
+        """End the recording; gives back whether there is anything to score."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
         if self._recorder is None or self._store is None:
-            return
+            return False
         with self._timed("recording"):
             self._store.manifest["status"] = status
             self._recorder.finish()
@@ -433,6 +548,7 @@ class SourceCallback(Callback):
                 self._store.commit()
             if status == "finished":  # an interrupted run may be resumed, which needs its bins
                 assemble(self._store, self.settings["segments"], self.settings["snapshots_per_segment"])
+        return self._store.manifest.get("segments") is not None
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -440,110 +556,7 @@ class SourceCallback(Callback):
             handle.remove()
         self._handles = []
 
-    # ---------------------------------------------------------------- scores
-
-    def _open(self, trainer: Trainer, pl_module: LightningModule, stage: int | str | None = None) -> Run:
-        store = self._store
-        if store is not None and not self._handles and (store.path / MANIFEST).exists():
-            store = self._store = RunStore.open(store.path)  # a scorer may have completed an interrupted run meanwhile
-        if store is None or not store.manifest.get("steps"):
-            raise MisconfigurationException(
-                "there is no finished segment: no optimizer step was recorded. HINT: call `fit` first, for at least one"
-                " step."
-            )
-        count = len(store.manifest["stages"])
-        modules = [self._taught.get(index, (pl_module, None))[0] for index in range(count)]
-        data = {index: examples for index, (_, examples) in self._taught.items()}
-        return Run(store, modules, data, getattr(trainer, "datamodule", None), stage)
-
-    def attribute(
-        self,
-        trainer: Trainer,
-        query: Any,
-        *,
-        train: Any = None,
-        measurement: str | Measurement | None = None,
-        method: str = "source",
-        stage: int | str | None = None,
-        **options: Any,
-    ) -> InfluenceScores:
-        """See :func:`lightning_source.attribute`."""
-        with self.scorer(trainer, measurement, stage) as scorer:
-            return scorer.score(query, train, method=method, **options)
-
-    @contextmanager
-    def scorer(
-        self, trainer: Trainer, measurement: str | Measurement | None = None, stage: int | str | None = None
-    ) -> Iterator[SourceScorer]:
-        """A scorer of this run, on the device that training ran on while the ``with`` lasts.
-
-        Args:
-            trainer: the Trainer that ``fit``.
-            measurement: what a query is measured by; the callback's own by default.
-            stage: the stage whose examples are asked about, by index or name; the last by default.
-        """
-        module = trainer.lightning_module
-        if module is None:
-            raise MisconfigurationException("there is nothing to attribute before `fit`.")
-        run = self._open(trainer, module, stage)
-        home = module.device
-        module.to(scoring_device(trainer))
-        try:
-            yield SourceScorer(run, measurement or self.measurement)
-        finally:
-            module.to(home)
-
-
-class _Attribute:
-    """``trainer.attribute``; a class of its own so that a Trainer that carries it can be pickled and copied."""
-
-    def __init__(self, trainer: Trainer, callback: SourceCallback) -> None:
-        self.trainer = trainer
-        self.callback = callback
-
-    def __call__(self, query: Any, **kwargs: Any) -> InfluenceScores:
-        """See :func:`lightning_source.attribute`."""
-        return self.callback.attribute(self.trainer, query, **kwargs)
-
 
 def _gradient_norm(optimizer: Optimizer) -> Tensor:
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients)
-
-
-def attribute(
-    trainer: Trainer,
-    query: Any,
-    *,
-    train: Any = None,
-    measurement: str | Measurement | None = None,
-    method: str = "source",
-    stage: int | str | None = None,
-    **options: Any,
-) -> InfluenceScores:
-    """Which training examples made the model do this? Also bound as ``trainer.attribute``.
-
-    Args:
-        trainer: a Trainer that has ``fit`` with a :class:`SourceCallback`.
-        query: one batch (what ``training_step`` takes), a ``Dataset`` or a ``DataLoader``.
-        train: the training dataset; by default the fit's own, unshuffled.
-        measurement: ``"loss"``, ``"margin"``, ``"log-prob"`` or a callable ``(module, batch) -> Tensor[B]``; by default
-            the callback's.
-        method: ``"source"``, ``"fast-source"``, ``"influence"``, ``"tracin"``, ``"grad-dot"`` or ``"grad-cos"``.
-        stage: the stage (``fit``) whose examples are asked about, by index or name; the last by default.
-        **options: further arguments of :meth:`SourceScorer.score`, such as ``per_segment=True`` or ``damping=``.
-
-    Returns:
-        Scores ``[queries, training examples]``; positive = removing the example raises the measurement.
-
-    Raises:
-        MisconfigurationException: no SourceCallback, nothing recorded, or wrong input.
-    """
-    callbacks = [c for c in trainer.callbacks if isinstance(c, SourceCallback)]  # type: ignore[attr-defined]
-    if not callbacks:
-        raise MisconfigurationException(
-            "the Trainer has no SourceCallback. HINT: `Trainer(callbacks=[SourceCallback()])`."
-        )
-    return callbacks[0].attribute(
-        trainer, query, train=train, measurement=measurement, method=method, stage=stage, **options
-    )

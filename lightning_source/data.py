@@ -41,6 +41,8 @@ class Examples:
     def batches(self, ids: Sequence[int] | Tensor | None = None) -> Iterator[Batch]:
         """Batches of the given examples (all by default), in the given order, none left out."""
         order = torch.arange(len(self)) if ids is None else torch.as_tensor(ids)
+        if not len(order):  # more ranks than batches
+            return
         loader = DataLoader(
             self.dataset if ids is None else Subset(self.dataset, order.tolist()),
             batch_size=self.batch_size,

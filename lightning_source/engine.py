@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_source._guards import undisturbed
+from lightning_source._guards import thawed, undisturbed
 from lightning_source.capture import Recording
 from lightning_source.data import Examples, GivenBatches, to_module
 from lightning_source.factors import (
@@ -35,11 +35,12 @@ from lightning_source.factors import (
 )
 from lightning_source.layers import Block, clean_name
 from lightning_source.objective import CallScale, Kind, Losses, Measurement, Objective, ObjectiveSpec
+from lightning_source.ranks import ALONE, Ranks
 
 State = Mapping[str, Tensor]  # parameters and buffers by clean name
-# Runs the user's code on a batch while the recording listens, and gives back what to differentiate: one value for each
-# example, or where that is not known a scalar that is their sum.
-Target = Callable[[Any, int, Recording], Tensor]
+# Runs the user's code on a batch, given the ids of its examples, while the recording listens. Gives back what to
+# differentiate: one value for each example, or where that is not known a scalar that is their sum.
+Target = Callable[[Any, Tensor, Recording], Tensor]
 
 
 @dataclass
@@ -75,6 +76,7 @@ class Workspace:
         spec: the objective's scale; ``None`` until :meth:`calibrate`.
         seed: seeds label sampling, the choice of factor examples and the passes' global generators.
         hooks: the LightningDataModule, if one was used.
+        ranks: the processes that share the passes over training examples; all of them make the same calls.
     """
 
     module: Any
@@ -83,6 +85,7 @@ class Workspace:
     spec: ObjectiveSpec | None = None
     seed: int = 0
     hooks: Any = None
+    ranks: Ranks = ALONE
 
     # ---------------------------------------------------------------- parameters
 
@@ -96,20 +99,16 @@ class Workspace:
         missing = [name for name in state if name not in own]
         if missing:
             raise MisconfigurationException(_does_not_match(self.module, missing))
-        with undisturbed(self.module, self.seed):
+        # Without a gradient a layer frozen since training would not be seen, and would silently count for nothing.
+        trained: Any = [own[n] for block in self.blocks for n in block.parameters]
+        with undisturbed(self.module, self.seed), thawed(trained):
             kept = {name: own[name].detach().clone() for name in state}
-            # Without a gradient a layer frozen since training would not be seen, and would silently count for nothing.
-            frozen = [own[n] for block in self.blocks for n in block.parameters if not own[n].requires_grad]
             try:
-                for parameter in frozen:
-                    parameter.requires_grad_(True)
                 with torch.no_grad():
                     for name, value in state.items():
                         own[name].copy_(value)
                 yield
             finally:
-                for parameter in frozen:
-                    parameter.requires_grad_(False)
                 with torch.no_grad():
                     for name, value in kept.items():
                         own[name].copy_(value)
@@ -123,19 +122,27 @@ class Workspace:
         recording = Recording(self.module, self.blocks)
         for index, batch in data.batches(ids):
             with torch.enable_grad():
-                values = target(to_module(batch, self.module, self.hooks), len(index), recording)
+                values = target(to_module(batch, self.module, self.hooks), index, recording)
             total = float(values.detach().sum())
             if not math.isfinite(total):
                 raise FloatingPointError(f"the objective is {total} on {what} {_shorten(index)}")
             yield index, recording.captured(values, len(index))
 
-    def _target(self, values: Callable[[Losses, ObjectiveSpec], Tensor]) -> Target:
+    def _share(self, data: Examples, ids: Tensor | None) -> Tensor | None:
+        """This rank's part of the examples: whole batches, so that no batch depends on the number of ranks."""
+        if self.ranks.world == 1:
+            return ids
+        order = torch.arange(len(data)) if ids is None else ids
+        mine = self.ranks.share(order.split(data.batch_size))
+        return torch.cat([*mine]) if mine else order[:0]
+
+    def _target(self, values: Callable[[Losses, ObjectiveSpec, Tensor], Tensor]) -> Target:
         """A target made of the training step's losses, which must be those that were calibrated."""
         spec = self.spec
         assert spec is not None
 
-        def run(batch: Any, size: int, recording: Recording) -> Tensor:
-            losses = self.objective.evaluate(batch, size, recording)
+        def run(batch: Any, ids: Tensor, recording: Recording) -> Tensor:
+            losses = self.objective.evaluate(batch, len(ids), recording)
             if not torch.isfinite(losses.loss):
                 return losses.loss  # no label can be drawn from it; the caller names the examples
             found, expected = [call.name for call in losses.calls], [call.name for call in spec.calls]
@@ -144,25 +151,34 @@ class Workspace:
                     f"`training_step` computed the losses {found} where calibration saw {expected}; their scales cannot"
                     " be matched."
                 )
-            return values(losses, spec)
+            return values(losses, spec, ids)
 
         return run
 
     def trained(self) -> Target:
         """Gradients ``g(z)`` as training applied them (method §4)."""
-        return self._target(lambda losses, spec: losses.data_target(spec))
+        return self._target(lambda losses, spec, ids: losses.data_target(spec))
 
     def sampled(self, draw: int = 0) -> Target:
-        """Gradients whose second moment is ``H``, with labels drawn from the model; ``draw`` numbers the draws."""
-        generator = torch.Generator(self.module.device).manual_seed(self.seed + draw)
-        return self._target(lambda losses, spec: losses.fisher_target(spec, generator))
+        """Gradients whose second moment is ``H``, with labels drawn from the model; ``draw`` numbers the draws.
+
+        A batch's labels depend on its first example, and so not on which rank or pass it comes in.
+        """
+        generator = torch.Generator(self.module.device)
+
+        def values(losses: Losses, spec: ObjectiveSpec, ids: Tensor) -> Tensor:
+            generator.manual_seed(hash((self.seed, draw, int(ids[0]))) % 2**63)
+            return losses.fisher_target(spec, generator)
+
+        return self._target(values)
 
     def measured(self, measurement: str | Measurement) -> Target:
         """Gradients of a measurement of queries."""
         if not callable(measurement):
-            return self._target(lambda losses, spec: losses.measurement(spec, measurement))
+            return self._target(lambda losses, spec, ids: losses.measurement(spec, measurement))
 
-        def run(batch: Any, size: int, recording: Recording) -> Tensor:
+        def run(batch: Any, ids: Tensor, recording: Recording) -> Tensor:
+            size = len(ids)
             with recording.listening():
                 values = measurement(self.module, batch)
             if not isinstance(values, Tensor) or values.shape != (size,):
@@ -181,19 +197,26 @@ class Workspace:
 
     # ---------------------------------------------------------------- calibration
 
-    def calibrate(self, data: Examples, examples_per_batch: float) -> ObjectiveSpec:
+    def calibrate(self, data: Examples, examples_per_batch: float, maximize: bool = False) -> ObjectiveSpec:
         """Learn how training batches weight elements (method §4), from two batches of different size.
 
         Args:
             data: training examples.
             examples_per_batch: mean number of examples in a micro-batch of training.
+            maximize: training went up the loss, so what it minimised is the negative.
         """
+        spec = self._calibrate(data, examples_per_batch)
+        if maximize:
+            spec = replace(spec, calls=tuple(replace(call, factor=-call.factor) for call in spec.calls))
+        self.spec = spec
+        return spec
+
+    def _calibrate(self, data: Examples, examples_per_batch: float) -> ObjectiveSpec:
         size = max(1, min(16, data.batch_size, len(data) // 2))
         ids = list(range(min(len(data), 2 * size)))
         whole = self._evaluate(data, ids)
         if not whole.calls:
-            self.spec = self._calibrate_whole(data, ids, size, examples_per_batch)
-            return self.spec
+            return self._calibrate_whole(data, ids, size, examples_per_batch)
         # The half with the fewest elements: normalisers are told apart where its examples differ from the rest.
         counts = torch.stack([whole.by_example(whole.weights(i, "mean")[1]).sum(1) for i in range(len(whole.calls))])
         counts = (counts / counts.sum(1, keepdim=True)).sum(0)
@@ -207,12 +230,11 @@ class Workspace:
             factor = examples_per_batch if kind == "sum" else 1 / self._weight_per_example(data, whole, index, kind)
             scales.append(CallScale(call.name, kind, factor * ratio, alone))
         hook = self.objective.hook
-        self.spec = ObjectiveSpec(
+        return ObjectiveSpec(
             "hook" if hook else "recognised",
             "empirical" if hook == "attribution_losses" else "true",
             tuple(scales),
         )
-        return self.spec
 
     def _evaluate(self, data: Examples, ids: Sequence[int], hooked: bool = True, recording: Any = None) -> Losses:
         batches = Examples(data.dataset, len(ids), data.collate)
@@ -305,18 +327,24 @@ class Workspace:
     def covariances(self, state: State, data: Examples, ids: Tensor) -> dict[str, CovarianceSums]:
         """Covariance sums of every block at one set of parameters, labels sampled (method §5.1)."""
         sums: dict[str, CovarianceSums] = {}
-        with self.at(state):
-            for _, captured in self.captures(data, self.sampled(), ids):
-                for name, one in captured.items():
-                    new = CovarianceSums.of(one)
-                    sums[name] = sums[name].merge(new) if name in sums else new
+
+        def own_part() -> None:
+            with self.at(state):
+                for _, captured in self.captures(data, self.sampled(), self._share(data, ids)):
+                    for name, one in captured.items():
+                        new = CovarianceSums.of(one)
+                        sums[name] = sums[name].merge(new) if name in sums else new
+
+        self.ranks.together(own_part)
         for block in self.blocks:
             if block.name not in sums:  # control flow skipped it on every factor example: no curvature
                 like = next(self.module.parameters()).detach()
                 sums[block.name] = CovarianceSums.zeros(block.shape, block.indexed, like)
-            _require_finite(sums[block.name].activations, block.name, "activations")
-            _require_finite(sums[block.name].gradients, block.name, "gradients")
-            sums[block.name].examples = len(ids)  # a batch that skips the block has gradient 0 there
+            one = sums[block.name]
+            self.ranks.sum_([one.activations, one.gradients])
+            _require_finite(one.activations, block.name, "activations")
+            _require_finite(one.gradients, block.name, "gradients")
+            one.examples = len(ids)  # a batch that skips the block has gradient 0 there
         return sums
 
     def eigenvalues(
@@ -324,16 +352,21 @@ class Workspace:
     ) -> dict[str, Tensor]:
         """Mean squared gradients of every block in the given bases, ``[P, O, I]`` (method §5.2)."""
         sums: dict[str, Tensor] = {}
-        with self.at(state):
-            for draw in range(samples):
-                for _, captured in self.captures(data, self.sampled(draw + 1), ids):
-                    for name, one in captured.items():
-                        new = eigenvalue_sums(one, bases[name])
-                        sums[name] = sums[name].add_(new) if name in sums else new
+
+        def own_part() -> None:
+            with self.at(state):
+                for draw in range(samples):
+                    for _, captured in self.captures(data, self.sampled(draw + 1), self._share(data, ids)):
+                        for name, one in captured.items():
+                            new = eigenvalue_sums(one, bases[name])
+                            sums[name] = sums[name].add_(new) if name in sums else new
+
+        self.ranks.together(own_part)
         for block in self.blocks:
             if block.name not in sums:  # control flow skipped it on every factor example: no curvature
                 like = next(self.module.parameters()).detach()
                 sums[block.name] = like.new_zeros(block.shape, dtype=accumulator_dtype(like))
+            self.ranks.sum_([sums[block.name]])
             _require_finite(sums[block.name], block.name, "eigenvalues")
         return {name: total / (len(ids) * samples) for name, total in sums.items()}
 
@@ -397,25 +430,41 @@ class Workspace:
             normalize: divide by the norm of the example's gradient (cosine similarity).
             tokens: what the columns of an embedding's ``vectors`` stand for (:meth:`query_gradients`).
         """
-        columns = []
+        columns: list[Tensor] = []
         queries = len(next(iter(vectors.values())))
-        with self.at(state):
-            for index, captured in self.captures(data, self.trained(), ids):
-                total = torch.zeros(queries, len(index), device=self.module.device)
-                norms = torch.zeros(len(index), device=self.module.device)
-                for name, one in captured.items():
-                    if normalize:
-                        norms += squared_norms(one)
-                    if name in vectors:
-                        rotated = bases[name].rotate(one) if bases else one
-                        total += contract(rotated, vectors[name], (tokens or {}).get(name))
-                if not torch.isfinite(total).all():
-                    for name, one in captured.items():
-                        seen = one.gradients if one.vocabulary else torch.stack([x.sum() for x in one[:2]])
-                        _require_finite(seen, name, f"gradients of examples {_shorten(index)}")
-                    raise FloatingPointError(f"scores overflow on examples {_shorten(index)}")
-                columns.append((total / norms.sqrt().clamp_min(1e-30) if normalize else total).cpu())
-        return torch.cat(columns, dim=1)
+
+        def own_part() -> None:
+            with self.at(state):
+                for index, captured in self.captures(data, self.trained(), self._share(data, ids)):
+                    columns.append(self._products(index, captured, queries, vectors, bases, normalize, tokens or {}))
+
+        self.ranks.together(own_part)
+        return torch.cat(self.ranks.collect(columns), dim=1)
+
+    def _products(
+        self,
+        index: Tensor,
+        captured: Mapping[str, Captured],
+        queries: int,
+        vectors: Mapping[str, Tensor],
+        bases: Mapping[str, Basis] | None,
+        normalize: bool,
+        tokens: Mapping[str, Tensor],
+    ) -> Tensor:
+        total = torch.zeros(queries, len(index), device=self.module.device)
+        norms = torch.zeros(len(index), device=self.module.device)
+        for name, one in captured.items():
+            if normalize:
+                norms += squared_norms(one)
+            if name in vectors:
+                rotated = bases[name].rotate(one) if bases else one
+                total += contract(rotated, vectors[name], tokens.get(name))
+        if not torch.isfinite(total).all():
+            for name, one in captured.items():
+                seen = one.gradients if one.vocabulary else torch.stack([x.sum() for x in one[:2]])
+                _require_finite(seen, name, f"gradients of examples {_shorten(index)}")
+            raise FloatingPointError(f"scores overflow on examples {_shorten(index)}")
+        return (total / norms.sqrt().clamp_min(1e-30) if normalize else total).cpu()
 
     def collected(
         self, state: State, data: Examples, ids: Tensor, bases: Mapping[str, Basis] | None, query: bool
@@ -471,9 +520,14 @@ def fit_factors(
             one if one is not None else workspace.covariances(load(), data, ids)
             for load, one in zip(states, covariances, strict=True)
         ]
-        for name in names:
+        decomposed, device = [], workspace.module.device
+        exchange = device if workspace.ranks.world == 1 else torch.device("cpu")
+        for name in workspace.ranks.share(names):
             mean = mean_covariances([sums[name] for sums in known], weights)
-            bases[name], values[name] = eigenbasis(*mean, dtype=known[0][name].activations.dtype)
+            basis, kronecker = eigenbasis(*mean, dtype=known[0][name].activations.dtype)
+            decomposed.append((basis.to(exchange), kronecker.to(exchange)))
+        for name, (basis, kronecker) in zip(names, workspace.ranks.collect(decomposed), strict=True):
+            bases[name], values[name] = basis.to(device), kronecker.to(device)
     if curvature != "kfac":
         values = {}
         for load, weight in zip(states, weights, strict=True):

@@ -116,6 +116,10 @@ class Basis(NamedTuple):
     activations: Tensor | None  # [P, I, I]
     gradients: Tensor | None  # [P, O, O]
 
+    def to(self, device: torch.device) -> Basis:
+        """The same on a device."""
+        return Basis(*(None if vectors is None else vectors.to(device) for vectors in self))
+
     def rotate(self, captured: Captured) -> Captured:
         """Activations and output gradients in this basis: the example's gradient becomes ``Q_Gᵀ (Σ_t g aᵀ) Q_A``."""
         a, g = (_times(x, q) for x, q in zip(captured[:2], self, strict=True))

@@ -17,6 +17,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_source.capture import Recording
 from lightning_source.losses import LossCall, read_call
+from lightning_source.manual import ManualStep
 
 Measurement = Callable[[Any, Any], Tensor]
 # What the user divides elements by: their weights in the batch, nothing, or the number of examples.
@@ -33,13 +35,16 @@ Kind = Literal["mean", "sum", "examples"]
 
 
 class _LossTap(TorchFunctionMode):
-    def __init__(self) -> None:
+    def __init__(self, manual: ManualStep | None) -> None:
         super().__init__()
         self.calls: list[LossCall] = []
+        self.manual = manual
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if function is Tensor.backward and self.manual is not None:
+            return self.manual.backward(*args)
         call = read_call(function, args, kwargs or {})
         if call is None:
             return function(*args, **(kwargs or {}))
@@ -141,7 +146,7 @@ class Losses:
         if spec.origin == "whole":
             scale = spec.calls[0]
             # g gᵀ / (B s) with B s = 1 for a mean and B for a sum: the empirical Fisher.
-            return self.data_target(spec) / (1 if scale.kind == "mean" else scale.factor) ** 0.5
+            return self.data_target(spec) / (1 if scale.kind == "mean" else abs(scale.factor)) ** 0.5
         terms = []
         for i, scale in enumerate(spec.calls):
             call = self.calls[i]
@@ -198,10 +203,18 @@ def _sum(terms: Any) -> Tensor:
 
 
 class Objective:
-    """Evaluates a module's ``training_step`` on a batch and reads its losses."""
+    """Evaluates a module's ``training_step`` on a batch and reads its losses.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        module: the LightningModule.
+        optimizers: how many optimizers a manually optimizing module has.
+        schedulers: how many learning rate schedulers.
+        attributed: index of the optimizer whose loss is meant.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: int = 1, schedulers: int = 0, attributed: int = 0) -> None:
         self.module: Any = module
+        self._manual = partial(ManualStep, optimizers, schedulers, attributed)
         step: Any = module.training_step
         parameters = inspect.signature(step).parameters
         if "dataloader_iter" in parameters:
@@ -226,9 +239,10 @@ class Objective:
         Raises:
             ValueError: no loss came back, or it is not a scalar.
         """
-        with torch.enable_grad(), recording.listening() if recording else nullcontext(), _LossTap() as tap:
+        manual = None if self.module.automatic_optimization else self._manual()
+        with torch.enable_grad(), recording.listening() if recording else nullcontext(), _LossTap(manual) as tap:
             hook = self.hook if hooked else None
-            loss = self._step(batch) if hook is None else self._hooked(hook, batch, tap)
+            loss = self._step(batch, manual) if hook is None else self._hooked(hook, batch, tap)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError("`training_step` returned no scalar loss for this batch")
         calls, scales = tap.calls, []
@@ -239,8 +253,11 @@ class Objective:
             calls, scales = [call for call, _ in used], [scale for _, scale in used]
         return Losses(loss, calls, scales, size)
 
-    def _step(self, batch: Any) -> Any:
-        output = self.module.training_step(batch, 0) if self._takes_index else self.module.training_step(batch)
+    def _step(self, batch: Any, manual: ManualStep | None) -> Any:
+        with nullcontext() if manual is None else manual.in_place_of(self.module):
+            output = self.module.training_step(batch, 0) if self._takes_index else self.module.training_step(batch)
+        if manual is not None:
+            return manual.loss
         return output.get("loss") if isinstance(output, dict) else output
 
     def _hooked(self, hook: str, batch: Any, tap: _LossTap) -> Tensor:
@@ -250,11 +267,15 @@ class Objective:
             call = _plain_call(hook, output, lambda generator: output)
         else:
             distribution, targets = output
-            # Distributions draw from the global generator, which the passes isolate and seed.
+
+            def sample(generator: torch.Generator) -> Tensor:
+                torch.manual_seed(generator.initial_seed())  # of the global one, which the passes isolate
+                return -distribution.log_prob(distribution.sample())
+
             call = _plain_call(
                 hook,
                 -distribution.log_prob(targets),
-                lambda generator: -distribution.log_prob(distribution.sample()),
+                sample,
                 lambda: distribution.log_prob(targets),
             )
         tap.calls.append(call)

@@ -26,6 +26,7 @@ class StepRule:
     # P, a diagonal, from a parameter's entry in ``optimizer.state``; shaped like the parameter. None: the identity.
     preconditioner: Callable[[Mapping[str, Any]], Tensor] | None = None
     decoupled: bool = False  # the decay is not preconditioned (AdamW)
+    maximize: bool = False  # steps go up the loss
 
 
 Rule = Callable[[Mapping[str, Any]], StepRule]
@@ -61,8 +62,12 @@ def rule_for(optimizer: Optimizer) -> Rule:
     name = type(optimizer).__name__
     raise MisconfigurationException(
         f"SourceCallback does not know how `{name}` turns gradients into steps, and taking it for SGD would give wrong"
-        f" scores. Known optimizers: {known}. HINT: train with one of them, or, if `{name}` takes plain gradient steps,"
-        " register a rule with `lightning_source.optimizers.register_optimizer`."
+        f" scores. Known optimizers: {known}. HINT: train with one of them, or say how it steps, for one that takes"
+        f" plain gradient steps:\n\n"
+        "    from lightning_source.optimizers import StepRule, register_optimizer\n\n"
+        f"    @register_optimizer({name})\n"
+        f"    def {name.lower()}(group):\n"
+        '        return StepRule(rate_multiplier=1.0, weight_decay=group["weight_decay"])\n'
     )
 
 
@@ -73,60 +78,56 @@ def preconditioners(optimizer: Optimizer, rule: Rule, names: Mapping[int, str]) 
     for group in optimizer.param_groups:
         read = rule(group).preconditioner
         for parameter in group["params"]:
-            if read is not None and parameter in optimizer.state and id(parameter) in names:
-                found[names[id(parameter)]] = read(optimizer.state[parameter])
+            state = optimizer.state.get(parameter)
+            # Without a step yet (the loss scaler skipped it) there is a state, and no moment in it.
+            if read is None or not state or not float(state.get("step", 1)) or id(parameter) not in names:
+                continue
+            found[names[id(parameter)]] = read(state)
     return found
-
-
-def _refuse_maximize(group: Mapping[str, Any]) -> None:
-    if group.get("maximize"):
-        raise MisconfigurationException(
-            "SourceCallback does not attribute runs with `maximize=True`: minimise instead."
-        )
 
 
 @register_optimizer(torch.optim.SGD)
 def _sgd(group: Mapping[str, Any]) -> StepRule:
     """Heavy-ball and Nesterov momentum ``β``: terminal velocity ``η / (1 - β)``, dampening ``d``: times ``1 - d``."""
-    _refuse_maximize(group)
     momentum = float(group["momentum"])
     if momentum >= 1:
         raise MisconfigurationException(f"SGD with momentum {momentum} has no finite effective learning rate.")
     multiplier = (1 - float(group["dampening"])) / (1 - momentum) if momentum else 1.0
-    return StepRule(multiplier, float(group["weight_decay"]))
+    return StepRule(multiplier, float(group["weight_decay"]), maximize=group["maximize"])
 
 
 @register_optimizer(torch.optim.Adam, torch.optim.AdamW)
 def _adam(group: Mapping[str, Any]) -> StepRule:
     """``P = 1 / (√v̂ + ε)`` with the bias-corrected second moment; the first moment averages and keeps the rate."""
-    _refuse_maximize(group)
     beta, eps = float(group["betas"][1]), float(group["eps"])
 
     def preconditioner(state: Mapping[str, Any]) -> Tensor:
         moment = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
         return 1 / ((moment / (1 - beta ** float(state["step"]))).sqrt() + eps)
 
-    return StepRule(1.0, float(group["weight_decay"]), preconditioner, bool(group.get("decoupled_weight_decay")))
+    decoupled = bool(group.get("decoupled_weight_decay"))
+    return StepRule(1.0, float(group["weight_decay"]), preconditioner, decoupled, group["maximize"])
 
 
 @register_optimizer(torch.optim.Adagrad)
 def _adagrad(group: Mapping[str, Any]) -> StepRule:
-    """``P = 1 / (√Σg² + ε)``. A learning-rate decay would need the step count and is refused."""
-    _refuse_maximize(group)
-    if group["lr_decay"]:
-        raise MisconfigurationException("SourceCallback does not support Adagrad's `lr_decay`: use an LR scheduler.")
-    eps = float(group["eps"])
-    return StepRule(1.0, float(group["weight_decay"]), lambda state: 1 / (state["sum"].sqrt() + eps))
+    """``P = 1 / (√Σg² + ε)``, over ``1 + (t - 1) · lr_decay`` as the rate falls with the parameter's own steps."""
+    eps, decay = float(group["eps"]), float(group["lr_decay"])
+
+    def preconditioner(state: Mapping[str, Any]) -> Tensor:
+        return 1 / ((state["sum"].sqrt() + eps) * (1 + (float(state["step"]) - 1) * decay))
+
+    return StepRule(1.0, float(group["weight_decay"]), preconditioner, maximize=group["maximize"])
 
 
 @register_optimizer(torch.optim.RMSprop)
 def _rmsprop(group: Mapping[str, Any]) -> StepRule:
     """``P = 1 / (√v + ε)``, centred or not; momentum ``β`` as in SGD, ``η / (1 - β)``."""
-    _refuse_maximize(group)
     eps = float(group["eps"])
 
     def preconditioner(state: Mapping[str, Any]) -> Tensor:
         moment = state["square_avg"] - state["grad_avg"].square() if group["centered"] else state["square_avg"]
         return 1 / (moment.clamp_min(0).sqrt() + eps)
 
-    return StepRule(1 / (1 - float(group["momentum"])), float(group["weight_decay"]), preconditioner)
+    multiplier = 1 / (1 - float(group["momentum"]))
+    return StepRule(multiplier, float(group["weight_decay"]), preconditioner, maximize=group["maximize"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_source.layers import clean_name
+from lightning_source.phases import Phase, phase_at
 from lightning_source.segments import Stretch, cut, cut_evenly, merge_all, normalized_weights, pairs_to_merge
 from lightning_source.store import RunStore
 
@@ -16,6 +17,16 @@ STEPS = "steps.safetensors"
 RESUME_POINTS = 3  # how many of the last checkpoints can be resumed from without a gap
 FROZEN = "frozen.safetensors"
 FINAL = "final.safetensors"
+
+
+class _Step(NamedTuple):
+    """One optimizer update, each of the lists by column (see :mod:`lightning_source.phases`)."""
+
+    rates: list[float]
+    multipliers: list[float]
+    decays: list[float]
+    weight: float
+    coefficient: Tensor | None  # on its device, so that recording a step does not wait for it
 
 
 class Recorder:
@@ -27,7 +38,8 @@ class Recorder:
 
     Args:
         store: the run directory.
-        module: the model that is trained.
+        module: the model that is trained; a parameter that does not require gradients is frozen until
+            :meth:`regroup`.
         bins: the most bins kept; when there are more, neighbours merge and bins double in length.
         boundaries: steps at which a bin must end, because a segment begins there.
         preconditioners: reads the optimizer's diagonal preconditioner by parameter name; none for plain gradient steps.
@@ -46,6 +58,7 @@ class Recorder:
         point: Mapping[str, Any] | None = None,
     ) -> None:
         self.store = store
+        self._module = module
         self.bins: list[Stretch] = []
         self.limit = max(2, bins)
         self.bin_steps = 1
@@ -55,13 +68,12 @@ class Recorder:
         self.boundaries = sorted(self.start + boundary for boundary in boundaries)
         self._preconditioners = preconditioners
         persistent = set(module.state_dict())
-        parameters = {clean_name(name): p for name, p in module.named_parameters()}
-        self._trained: dict[str, Tensor] = {name: p for name, p in parameters.items() if p.requires_grad}
         self._buffers = {clean_name(n): b for n, b in module.named_buffers() if n in persistent}
-        self._averaged = self._trained | {n: b for n, b in self._buffers.items() if b.is_floating_point()}
+        parameters = {clean_name(name): p for name, p in module.named_parameters()}
+        self._average([name for name, p in parameters.items() if p.requires_grad])
         self._sums: list[Tensor] = []
         self._summed = 0
-        self._open: list[tuple[list[float], list[float], list[float], float, Tensor | None]] = []
+        self._open: list[_Step] = []
         if point is not None:
             self._resume(point)
             return
@@ -88,19 +100,21 @@ class Recorder:
         multipliers: Sequence[float],
         weight_decays: Sequence[float],
         loss_weight: float,
-        clip: Tensor | None,
+        coefficient: Tensor | None,
     ) -> None:
         """Log one optimizer update.
 
         Args:
-            learning_rates: the rate really used, by parameter group.
-            multipliers: effective rate over learning rate (momentum), by group.
-            weight_decays: coupled decay, by group.
+            learning_rates: the rate really used, by column.
+            multipliers: effective rate over learning rate (momentum), by column.
+            weight_decays: coupled decay, by column.
             loss_weight: what the step's loss was multiplied by beside its mean over micro-batches: 1, less in a short
                 last accumulation window, 0 in a step without a loss.
-            clip: the gradient's norm after clipping over that before, 0-dim on its device; ``None`` if unclipped.
+            coefficient: what the gradient was multiplied by on its way into the step, 0-dim on its device: its norm
+                after clipping over that before, 0 for a step that the loss scaler skipped; ``None`` for 1.
         """
-        self._open.append((list(learning_rates), list(multipliers), list(weight_decays), loss_weight, clip))
+        rates, multiples, decays = map(list, (learning_rates, multipliers, weight_decays))
+        self._open.append(_Step(rates, multiples, decays, loss_weight, coefficient))
         self.steps += 1
 
     def flush(self, force: bool = False) -> None:
@@ -112,24 +126,45 @@ class Recorder:
         if self._summed > len(self._open):  # the step that broke off left the parameters as they are
             with torch.no_grad():
                 self._add_parameters(-1)
-        rows = torch.stack([self._row(*step) for step in self._open])
-        groups = len(self._open[0][0])
-        effective = rows[:, groups : 2 * groups]
-        # Neither a short window nor clipping scales the decay; a step without a loss has none.
-        decay = [[r * m * w * (s[3] > 0) for r, m, w in zip(*s[:3], strict=True)] for s in self._open]
+        rows, decay = zip(*map(_row, self._open), strict=True)
+        steps = torch.stack(rows)
+        columns = len(self._open[0].rates)
         mean = {
             name: (total / self._summed).to(value.dtype)
             for (name, value), total in zip(self._averaged.items(), self._sums, strict=True)
         }
         self._open, self._sums, self._summed = [], [], 0
-        totals = (tuple(effective.sum(0).tolist()), tuple(map(sum, zip(*decay, strict=True))))
+        totals = (tuple(steps[:, columns : 2 * columns].sum(0).tolist()), tuple(map(sum, zip(*decay, strict=True))))
         stretch = Stretch(first, self.steps, *totals, stage=self.stage)
-        self._add_bin(stretch, rows, mean, self._trained | self._buffers, self._preconditioners())
+        self._add_bin(stretch, steps, mean, self._trained | self._buffers, self._preconditioners())
         if len(self.bins) > self.limit:
             self._halve()
-        self.store.manifest["bins"] = [b.to_json() for b in self.bins]
-        self.store.manifest["steps"] = self.steps
+        self._enter_bins()
         self.store.commit(remove=self._unused())
+
+    def _enter_bins(self) -> None:
+        self.store.manifest |= {"bins": [b.to_json() for b in self.bins], "steps": self.steps}
+
+    def regroup(self, parents: Sequence[int | None], trained: Sequence[str]) -> None:
+        """What is trained changes between two steps: the open bin has ended, and no bin will reach across.
+
+        Args:
+            parents: for each new column, the old one that it was part of; ``None`` if it was not trained.
+            trained: names of the parameters trained from now on.
+        """
+        if self._open:
+            raise RuntimeError("groups change in an open bin")
+        self.boundaries = sorted({*self.boundaries, self.steps})
+        self.bins = [b.regrouped(parents) for b in self.bins]
+        self._average([*dict.fromkeys([*self._trained, *trained])])
+        if self.bins:
+            self._enter_bins()
+
+    def _average(self, trained: Sequence[str]) -> None:
+        """Whose running mean is kept: these parameters' and the buffers'."""
+        parameters = {clean_name(name): p for name, p in self._module.named_parameters()}
+        self._trained: dict[str, Tensor] = {name: parameters[name] for name in trained}
+        self._averaged = self._trained | {n: b for n, b in self._buffers.items() if b.is_floating_point()}
 
     # ---------------------------------------------------------------- resume
 
@@ -140,8 +175,9 @@ class Recorder:
         """
         points = self.store.manifest.setdefault("resume", {})
         devices = {f"sum/{i}": total for i, total in enumerate(self._sums)}
-        clips = [torch.tensor(1.0) if step[4] is None else step[4] for step in self._open]
+        clips = [torch.tensor(1.0) if step.coefficient is None else step.coefficient for step in self._open]
         tensors = devices | {f"clip/{i}": clip for i, clip in enumerate(clips)}
+        stage = self.store.manifest["stages"][self.stage]
         name = f"resume/step={self.steps:06d}.safetensors"
         points.pop(str(self.steps), None)  # the newest comes last
         points[str(self.steps)] = {
@@ -153,7 +189,9 @@ class Recorder:
             "limit": self.limit,
             "start": self.start,
             "steps": self.steps,
-            "seen": self.store.manifest["stages"][self.stage].get("seen", [0, 0]),
+            "boundaries": self.boundaries,
+            "trained": list(self._trained),
+            "stage": {key: stage[key] for key in ("phases", "coverage", "seen") if key in stage},
         }
         for old in list(points)[:-RESUME_POINTS]:
             del points[old]
@@ -162,18 +200,22 @@ class Recorder:
     def _resume(self, point: Mapping[str, Any]) -> None:
         """Drop what was recorded after the point and go on from it."""
         tensors = self.store.read(point["file"]) if point["file"] else {}
+        self._average(point["trained"])
         devices = [value.device for value in self._averaged.values()]
         self._sums = [tensors[f"sum/{i}"].to(d) for i, d in enumerate(devices)] if point["summed"] else []
         self._summed = point["summed"]
-        self._open = [(*step, tensors[f"clip/{i}"]) for i, step in enumerate(point["open"])]
+        self._open = [
+            _Step(step[0], step[1], step[2], step[3], tensors[f"clip/{i}"]) for i, step in enumerate(point["open"])
+        ]
         self.bins = [Stretch.from_json(b) for b in point["bins"]]
         self.bin_steps, self.limit, self.start = point["bin_steps"], point["limit"], point["start"]
-        self.boundaries = [boundary - self.steps + self.start for boundary in self.boundaries]
-        self.steps = point["steps"]
+        self.boundaries, self.steps = point["boundaries"], point["steps"]
         points = self.store.manifest["resume"]
         self.store.manifest["resume"] = {key: value for key, value in points.items() if int(key) <= self.steps}
-        self.store.manifest["stages"][self.stage]["seen"] = point["seen"]
-        self.store.manifest |= {"bins": [b.to_json() for b in self.bins], "steps": self.steps}
+        stage = self.store.manifest["stages"][self.stage]
+        stage.pop("coverage", None)
+        stage |= point["stage"]
+        self._enter_bins()
         if self._summed > len(self._open):  # saved in the middle of a step, which begins anew
             with torch.no_grad():
                 self._add_parameters(-1)
@@ -185,15 +227,6 @@ class Recorder:
         used = {b.file for b in self.bins} | {b["file"] for point in points for b in point["bins"]}
         used |= {point["file"] for point in points}
         return tuple(n for n in self.store.manifest["files"] if n.startswith(("bins/", "resume/")) and n not in used)
-
-    @staticmethod
-    def _row(
-        rates: list[float], multipliers: list[float], decays: list[float], weight: float, clip: Tensor | None
-    ) -> Tensor:
-        """``[learning rates, effective rates, decays, loss weight, clip coefficient]`` in float64, three by group."""
-        coefficient = 1.0 if clip is None else float(clip)
-        effective = [r * m * weight * coefficient for r, m in zip(rates, multipliers, strict=True)]
-        return torch.tensor([*rates, *effective, *decays, weight, coefficient], dtype=torch.float64)
 
     def _add_bin(
         self,
@@ -229,6 +262,19 @@ class Recorder:
         self.flush(force=True)
 
 
+def _row(step: _Step) -> tuple[Tensor, list[float]]:
+    """``[learning rates, effective rates, decays, loss weight, coefficient]`` in float64, and the effective decay.
+
+    Neither a short window nor clipping scales the decay; a step without a loss or a skipped one has none.
+    """
+    coefficient = 1.0 if step.coefficient is None else float(step.coefficient)
+    full = [r * m for r, m in zip(step.rates, step.multipliers, strict=True)]
+    effective = [rate * step.weight * coefficient for rate in full]
+    row = torch.tensor([*step.rates, *effective, *step.decays, step.weight, coefficient], dtype=torch.float64)
+    taken = step.weight * coefficient > 0
+    return row, [rate * decay * taken for rate, decay in zip(full, step.decays, strict=True)]
+
+
 def assemble(store: RunStore, segments: int | Sequence[int], snapshots_per_segment: int) -> None:
     """Turn the last stage's bins into snapshots and segments on disk. Works on a finished run and on a killed one.
 
@@ -242,15 +288,17 @@ def assemble(store: RunStore, segments: int | Sequence[int], snapshots_per_segme
     snapshots = [Stretch.from_json(s) for s in store.manifest.get("snapshots", [])]
     members: list[list[int]] = []
     starts = segments if isinstance(segments, int) else [bins[0].first + step for step in segments]
-    for segment in cut(bins, starts):
+    phases = [Phase.from_json(phase) for phase in store.manifest["stages"][stage]["phases"]]
+    for segment in cut(bins, starts, [phase.first for phase in phases]):
         groups = cut_evenly([bins[i] for i in segment], snapshots_per_segment)
         members.append([])
         for group in groups:
             snapshots.append(_write_snapshot(store, [bins[segment[i]] for i in group]))
             members[-1].append(len(snapshots) - 1)
     files = [store.read(b.file) for b in bins]
+    log = torch.cat([_log(phases, stretch, file) for stretch, file in zip(bins, files, strict=True)])
     store.manifest["stages"][stage] |= {
-        "log": store.write(_in_stage(stage, STEPS), {"steps": torch.cat([f["steps"] for f in files])}),
+        "log": store.write(_in_stage(stage, STEPS), {"steps": log}),
         "final": store.write(_in_stage(stage, FINAL), _under("end", files[-1])),
     }
     cuts = [merge_all([snapshots[i] for i in group]).to_json() | {"snapshots": group} for group in members]
@@ -261,6 +309,31 @@ def assemble(store: RunStore, segments: int | Sequence[int], snapshots_per_segme
         "resume": {},
     }
     store.commit(remove=tuple(n for n in store.manifest["files"] if n.startswith(("bins/", "resume/"))))
+
+
+@torch.no_grad()
+def replace_final(store: RunStore, module: nn.Module) -> None:
+    """Where training ended with other parameters than it trained, an average of them say, queries see those."""
+    record = store.manifest["stages"][-1]
+    trained = store.read(record["final"])
+    named = [*module.named_parameters(), *module.named_buffers()]
+    own = {clean_name(name): value for name, value in named}
+    if all(torch.equal(value, own[name].cpu()) for name, value in trained.items()):
+        return
+    store.write(record["final"], {name: own[name] for name in trained})
+    record["final_averaged"] = True
+    store.commit()
+
+
+def _log(phases: Sequence[Phase], stretch: Stretch, file: Mapping[str, Tensor]) -> Tensor:
+    """A bin's steps with one column for each that there is in the end."""
+    parents = phase_at(phases, stretch.first).parents(phases[-1].columns)
+    steps = file["steps"]
+    own = (steps.shape[1] - 2) // 3
+    zeros = steps.new_zeros(len(steps), 1)
+    chosen = [own if parent is None else parent for parent in parents]
+    parts = [torch.cat([steps[:, k * own : (k + 1) * own], zeros], 1)[:, chosen] for k in range(3)]
+    return torch.cat([*parts, steps[:, 3 * own :]], 1)
 
 
 @torch.no_grad()
@@ -332,12 +405,14 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _weighted_mean(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Weighted mean of the floating-point tensors that all states hold, in float32 or better."""
+    """Weighted mean of each floating-point tensor over the states that hold it, in float32 or better."""
     result = {}
-    for name, like in states[0].items():
+    for name, like in {name: value for state in states for name, value in state.items()}.items():
         if like.is_floating_point():
+            held = [(state[name], weight) for state, weight in zip(states, weights, strict=True) if name in state]
+            whole = sum(weight for _, weight in held)
             total = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
-            for state, weight in zip(states, weights, strict=True):
-                total += state[name] * (weight / sum(weights))
+            for value, weight in held:
+                total += value * (weight / whole)
             result[name] = total.to(like.dtype)
     return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,8 @@ from lightning_source.engine import BlockFactors, Factors, State, Workspace, fac
 from lightning_source.factors import CovarianceSums
 from lightning_source.layers import Block, clean_name
 from lightning_source.objective import Objective, ObjectiveSpec
+from lightning_source.phases import Phase, phase_at
+from lightning_source.ranks import ALONE, Ranks
 from lightning_source.recorder import (
     assemble,
     final_parameters,
@@ -57,6 +59,7 @@ class Stage:
         module: the LightningModule, with this stage's parameters.
         data: its training examples; ``None`` until something needs them.
         hooks: the LightningDataModule, if its batch-transfer hooks are part of the data.
+        ranks: the processes that work on it together.
     """
 
     def __init__(
@@ -67,13 +70,16 @@ class Stage:
         module: Any,
         data: Examples | None = None,
         hooks: Any = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.index = index
         self.record = record
         self.name: str = record["name"]
         self.coverage = Coverage.from_json(record["coverage"])
         spec = ObjectiveSpec.from_json(record["objective"]) if record.get("objective") else None
-        self.workspace = Workspace(module, self.coverage.blocks, Objective(module), spec, settings["seed"], hooks)
+        self.phases = [Phase.from_json(phase) for phase in record["phases"]]
+        objective = Objective(module, **(record["manual"] or {}))
+        self.workspace = Workspace(module, self.coverage.blocks, objective, spec, settings["seed"], hooks, ranks)
         self.examples: Examples | None = None
         self.use(data)
 
@@ -102,6 +108,12 @@ class Stage:
             )
         return self.examples
 
+    def decoupled(self, step: int, column: int) -> bool:
+        """Whether a column's weight decay was not preconditioned at that step."""
+        phase = phase_at(self.phases, step)
+        parent = phase.parents(self.phases[-1].columns)[column]
+        return parent is not None and phase.decoupled[parent]
+
     @property
     def count(self) -> int:
         """``N``, the number of training examples."""
@@ -118,6 +130,7 @@ class Run:
         data: training examples by stage index, as far as they are at hand.
         hooks: the LightningDataModule, if its batch-transfer hooks are part of the data.
         stage: index or name of the stage whose examples are asked about; the last by default.
+        ranks: the processes that work together; ``store`` is then a :class:`~lightning_source.store.SharedStore`.
 
     Raises:
         MisconfigurationException: nothing was recorded, no such stage, or a model does not match.
@@ -130,8 +143,10 @@ class Run:
         data: Mapping[int, Examples | None] | None = None,
         hooks: Any = None,
         stage: int | str | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.store = store
+        self.ranks = ranks
         self.settings = store.manifest["settings"]
         if store.manifest.get("bins"):
             assemble(store, self.settings["segments"], self.settings["snapshots_per_segment"])
@@ -150,7 +165,7 @@ class Run:
                 )
             module = modules[min(index, len(modules) - 1)]
             check_module(module, record["module"])
-            self.stages.append(Stage(index, record, self.settings, module, (data or {}).get(index), hooks))
+            self.stages.append(Stage(index, record, self.settings, module, (data or {}).get(index), hooks, ranks))
         self.stage = self.stages[_index_of(stage, [s.name for s in self.stages])]
         self.coverage = self.stage.coverage
         self.examples = self.stage.count if self.stage.record["examples"] else 0
@@ -167,7 +182,7 @@ class Run:
         last = self.stages[-1].workspace
         if last is self.workspace:
             return last
-        return Workspace(last.module, self.unbroken(), last.objective, last.spec, last.seed, last.hooks)
+        return replace(last, blocks=self.unbroken())
 
     def use(self, data: Examples | None) -> None:
         """Take these as the asked stage's training examples."""
@@ -200,7 +215,8 @@ class Run:
                     " be cut."
                 )
             starts = count if isinstance(count, int) else [snapshots[0].first + step for step in count]
-            members = [tuple(snapshots[i] for i in group) for group in cut(snapshots, starts)]
+            breaks = [phase.first for phase in self.stages[index].phases]
+            members = [tuple(snapshots[i] for i in group) for group in cut(snapshots, starts, breaks)]
         return [Segment(merge_all(m), m) for m in members]
 
     def later_segments(self) -> list[Segment]:
@@ -234,7 +250,7 @@ class Run:
                         segment.stretch.rates[group],
                         segment.stretch.weight_decay(group),
                         columns(block.name, scale[block.name]) if block.name in scale else None,
-                        stage.record["optimizer"]["decoupled"][group],
+                        stage.decoupled(segment.stretch.first, group),
                         float(one[block.name].eigenvalues.clamp_min(0).mean()) if block.name in scale else None,
                     )
                 )
@@ -285,8 +301,13 @@ class Run:
     def _calibrate(self, stage: Stage) -> None:
         if stage.workspace.spec is None:
             per_batch = stage.record["examples_per_batch"] or stage.data.batch_size
-            with stage.workspace.at(final_parameters(self.store, stage.index)):
-                spec = stage.workspace.calibrate(stage.data, per_batch)
+            state = final_parameters(self.store, stage.index)
+
+            def calibrate() -> ObjectiveSpec:
+                with stage.workspace.at(state):
+                    return stage.workspace.calibrate(stage.data, per_batch, stage.record["maximize"])
+
+            stage.workspace.spec = spec = self.ranks.from_first(calibrate)
             stage.record["objective"] = spec.to_json()
             self.store.commit()
 

@@ -49,6 +49,14 @@ class Stretch:
             stage=self.stage,
         )
 
+    def regrouped(self, parents: Sequence[int | None]) -> Stretch:
+        """The same stretch for groups that were made by splitting its own; a parent of ``None`` was not trained."""
+        rates, decays = (
+            tuple(0.0 if parent is None else values[parent] for parent in parents)
+            for values in (self.rates, self.decays)
+        )
+        return replace(self, rates=rates, decays=decays)
+
     def at(self, file: str) -> Stretch:
         """The same stretch with its parameters in ``file``."""
         return replace(self, file=file)
@@ -102,17 +110,20 @@ def cut_evenly(stretches: Sequence[Stretch], count: int) -> list[list[int]]:
     return [list(range(a, b)) for a, b in zip(cuts, [*cuts[1:], len(stretches)], strict=True)]
 
 
-def cut(stretches: Sequence[Stretch], segments: int | Sequence[int]) -> list[list[int]]:
+def cut(stretches: Sequence[Stretch], segments: int | Sequence[int], breaks: Sequence[int] = ()) -> list[list[int]]:
     """Indices of ``stretches`` by segment.
 
     Args:
         stretches: consecutive bins or snapshots.
         segments: how many equal segments, or the steps at which inner segments begin; a boundary inside a stretch
             moves to its nearer end, one that training did not reach counts for nothing.
+        breaks: steps at which a stretch begins and a further segment must: what is trained changed there.
     """
     if isinstance(segments, int):
-        return cut_evenly(stretches, segments)
-    ends = [*(s.first for s in stretches), stretches[-1].last]
-    nearest = {min(range(len(ends)), key=lambda i: abs(ends[i] - boundary)) for boundary in segments}
-    ordered = sorted({0} | nearest - {len(stretches)})  # where training ended, no segment begins
+        starts = {group[0] for group in cut_evenly(stretches, segments)}
+    else:
+        ends = [*(s.first for s in stretches), stretches[-1].last]
+        nearest = {min(range(len(ends)), key=lambda i: abs(ends[i] - boundary)) for boundary in segments}
+        starts = {0} | nearest - {len(stretches)}  # where training ended, no segment begins
+    ordered = sorted(starts | {i for i, stretch in enumerate(stretches) if stretch.first in breaks})
     return [list(range(a, b)) for a, b in zip(ordered, [*ordered[1:], len(stretches)], strict=True)]

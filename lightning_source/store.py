@@ -19,6 +19,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightning_source.ranks import Ranks
+
 SCHEMA = 1
 MANIFEST = "manifest.json"
 
@@ -127,6 +129,40 @@ class RunStore:
         _replace(temporary, self.path / MANIFEST)
         for name in remove:
             (self.path / name).unlink(missing_ok=True)
+
+
+class SharedStore(RunStore):
+    """A run that several ranks work on together: rank 0 reads and writes, and all see the same. Calls are collective.
+
+    Args:
+        path: the directory as rank 0 sees it.
+        ranks: who works together.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], ranks: Ranks) -> None:
+        super().__init__(Path(path), ranks.from_first(lambda: RunStore.open(path).manifest))
+        self.ranks = ranks
+
+    def write(self, name: str, tensors: Mapping[str, Tensor]) -> str:
+        """See :meth:`RunStore.write`."""
+
+        def write() -> str:
+            super(SharedStore, self).write(name, tensors)
+            return self.manifest["files"][name]
+
+        self.manifest["files"][name] = self.ranks.from_first(write)
+        return name
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """See :meth:`RunStore.read`."""
+        tensors = self.ranks.from_first(lambda: super(SharedStore, self).read(name))
+        return {key: value.to(device) for key, value in tensors.items()}
+
+    def commit(self, remove: tuple[str, ...] = ()) -> None:
+        """See :meth:`RunStore.commit`."""
+        for name in remove:
+            self.manifest["files"].pop(name, None)
+        self.ranks.from_first(lambda: super(SharedStore, self).commit(remove))
 
 
 def _replace(temporary: Path, target: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_rule_of_the_users_own(tmp_path):
     class Plain(torch.optim.SGD):
         """A subclass may step differently, so it has no rule until it is given one."""
 
-    with pytest.raises(MisconfigurationException, match=r"`Plain`.*register_optimizer"):
+    with pytest.raises(MisconfigurationException, match=r"(?s)`Plain`.*@register_optimizer\(Plain\)"):
         fitted(tmp_path / "a", Classifier(mlp(), optimizer=lambda p: Plain(p, 0.1)))
     register_optimizer(Plain)(lambda group: StepRule(1.0, group["weight_decay"]))
     torch.manual_seed(3)

@@ -1,0 +1,146 @@
+"""What a callback that recorded a run can be asked: ``trainer.attribute``, and a scorer in the training process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_source._trainer import scoring_device
+from lightning_source.data import Examples
+from lightning_source.objective import Measurement
+from lightning_source.ranks import Ranks
+from lightning_source.run import Run
+from lightning_source.scorer import SourceScorer
+from lightning_source.scores import InfluenceScores
+from lightning_source.store import MANIFEST, RunStore, SharedStore
+
+
+class AttributingCallback(Callback):
+    """A callback whose run can be scored.
+
+    Args:
+        dirpath: the run directory, if the user named one.
+        measurement: what a query is measured by where the question does not say.
+    """
+
+    def __init__(self, dirpath: str | None, measurement: str | Measurement) -> None:
+        super().__init__()
+        self.dirpath = dirpath
+        self.measurement = measurement
+        self._path: Path | None = None  # of the run that was recorded here
+        self._taught: dict[int, tuple[LightningModule, Examples | None]] = {}  # by stage
+
+    def _bind(self, trainer: Trainer) -> None:
+        """Make it ``trainer.attribute``."""
+        if getattr(trainer, "attribute", None) is None:
+            trainer.attribute = _Attribute(trainer, self)  # type: ignore[attr-defined]
+
+    def _open(self, trainer: Trainer, pl_module: LightningModule, stage: int | str | None = None) -> Run:
+        # Where child processes trained (ddp_spawn, notebooks), this one knows only where the run must be.
+        path = self._path or (Path(self.dirpath).resolve() if self.dirpath else None)
+        ranks = Ranks.current()
+        if path is None or not ranks.from_first((path / MANIFEST).exists):
+            raise MisconfigurationException(
+                "there is no finished segment: no optimizer step was recorded. HINT: call `fit` first, for at least one"
+                " step."
+            )
+        # Read anew, since a scorer may have completed an interrupted run meanwhile.
+        store = RunStore.open(path) if ranks.world == 1 else SharedStore(path, ranks)
+        count = len(store.manifest.get("stages", []))
+        modules = [self._taught.get(index, (pl_module, None))[0] for index in range(count)]
+        data = {index: examples for index, (_, examples) in self._taught.items()}
+        return Run(store, modules, data, getattr(trainer, "datamodule", None), stage, ranks)
+
+    def attribute(
+        self,
+        trainer: Trainer,
+        query: Any,
+        *,
+        train: Any = None,
+        measurement: str | Measurement | None = None,
+        method: str = "source",
+        stage: int | str | None = None,
+        **options: Any,
+    ) -> InfluenceScores:
+        """See :func:`lightning_source.attribute`."""
+        with self.scorer(trainer, measurement, stage) as scorer:
+            return scorer.score(query, train, method=method, **options)
+
+    @contextmanager
+    def scorer(
+        self, trainer: Trainer, measurement: str | Measurement | None = None, stage: int | str | None = None
+    ) -> Iterator[SourceScorer]:
+        """A scorer of this run, on the device that training ran on while the ``with`` lasts.
+
+        Args:
+            trainer: the Trainer that ``fit``.
+            measurement: what a query is measured by; the callback's own by default.
+            stage: the stage whose examples are asked about, by index or name; the last by default.
+        """
+        module = trainer.lightning_module
+        if module is None:
+            raise MisconfigurationException("there is nothing to attribute before `fit`.")
+        run = self._open(trainer, module, stage)
+        home = module.device
+        module.to(scoring_device(trainer))
+        try:
+            yield SourceScorer(run, measurement or self.measurement)
+        finally:
+            module.to(home)
+
+
+class _Attribute:
+    """``trainer.attribute``; a class of its own so that a Trainer that carries it can be pickled and copied."""
+
+    def __init__(self, trainer: Trainer, callback: AttributingCallback) -> None:
+        self.trainer = trainer
+        self.callback = callback
+
+    def __call__(self, query: Any, **kwargs: Any) -> InfluenceScores:
+        """See :func:`lightning_source.attribute`."""
+        return self.callback.attribute(self.trainer, query, **kwargs)
+
+
+def attribute(
+    trainer: Trainer,
+    query: Any,
+    *,
+    train: Any = None,
+    measurement: str | Measurement | None = None,
+    method: str = "source",
+    stage: int | str | None = None,
+    **options: Any,
+) -> InfluenceScores:
+    """Which training examples made the model do this? Also bound as ``trainer.attribute``.
+
+    After a fit on several ranks all of them must call it; they share the work, and each gets the scores.
+
+    Args:
+        trainer: a Trainer that has ``fit`` with a :class:`SourceCallback`.
+        query: one batch (what ``training_step`` takes), a ``Dataset`` or a ``DataLoader``.
+        train: the training dataset; by default the fit's own, unshuffled.
+        measurement: ``"loss"``, ``"margin"``, ``"log-prob"`` or a callable ``(module, batch) -> Tensor[B]``; by default
+            the callback's.
+        method: ``"source"``, ``"fast-source"``, ``"influence"``, ``"tracin"``, ``"grad-dot"`` or ``"grad-cos"``.
+        stage: the stage (``fit``) whose examples are asked about, by index or name; the last by default.
+        **options: further arguments of :meth:`SourceScorer.score`, such as ``per_segment=True`` or ``damping=``.
+
+    Returns:
+        Scores ``[queries, training examples]``; positive = removing the example raises the measurement.
+
+    Raises:
+        MisconfigurationException: no SourceCallback, nothing recorded, or wrong input.
+    """
+    callbacks = [c for c in trainer.callbacks if isinstance(c, AttributingCallback)]  # type: ignore[attr-defined]
+    if not callbacks:
+        raise MisconfigurationException(
+            "the Trainer has no SourceCallback. HINT: `Trainer(callbacks=[SourceCallback()])`."
+        )
+    return callbacks[0].attribute(
+        trainer, query, train=train, measurement=measurement, method=method, stage=stage, **options
+    )

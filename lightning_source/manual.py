@@ -1,0 +1,131 @@
+"""The loss of a ``training_step`` that optimizes by hand, read without letting it optimize.
+
+While the step runs for us, ``self.optimizers()`` gives optimizers that do not move anything, and each loss that is
+passed to ``manual_backward`` or ``.backward()`` is kept instead. Gradients add up in ``.grad`` until ``zero_grad``, so
+a step of one optimizer follows the sum of the losses since its last ``zero_grad`` that reach its parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+
+class ManualStep:
+    """What one run of a manually optimizing ``training_step`` asked for.
+
+    Args:
+        optimizers: how many optimizers the module has.
+        schedulers: how many learning rate schedulers.
+        attributed: index of the optimizer whose parameters are attributed.
+    """
+
+    def __init__(self, optimizers: int = 1, schedulers: int = 0, attributed: int = 0) -> None:
+        self.attributed = attributed
+        self.optimizers = [InertOptimizer(self, index) for index in range(optimizers)]
+        self.schedulers = [InertScheduler() for _ in range(schedulers)]
+        self.pending: list[list[Tensor]] = [[] for _ in range(optimizers)]
+        self.toggled: int | None = None
+        self._steps: list[list[Tensor]] = []
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """A backward adds to the gradients of every optimizer, or of the one that is toggled."""
+        for index, losses in enumerate(self.pending):
+            if self.toggled in (None, index):
+                losses.append(loss)
+
+    def step(self, index: int) -> None:
+        """An optimizer would have moved along what is pending for it."""
+        if index == self.attributed:
+            self._steps.append(list(self.pending[index]))
+
+    def toggle(self, optimizer: Any) -> None:
+        """Only this optimizer's parameters get gradients from now on."""
+        self.toggled = optimizer.index
+
+    def untoggle(self, optimizer: Any = None) -> None:
+        """All parameters get gradients again."""
+        self.toggled = None
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The loss that the attributed optimizer follows: the mean over its steps in this batch.
+
+        A batch on which it accumulates without a step counts what it adds; ``None`` if that is nothing.
+        """
+        steps = self._steps or [self.pending[self.attributed]]
+        losses = [loss for step in steps for loss in step]
+        total: Tensor | None = None
+        for loss in losses:
+            total = loss if total is None else total + loss
+        return None if total is None else total / len(steps)
+
+    @contextmanager
+    def in_place_of(self, module: Any) -> Iterator[None]:
+        """Inside, the module optimizes through this object and moves nothing."""
+        stand_ins: dict[str, Callable[..., Any]] = {
+            "optimizers": lambda use_pl_optimizer=True: _one_or_all(self.optimizers),
+            "lr_schedulers": lambda: _one_or_all(self.schedulers) if self.schedulers else None,
+            "manual_backward": self.backward,
+            "toggle_optimizer": self.toggle,
+            "untoggle_optimizer": self.untoggle,
+            "clip_gradients": lambda *args, **kwargs: None,
+        }
+        previous = {name: module.__dict__[name] for name in stand_ins if name in module.__dict__}
+        try:
+            module.__dict__.update(stand_ins)
+            yield
+        finally:
+            for name in stand_ins:
+                del module.__dict__[name]
+            module.__dict__.update(previous)
+
+
+class InertOptimizer:
+    """Looks like a LightningOptimizer to a ``training_step`` and moves nothing."""
+
+    def __init__(self, owner: ManualStep, index: int) -> None:
+        self.owner = owner
+        self.index = index
+        self.param_groups: list[dict[str, Any]] = [{"params": [], "lr": 0.0}]
+        self.state: dict[Any, Any] = {}
+
+    @property
+    def optimizer(self) -> InertOptimizer:
+        """What a LightningOptimizer wraps."""
+        return self
+
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """Runs the closure, if there is one, as the optimizer would."""
+        value = closure() if closure is not None else None
+        self.owner.step(self.index)
+        return value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget what is pending."""
+        self.owner.pending[self.index].clear()
+
+    @contextmanager
+    def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
+        """As ``LightningOptimizer.toggle_model``."""
+        self.owner.toggle(self)
+        yield
+        self.owner.untoggle()
+
+
+class InertScheduler:
+    """A learning rate scheduler that does nothing."""
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing."""
+
+    def get_last_lr(self) -> list[float]:
+        """No rate."""
+        return [0.0]
+
+
+def _one_or_all(items: list[Any]) -> Any:
+    return items[0] if len(items) == 1 else items

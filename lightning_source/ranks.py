@@ -1,0 +1,100 @@
+"""The processes that train one model: what one of them computes for all, what is summed, what is shared out.
+
+Whatever engine started them (a Trainer's strategy, Fabric, torchrun), this needs only its ``torch.distributed`` group.
+Every call is a collective: all ranks make it in the same order. With one process each is the plain computation.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that work together."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """Those of the running process group; a single one where there is none."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes."""
+        return self.rank == 0
+
+    def from_first(self, compute: Callable[[], T]) -> T:
+        """Compute on rank 0 and give the value, or the exception, to all ranks."""
+        if self.world == 1:
+            return compute()
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = compute()
+            except Exception as error:
+                outcome[1] = _portable(error)
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def together(self, compute: Callable[[], T]) -> T:
+        """Compute on every rank; if one fails all do, so that none waits for it in the next collective."""
+        if self.world == 1:
+            return compute()
+        error: Exception | None = None
+        try:
+            value = compute()
+        except Exception as raised:
+            error = raised
+        for failed in self._gather(error and _portable(error)):
+            if failed is not None:
+                raise error or failed
+        return value
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Sum each tensor over the ranks, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's part of the items: every ``world``-th."""
+        return items[self.rank :: self.world]
+
+    def collect(self, parts: Sequence[T]) -> list[T]:
+        """What the ranks made of their shares, in the order of the items."""
+        if self.world == 1:
+            return list(parts)
+        gathered = self._gather(list(parts))
+        return [gathered[i % self.world][i // self.world] for i in range(sum(map(len, gathered)))]
+
+    def _gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+
+ALONE = Ranks()
+
+
+def _portable(error: Exception) -> Exception:
+    """An exception as another process can raise it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
