@@ -163,7 +163,7 @@ class Workspace:
             return self._target(lambda losses, spec: losses.measurement(spec, measurement))
 
         def run(batch: Any, size: int, recording: Recording) -> Tensor:
-            with recording.listening():
+            with recording.listening(size):
                 values = measurement(self.module, batch)
             if not isinstance(values, Tensor) or values.shape != (size,):
                 shape = list(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"

@@ -226,7 +226,7 @@ class Objective:
         Raises:
             ValueError: no loss came back, or it is not a scalar.
         """
-        with torch.enable_grad(), recording.listening() if recording else nullcontext(), _LossTap() as tap:
+        with torch.enable_grad(), recording.listening(size) if recording else nullcontext(), _LossTap() as tap:
             hook = self.hook if hooked else None
             loss = self._step(batch) if hook is None else self._hooked(hook, batch, tap)
         if not isinstance(loss, Tensor) or loss.numel() != 1:

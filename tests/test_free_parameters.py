@@ -99,7 +99,7 @@ def test_an_embedding_of_positions(length, batched):
     net = Apply(run, one=nn.Embedding(11, 6), two=nn.Embedding(length, 6), head=nn.Linear(6, 2))
     assert blocks(compare(net, tokens(length))) == {
         "net.one": "EmbeddingForm",
-        "net.two": "FreeForm",
+        "net.two": "PositionsForm",
         "net.head": "LinearForm",
     }
 

@@ -402,7 +402,7 @@ def test_only_adapters_are_tracked():
     assert coverage.trainable == sum(block.numel for block in coverage.blocks) == 2 * (7 + 9) + 2 * (9 + 3)
     module, batch = prepared(net, (6, 7))
     recording = Recording(module, coverage.blocks)
-    with recording.listening():
+    with recording.listening(EXAMPLES):
         assert not any(base._forward_hooks for base in (net[0].base_layer, net[2], net[3].base_layer))
         loss = module.training_step(batch, 0)
     assert list(recording.captured(loss, EXAMPLES)) == names
