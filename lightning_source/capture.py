@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from lightning_source.factors import Captured
 from lightning_source.layers import Block, Call, captured_vectors, clean_name
+from lightning_source.layers.local import Use, tensors_of
 
 # Examples whose own backwards run at once where a parameter has no form.
 EXAMPLES_AT_ONCE = 16
@@ -47,7 +49,7 @@ class Recording:
         # A wrapper and what it wraps share a clean name; the inner one comes later in named_modules() and is kept.
         by_name = {clean_name(name): child for name, child in module.named_modules()}
         self._modules = {block.module: by_name[block.module] for block in blocks}
-        self._hooked = {block.module: block for block in blocks if not block.functional and not block.free}
+        self._hooked = {self.key(block): block for block in blocks if not block.functional and not block.free}
         self._parameters = {clean_name(name): p for name, p in module.named_parameters()}
         self._calls: dict[str, list[_Seen]] = defaultdict(list)  # by key
         self.without_gradient: set[str] = set()  # keys of what ran with gradients off, at least once
@@ -55,17 +57,17 @@ class Recording:
 
     @staticmethod
     def key(block: Block) -> str:
-        """What a block's uses are kept under: its module, or its parameter where functions use that."""
-        return block.parameters[0] if block.functional else block.module
+        """What a block's uses are kept under: its module, or its parameter where that is looked at by itself."""
+        return block.parameters[0] if block.functional or block.local else block.module
 
     @contextmanager
-    def listening(self) -> Iterator[Recording]:
-        """Record every call of a tracked layer inside the ``with``; the hooks are gone afterwards."""
+    def listening(self, examples: int) -> Iterator[Recording]:
+        """Record every call of a tracked layer on a batch inside the ``with``; the hooks are gone afterwards."""
         self._calls.clear()
         names = {id(self._parameters[n]): n for block in self.blocks if block.functional for n in block.parameters}
         with ExitStack() as stack:
             for block in self._hooked.values():
-                hook = self._modules[block.module].register_forward_hook(self._hook(block), with_kwargs=True)
+                hook = self._modules[block.module].register_forward_hook(self._hook(block, examples), with_kwargs=True)
                 stack.callback(hook.remove)
             if names:
                 stack.enter_context(_FunctionTap(names, self))
@@ -74,10 +76,21 @@ class Recording:
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             yield self
 
-    def _hook(self, block: Block) -> Any:
-        def remember(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if isinstance(output, Tensor):
-                self.keep(block.module, output, Call(block.keep(args, kwargs), _UNKNOWN))
+    def _hook(self, block: Block, examples: int) -> Any:
+        key = self.key(block)
+
+        def remember(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if block.local:
+                held, named = apply_to_collection((args, kwargs), Tensor, Tensor.detach)
+                for index, one in enumerate(tensors_of(output)):
+                    self.keep(key, one, Call(Use(layer, held, named, index), _UNKNOWN))
+            elif isinstance(output, Tensor):
+                inputs = block.keep(args, kwargs)
+                if block.repeats:
+                    output = block.repeat(output, examples)
+                    inputs = inputs.expand(output.shape[:-1])
+                self.keep(key, output, Call(inputs, _UNKNOWN))
+            return output
 
         return remember
 

@@ -17,6 +17,8 @@ from lightning_source.factors import Captured
 from lightning_source.layers import Block, blocks_of, clean_name, form_of
 from lightning_source.layers.embedding import tied_block
 from lightning_source.layers.free import free_block
+from lightning_source.layers.local import LocalForm
+from lightning_source.layers.positions import PositionsForm
 from lightning_source.objective import Losses, Objective
 
 # A layer's captured gradient must match autograd's weight gradient to this share of its norm; float32 sums in another
@@ -156,17 +158,20 @@ def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: An
 
     Two checks, so that no layout or unusual use of a weight is guessed at: the captured gradients of all examples must
     add up to autograd's weight gradient, and an example's own loss must reach only its own rows. A block that fails is
-    tried in other ways (:func:`_others`) before it is left out.
+    tried in other ways (:func:`_ways`) before it is left out.
 
     Raises:
         MisconfigurationException: no block is left.
     """
     passed: dict[str, Block] = {}
     failed: dict[str, str] = {}
-    waiting = {block.name: [block, *_others(block, module)] for block in coverage.blocks}
+    waiting = {block.name: _ways(block, module) for block in coverage.blocks}
     while waiting:
         blocks = [ways.pop(0) for ways in waiting.values()]
-        for block, reason in zip(blocks, _check(module, objective, blocks, batch, size), strict=True):
+        plain = [block for block in blocks if not block.repeats]
+        found = dict(zip(plain, _check(module, objective, plain, batch, size), strict=True)) if plain else {}
+        found |= {block: _check_repeated(module, objective, block, batch, size) for block in blocks if block.repeats}
+        for block, reason in found.items():
             if reason is None:
                 passed[block.name] = block
             elif reason == _NO_GRADIENT:  # no other way would see more
@@ -206,21 +211,28 @@ def _unknown_share(module: nn.Module, objective: Objective, blocks: Sequence[Blo
     return (rest / total) ** 0.5 if total else 0.0
 
 
-def _others(block: Block, module: nn.Module) -> list[Block]:
-    """Other ways to capture a block, in the order in which they are tried.
+def _ways(block: Block, module: nn.Module) -> list[Block]:
+    """The ways to capture a block, in the order in which they are tried.
 
     Sequences may come before examples, a linear layer's or an embedding's weight may be used by functions as well as
-    by its forward, and an embedding of positions has no rows of single examples.
+    by its forward, and an embedding of positions has no rows of single examples. Where there is no form, to run the
+    parameter's own module again is cheaper than to go backward through the network, unless it is most of the network.
     """
     if block.free:
-        return []
-    found = [replace(block, layout=1)]
+        owner = module.get_submodule(block.module)
+        if 2 * sum(p.numel() for p in owner.parameters()) > sum(p.numel() for p in module.parameters()):
+            return [block]
+        local = replace(block, form=LocalForm.__name__)
+        return [local, replace(local, layout=1), block]
+    found = [block, replace(block, layout=1)]
     if block.weight is not None and block.form in ("LinearForm", "EmbeddingForm"):
         _, first, second = block.shape
         shape = (1, second, first) if block.indexed else block.shape
         functional = replace(block, form="FunctionalLinearForm", shape=shape)
         found += [functional, replace(functional, layout=1)]
         if block.indexed:
+            rows = replace(block, form=PositionsForm.__name__)
+            found += [rows, replace(rows, layout=1)]
             free = free_block(block.name, block.module, module.get_parameter(block.weight), block.group)
             found += [] if free is None else [replace(free, weight=block.weight)]
     return found
@@ -255,6 +267,18 @@ def _check(module: nn.Module, objective: Objective, blocks: Sequence[Block], bat
         or _unseen(block, captured, recording)
         for block in blocks
     ]
+
+
+def _check_repeated(module: nn.Module, objective: Objective, block: Block, batch: Any, size: int) -> str | None:
+    """Like :func:`_check` for a block whose layer's output is repeated, which the user's code must not notice."""
+    reason = "its rows serve all examples, and cannot be repeated for each"
+    try:
+        repeated = objective.evaluate(batch, size, Recording(module, [block])).loss
+    except Exception:  # whatever the user's code raises on a tensor of another shape
+        return reason
+    if not torch.allclose(repeated, objective.evaluate(batch, size).loss, rtol=TOLERANCE, atol=0):
+        return reason
+    return _check(module, objective, [block], batch, size)[0]
 
 
 def _not_by_example(losses: Losses) -> str:

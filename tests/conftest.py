@@ -2,9 +2,18 @@ import warnings
 
 import pytest
 import torch
+from checks import Checks
 
 # Trainings of a few dozen parameters run ten times longer on threads that contend for cores.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--checks", metavar="PATH", help="write the tables of checks to this page")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Checks(config), "checks")
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import lightning as L
 import torch
 import torch.nn.functional as F
+from checks import measured
 from torch import nn
 
 from lightning_source.capture import Recording
@@ -97,6 +98,7 @@ def check(one, expected, block):
     bound = TOLERANCE * norms + 1e-6 * norms.max()
     error = (one.per_example().transpose(0, 1) - expected).flatten(1).norm(dim=1)
     assert (error <= bound).all(), (block.name, error / norms)
+    measured((error / norms.clamp_min(1e-2 * norms.max())).max())
     close = {"rtol": 10 * TOLERANCE, "atol": float(10 * TOLERANCE * norms.max() ** 2)}
     torch.testing.assert_close(squared_norms(one), norms**2, **close)
     products = expected.flatten(1) @ expected.flatten(1).T

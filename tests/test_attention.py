@@ -33,6 +33,7 @@ def attend(batch_first=True, **options):
     return function
 
 
+@pytest.mark.check("layer", "MultiheadAttention", "gradients")
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
@@ -46,6 +47,7 @@ def test_self_attention(batch_first, need_weights, bias, length):
     assert coverage.blocks[0].shape == (3, 6, 6 + bias)
 
 
+@pytest.mark.check("layer", "MultiheadAttention, cross-attention", "gradients")
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("length", [EXAMPLES, 3])
 @pytest.mark.parametrize("inputs", [2, 3])
@@ -57,6 +59,7 @@ def test_cross_attention(batch_first, length, inputs):
     assert names(coverage) == ["net.one.in_proj", "net.one.out_proj"]
 
 
+@pytest.mark.check("layer", "MultiheadAttention, kdim and vdim", "gradients")
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_sizes_of_key_and_value(need_weights, bias):
@@ -66,6 +69,7 @@ def test_sizes_of_key_and_value(need_weights, bias):
     assert names(coverage) == [*weights, *["net.one.in_proj_bias"] * bias, "net.one.out_proj"]
 
 
+@pytest.mark.check("layer", "MultiheadAttention", "bias in its own group")
 def test_biases_in_their_own_optimizer_group():
     net = Apply(attend(), one=nn.MultiheadAttention(6, 2, batch_first=True))
 
@@ -80,6 +84,7 @@ def test_biases_in_their_own_optimizer_group():
     assert [block.group for block in coverage.blocks] == [0, 1, 0, 1]
 
 
+@pytest.mark.check("layer", "MultiheadAttention, add_bias_kv", "gradients")
 def test_added_key_and_value():
     layer = nn.MultiheadAttention(6, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True)
     nn.init.normal_(layer.bias_k)
@@ -93,6 +98,7 @@ def test_frozen_projections_are_not_blocks():
     assert names(compare(Apply(attend(), one=layer), floats(5, 6))) == ["net.one.in_proj_bias", "net.one.out_proj"]
 
 
+@pytest.mark.check("layer", "MultiheadAttention", "called twice")
 def test_one_attention_called_twice():
     def twice(m, x, y):
         return m.one(m.one(x, x, x)[0], y, y)[0]
@@ -105,6 +111,7 @@ def encoder(batch_first, norm_first=False, **options):
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first and batch_first)
 
 
+@pytest.mark.check("layer", "TransformerEncoder", "gradients")
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("length", [EXAMPLES, 5])
@@ -122,6 +129,7 @@ def test_encoder(batch_first, norm_first, length):
     }
 
 
+@pytest.mark.check("layer", "MultiheadAttention and TransformerEncoder, padding mask", "gradients")
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_padding(need_weights):
     def run(m, x, lengths):
@@ -133,6 +141,7 @@ def test_padding(need_weights):
     compare(net, floats(5, 8), torch.tensor([[5], [2], [3], [4]]))
 
 
+@pytest.mark.check("layer", "Transformer, encoder and decoder", "gradients")
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 def test_transformer(batch_first):
@@ -172,6 +181,7 @@ def test_a_weight_that_functions_use():
     assert {block.form for block in compare(net, floats(3, 5)).blocks} == {"FunctionalLinearForm"}
 
 
+@pytest.mark.check("layer", "MultiheadAttention over the batch", "left out by name")
 def test_examples_that_attend_to_each_other_are_left_out():
     """Attention over [B, T, E] by a layer that takes [T, B, E]."""
     layer = nn.MultiheadAttention(6, 2)
@@ -191,6 +201,7 @@ def coverage_of(net, *inputs):
     return probe(module, Objective(module), found, (*inputs, floats(1)), EXAMPLES)
 
 
+@pytest.mark.check("layer", "MultiheadAttention", "under autocast")
 def test_autocast():
     """Attention under autocast is checked to the 8 bits that autograd itself keeps."""
 
@@ -202,6 +213,7 @@ def test_autocast():
     assert coverage_of(net, floats(5, 6)).share == 1
 
 
+@pytest.mark.check("layer", "Embedding tied to the head, cross terms included", "under autocast")
 def test_tied_weights_under_autocast():
     def half(m, x):
         with torch.autocast("cpu", torch.bfloat16):

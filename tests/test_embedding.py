@@ -11,6 +11,7 @@ def forms(coverage):
     return [block.form for block in coverage.blocks]
 
 
+@pytest.mark.check("layer", "Embedding, {options}", "gradients")
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3)])
 @pytest.mark.parametrize("options", [{}, {"padding_idx": 3}, {"padding_idx": -2}, {"sparse": True}])
 def test_embedding(shape, options):
@@ -21,6 +22,7 @@ def test_embedding(shape, options):
     assert (block.form, block.shape, block.indexed) == ("EmbeddingForm", (1, WIDTH, SIZE), True)
 
 
+@pytest.mark.check("layer", "Embedding", "called twice")
 def test_several_uses_of_one_embedding():
     def run(m, x, y):
         return m.head(m.one(x).mean(1) * m.one(y).sum(1))
@@ -28,6 +30,7 @@ def test_several_uses_of_one_embedding():
     compare(Apply(run, one=nn.Embedding(SIZE, WIDTH), head=nn.Linear(WIDTH, 2)), tokens(5), tokens(3))
 
 
+@pytest.mark.check("layer", "Embedding, time before batch", "gradients")
 @pytest.mark.parametrize("length", [EXAMPLES, 3])
 def test_tokens_before_examples(length):
     def run(m, x):
@@ -37,6 +40,7 @@ def test_tokens_before_examples(length):
     assert [block.layout for block in coverage.blocks] == [1, 1]
 
 
+@pytest.mark.check("layer", "EmbeddingBag, {mode}", "gradients")
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("options", [{}, {"padding_idx": 3}])
 def test_bags(mode, options):
@@ -44,6 +48,7 @@ def test_bags(mode, options):
     compare(nn.Sequential(bag, nn.Tanh(), nn.Linear(WIDTH, 2)), tokens(5))
 
 
+@pytest.mark.check("layer", "EmbeddingBag, {mode}, offsets", "gradients")
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("last", [True, False])
 def test_bags_with_offsets(mode, last):
@@ -57,6 +62,7 @@ def test_bags_with_offsets(mode, last):
     compare(Apply(run, one=bag, head=nn.Linear(WIDTH, 2)), tokens(5), torch.tensor([[2], [5], [1], [3]]))
 
 
+@pytest.mark.check("layer", "EmbeddingBag, weighted", "gradients")
 def test_weighted_bags():
     def run(m, x, weights):
         return m.head(m.one(x, per_sample_weights=weights).tanh())
@@ -64,6 +70,7 @@ def test_weighted_bags():
     compare(Apply(run, one=nn.EmbeddingBag(SIZE, WIDTH, mode="sum"), head=nn.Linear(WIDTH, 2)), tokens(5), floats(5))
 
 
+@pytest.mark.check("layer", "EmbeddingBag, max", "left out by name")
 def test_the_maximum_over_a_bag_is_left_out():
     net = nn.Sequential(nn.EmbeddingBag(SIZE, WIDTH, mode="max"), nn.Linear(WIDTH, 2))
     coverage = compare(net, tokens(5), share=0.1)
@@ -76,6 +83,7 @@ def tie(one, *others):
     return one
 
 
+@pytest.mark.check("layer", "Embedding tied to the head, cross terms included", "gradients")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("length", [1, 5])
 @pytest.mark.parametrize("padding", [None, 3])
@@ -97,6 +105,7 @@ def test_an_embedding_tied_to_the_head(bias, length, padding, functional):
     assert len(form) == 2 + (bias and not functional)
 
 
+@pytest.mark.check("layer", "Linear layers tied", "gradients")
 @pytest.mark.parametrize("length", [1, 5])
 def test_tied_linear_layers(length):
     one, two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
@@ -105,6 +114,7 @@ def test_tied_linear_layers(length):
     assert sorted(block.name for block in coverage.blocks) == ["net.0.bias", "net.0.weight", "net.2.bias"]
 
 
+@pytest.mark.check("layer", "Embeddings tied", "gradients")
 def test_tied_embeddings():
     def run(m, x, y):
         return m.head(m.one(x).mean(1) * m.two(y).mean(1))
@@ -114,6 +124,7 @@ def test_tied_embeddings():
     assert forms(coverage) == ["FunctionalEmbeddingForm", "LinearForm"]
 
 
+@pytest.mark.check("layer", "Linear tied to Conv1d", "left out by name")
 def test_weights_tied_to_another_kind_of_layer_are_left_out():
     one, two = nn.Linear(1, 4, bias=False), nn.Conv1d(1, 4, 1, bias=False)
     two.weight = nn.Parameter(torch.randn(4, 1, 1))

@@ -31,6 +31,7 @@ class Patches(nn.Module):
         return self.head((self.one(x).tanh() * self.scale.exp()).mean(1))
 
 
+@pytest.mark.check("layer", "free parameters: class token, positions, scale", "gradients")
 @pytest.mark.parametrize("at_once", [1, 3, 16])
 def test_parameters_used_in_forward(monkeypatch, at_once):
     monkeypatch.setattr(capture, "EXAMPLES_AT_ONCE", at_once)
@@ -43,6 +44,7 @@ def test_parameters_used_in_forward(monkeypatch, at_once):
     assert "a backward for each example, as they have no layer form: net.token, net.positions" in coverage.summary()
 
 
+@pytest.mark.check("layer", "free parameter of a subclass of Linear", "gradients")
 def test_a_parameter_beside_a_layers_own():
     class Scaled(nn.Linear):
         def __init__(self):
@@ -56,6 +58,7 @@ def test_a_parameter_beside_a_layers_own():
     assert blocks(coverage) == {"net.one": "FunctionalLinearForm", "net.one.gain": "FreeForm"}
 
 
+@pytest.mark.check("layer", "{kind}", "gradients")
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_recurrent_layers(kind, batch_first):
@@ -83,6 +86,7 @@ def test_an_operation_without_a_batching_rule():
     compare(net, floats(5))
 
 
+@pytest.mark.check("layer", "Embedding of positions", "gradients")
 @pytest.mark.parametrize("length", [3, EXAMPLES])
 @pytest.mark.parametrize("batched", [True, False])
 def test_an_embedding_of_positions(length, batched):
@@ -95,11 +99,12 @@ def test_an_embedding_of_positions(length, batched):
     net = Apply(run, one=nn.Embedding(11, 6), two=nn.Embedding(length, 6), head=nn.Linear(6, 2))
     assert blocks(compare(net, tokens(length))) == {
         "net.one": "EmbeddingForm",
-        "net.two": "FreeForm",
+        "net.two": "PositionsForm",
         "net.head": "LinearForm",
     }
 
 
+@pytest.mark.check("layer", "free parameter beyond the size limit", "left out by name")
 def test_what_is_too_large_is_left_out_by_name(monkeypatch):
     monkeypatch.setattr(free, "MAX_FREE", 10)
     coverage = compare(Patches(), floats(3, 6), share=0.7)

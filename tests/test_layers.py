@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import measured
 from helpers import Classifier, classes, fitted, mlp
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from singles import EXAMPLES, TOLERANCE, Apply, Net
@@ -71,7 +72,9 @@ def compare(net, shape, names, groups=one_group, memory_format=torch.contiguous_
         assert matrices.shape == reference.shape == (EXAMPLES, *block.shape)
         norms = reference.flatten(1).norm(dim=1)
         assert (norms > 0).all()
-        assert ((matrices - reference).flatten(1).norm(dim=1) <= tolerance * norms).all()
+        error = (matrices - reference).flatten(1).norm(dim=1) / norms
+        assert (error <= tolerance).all()
+        measured(error.max())
         torch.testing.assert_close(squared_norms(one), norms**2, rtol=2 * tolerance, atol=0)
         found += contract(one, rotated_matrices(one, Basis(None, None)))
         expected += reference.flatten(1) @ reference.flatten(1).T
@@ -122,17 +125,20 @@ LINEAR = {
 }
 
 
+@pytest.mark.check("layer", "Linear, {case}", "gradients")
 @pytest.mark.parametrize("case", LINEAR)
 def test_linear(case):
     net, shape, names = LINEAR[case]
     compare(net(), shape, names)
 
 
+@pytest.mark.check("layer", "Linear", "bias in its own group")
 @pytest.mark.parametrize("shape", [(5,), (6, 5)])
 def test_a_bias_in_its_own_optimizer_group_is_a_block(shape):
     compare(nn.Linear(5, 3), shape, ["net.weight", "net.bias"], biases_apart)
 
 
+@pytest.mark.check("layer", "Linear", "under autocast")
 def test_autocast_in_the_training_step():
     """Output gradients are in bfloat16, 8 bits, and so is what autograd multiplies them to; activations are not."""
 
@@ -168,6 +174,7 @@ CONV = {
 }
 
 
+@pytest.mark.check("layer", "Conv1d/2d/3d, {case}", "gradients")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("case", CONV)
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -192,6 +199,7 @@ def test_conv2d_in_a_network(groups):
     compare(net, (4, 7, 6), ["net.0", "net.3", "net.7"])
 
 
+@pytest.mark.check("layer", "Conv2d", "bias in its own group")
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"groups": 2, "padding": "same"}])
 def test_a_conv2d_bias_in_its_own_optimizer_group(options):
     names = ["net"] if options.get("bias") is False else ["net.weight", "net.bias"]
@@ -248,6 +256,7 @@ UNUSUAL = {
 }
 
 
+@pytest.mark.check("layer", "Linear, {case}", "gradients")
 @pytest.mark.parametrize("case", UNUSUAL)
 def test_unusual_use(case):
     net, shape, names = UNUSUAL[case]
@@ -279,6 +288,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.check("layer", "Linear, {case}", "left out by name")
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_attributed_is_left_out_by_name(case):
     net, shape, expected = REFUSED[case]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checks import measured
 from singles import EXAMPLES, TOLERANCE, Apply, Net
 from torch import nn
 
@@ -64,7 +65,9 @@ def compare(net, shape, names, groups=one_group):
         assert block.numel == reference[0].numel()
         norms = reference.flatten(1).norm(dim=1)
         assert (norms > 0).all()
-        assert ((matrices - reference).flatten(1).norm(dim=1) <= TOLERANCE * norms).all()
+        error = (matrices - reference).flatten(1).norm(dim=1) / norms
+        assert (error <= TOLERANCE).all()
+        measured(error.max())
         torch.testing.assert_close(squared_norms(one), norms**2, rtol=2 * TOLERANCE, atol=0)
         curved(one, reference)
     return coverage
@@ -107,6 +110,7 @@ CONV = {
 SIDES = {1: (5,), 2: (5, 7), 3: (5, 6, 5)}
 
 
+@pytest.mark.check("layer", "Conv1d/2d/3d, {case}", "gradients")
 @pytest.mark.parametrize("case", CONV)
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -119,6 +123,7 @@ def test_convolution(kind, case):
 UNEQUAL = {"kernel_size": (3, 2, 1), "stride": (1, 3, 2), "padding": (2, 0, 1), "dilation": (1, 2, 3)}
 
 
+@pytest.mark.check("layer", "Conv1d/2d/3d and transposed, other options in each dimension", "gradients")
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_options_that_differ_by_dimension(dimensions, transposed):
@@ -143,6 +148,7 @@ TRANSPOSED = {
 }
 
 
+@pytest.mark.check("layer", "ConvTranspose1d/2d/3d, {case}", "gradients")
 @pytest.mark.parametrize("case", TRANSPOSED)
 @pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
 def test_transposed_convolution(kind, case):
@@ -153,6 +159,7 @@ def test_transposed_convolution(kind, case):
     compare(kind(**options), (4, *(4, 3, 3)[:dimensions]), names)
 
 
+@pytest.mark.check("layer", "ConvTranspose2d, output_size", "gradients")
 def test_transposed_convolution_to_a_given_size():
     net = Apply(lambda m, x: m.one(x, output_size=(10, 14)), one=nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1))
     compare(net, (4, 5, 7), ["net.one.weight", "net.one.bias"])
@@ -199,12 +206,14 @@ NORM = {
 }
 
 
+@pytest.mark.check("layer", "{case}", "gradients")
 @pytest.mark.parametrize("case", NORM)
 def test_normalisation(case):
     net, shape = NORM[case]
     compare(net(), shape, None)
 
 
+@pytest.mark.check("layer", "{case}", "bias in its own group")
 @pytest.mark.parametrize("case", ["LayerNorm, tokens", "BatchNorm2d", "GroupNorm"])
 def test_normalisation_with_its_bias_in_another_optimizer_group(case):
     net, shape = NORM[case]
@@ -229,6 +238,7 @@ class Projection(Conv1D):
     """A subclass elsewhere."""
 
 
+@pytest.mark.check("layer", "Hugging Face Conv1D", "gradients")
 @pytest.mark.parametrize("kind", [Conv1D, Projection])
 @pytest.mark.parametrize("shape", [(5,), (6, 5)])
 @pytest.mark.parametrize("groups", [one_group, biases_apart])
@@ -266,6 +276,7 @@ TWICE = {
 }
 
 
+@pytest.mark.check("layer", "{case}", "called twice")
 @pytest.mark.parametrize("case", TWICE)
 def test_called_twice(case):
     net, shape = TWICE[case]
@@ -352,6 +363,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.check("layer", "{case}", "left out by name")
 @pytest.mark.parametrize("case", REFUSED)
 @pytest.mark.filterwarnings("ignore:.*Lazy modules:UserWarning")
 def test_what_mixes_examples_is_left_out_by_name(case):
@@ -378,6 +390,7 @@ class LoRA(nn.Module):
         return self.base_layer(x) + 2 * self.lora_B["default"](self.lora_A["default"](x))
 
 
+@pytest.mark.check("layer", "LoRA on a frozen base", "gradients")
 def test_only_adapters_are_tracked():
     """Nothing is kept of the frozen base: no block, no hook, no activations."""
     net = nn.Sequential(
@@ -389,7 +402,7 @@ def test_only_adapters_are_tracked():
     assert coverage.trainable == sum(block.numel for block in coverage.blocks) == 2 * (7 + 9) + 2 * (9 + 3)
     module, batch = prepared(net, (6, 7))
     recording = Recording(module, coverage.blocks)
-    with recording.listening():
+    with recording.listening(EXAMPLES):
         assert not any(base._forward_hooks for base in (net[0].base_layer, net[2], net[3].base_layer))
         loss = module.training_step(batch, 0)
     assert list(recording.captured(loss, EXAMPLES)) == names

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_source.phases import Phase
 from lightning_source.recorder import Recorder, assemble, final_parameters, snapshot_parameters
 from lightning_source.segments import Stretch
 from lightning_source.store import MANIFEST, RunStore
@@ -204,7 +205,8 @@ def test_a_kill_leaves_the_previous_or_the_next_state(tmp_path, monkeypatch, bef
 def record(path, steps=11):
     """A training of one weight by -1 a step, in bins that merge, and its snapshots."""
     store = RunStore.create(path)
-    store.manifest |= {"settings": {}, "stages": [{}]}
+    phase = Phase.after(None, 0, "SGD", [["weight"]], [False])
+    store.manifest |= {"settings": {}, "stages": [{"phases": [phase.to_json()]}]}
     module = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(module.weight)
     recorder = Recorder(store, module, bins=4, boundaries=[3])

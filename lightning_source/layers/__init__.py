@@ -6,7 +6,9 @@ from lightning_source.layers import conv_transpose as conv_transpose
 from lightning_source.layers import embedding as embedding
 from lightning_source.layers import free as free
 from lightning_source.layers import linear as linear
+from lightning_source.layers import local as local
 from lightning_source.layers import norm as norm
+from lightning_source.layers import positions as positions
 from lightning_source.layers.registry import Block as Block
 from lightning_source.layers.registry import Call as Call
 from lightning_source.layers.registry import LayerForm as LayerForm

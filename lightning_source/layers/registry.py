@@ -194,9 +194,25 @@ class Block:
         return getattr(_BY_NAME[self.form], "free", False)
 
     @property
+    def local(self) -> bool:
+        """Whether its gradients come from its module run again, one example at a time."""
+        return getattr(_BY_NAME[self.form], "local", False)
+
+    @property
     def indexed(self) -> bool:
         """Whether its inputs are one-hot rows over a vocabulary, kept as indices."""
         return getattr(_BY_NAME[self.form], "indexed", False)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether its layer's output must be repeated for each example to tell their gradients apart."""
+        return hasattr(_BY_NAME[self.form], "repeat")
+
+    def repeat(self, output: Tensor, examples: int) -> Tensor:
+        """The output of a layer whose rows serve all examples, once for each of them."""
+        form: Any = _BY_NAME[self.form]
+        repeated: Tensor = form.repeat(output, examples, self.layout)
+        return repeated
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -227,7 +243,7 @@ class Block:
             ValueError: an input is not laid out by example.
         """
         form = _BY_NAME[self.form]
-        if self.layout:
+        if self.layout and not self.local:
             calls = [
                 call._replace(
                     inputs=_examples_first(call.inputs, size), gradients=_examples_first(call.gradients, size)

@@ -1,0 +1,128 @@
+"""Parameters without a form, by their module alone, and embeddings of positions, by repeating their rows."""
+
+import pytest
+import torch
+from singles import Apply, compare, floats, tokens
+from torch import nn
+
+
+def forms(coverage):
+    return {block.name: block.form for block in coverage.blocks}
+
+
+@pytest.mark.check("layer", "Embedding of positions, time before batch", "gradients")
+def test_an_embedding_of_positions_before_examples():
+    def run(m, x):
+        places = torch.arange(3).unsqueeze(1)
+        return m.head((m.one(x.T) + m.two(places)).tanh()).transpose(0, 1)
+
+    net = Apply(run, one=nn.Embedding(11, 6), two=nn.Embedding(3, 6), head=nn.Linear(6, 2))
+    coverage = compare(net, tokens(3))
+    assert forms(coverage)["net.two"] == "PositionsForm"
+    assert [block.layout for block in coverage.blocks] == [1, 1, 1]
+
+
+def relative(m, x):
+    """A repeated output has a dimension too many for what follows."""
+    places = torch.arange(3)
+    bias = m.two((places - places[:, None]).abs()).permute(2, 0, 1).mean(0)
+    return m.head(bias.softmax(-1) @ m.one(x))
+
+
+def averaged(m, x):
+    """No error would tell that a repeated output is averaged over another dimension."""
+    return m.head(m.one(x) * m.two(torch.arange(3)).mean(0))
+
+
+@pytest.mark.check("layer", "Embedding of positions, {use}", "gradients")
+@pytest.mark.parametrize("use", [relative, averaged])
+def test_rows_that_cannot_be_repeated_cost_a_backward_each(use):
+    children = {"one": nn.Embedding(11, 6), "two": nn.Embedding(3, 6 if use is averaged else 2)}
+    coverage = compare(Apply(use, **children, head=nn.Linear(6, 2)), tokens(3))
+    assert forms(coverage)["net.two"] == "FreeForm"
+
+
+class Root(nn.Module):
+    """A root mean square norm as language models define their own; ``shift`` is 1 in some of them."""
+
+    def __init__(self, shift=0.0):
+        super().__init__()
+        self.weight, self.shift = nn.Parameter(torch.randn(6)), shift
+
+    def forward(self, x):
+        return (self.weight + self.shift) * x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+
+
+class Scale(nn.Module):
+    """A learned scale that is no linear function of its parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.log = nn.Parameter(torch.randn(()))
+
+    def forward(self, hidden):
+        return hidden * self.log.exp()
+
+
+class Places(nn.Module):
+    """Learned places and a token before them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.places = nn.Parameter(torch.randn(1, 1, 6)), nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x):
+        return torch.cat([self.first.expand(len(x), -1, -1), x], 1) + self.places
+
+
+class Branching(nn.Module):
+    """Control flow that looks at the data, which cannot run for several examples at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        return x * self.weight if float(x.sum()) < 1e30 else x
+
+
+LOCAL = {
+    "a library's RMSNorm": (Root, lambda m, x: m.one(x)),
+    "a library's RMSNorm with 1 + weight": (lambda: Root(1.0), lambda m, x: m.one(x)),
+    "a library's RMSNorm, called twice": (Root, lambda m, x: m.one(m.one(x).tanh())),
+    "a library's RMSNorm, rows": (Root, lambda m, x: m.one(x.flatten(0, 1)).view_as(x)),
+    "a library's RMSNorm, time before batch": (Root, lambda m, x: m.one(x.transpose(0, 1)).transpose(0, 1)),
+    "scale": (Scale, lambda m, x: m.one(hidden=x)),
+    "places and class token": (Places, lambda m, x: m.one(x)),
+    "control flow": (Branching, lambda m, x: m.one(x)),
+    "LSTM": (lambda: nn.LSTM(6, 6, batch_first=True), lambda m, x: m.one(x)[0]),
+    "GRU, time before batch": (lambda: nn.GRU(6, 6), lambda m, x: m.one(x.transpose(0, 1))[0].transpose(0, 1)),
+}
+
+
+@pytest.mark.check("layer", "no form, {case}", "gradients")
+@pytest.mark.parametrize("case", LOCAL)
+def test_a_module_run_again_on_single_examples(case):
+    make, run = LOCAL[case]
+    # So much behind it that it is not most of the network.
+    net = nn.Sequential(nn.Linear(6, 6), Apply(run, one=make()), nn.Linear(6, 60), nn.Tanh(), nn.Linear(60, 2))
+    found = forms(compare(net, floats(3, 6)))
+    assert {form for name, form in found.items() if name.startswith("net.1")} == {"LocalForm"}
+
+
+def test_a_module_that_is_most_of_the_network_is_not_run_again():
+    found = forms(compare(Apply(lambda m, x: m.head(m.one(x)), one=Places(), head=nn.Linear(6, 2)), floats(3, 6)))
+    assert found["net.one.places"] == "FreeForm"
+
+
+@pytest.mark.check("layer", "no form, given a mask", "gradients")
+def test_a_module_that_is_given_a_second_tensor_costs_a_backward_an_example():
+    """A mask with as many rows as there are examples could not be told from one row for each."""
+
+    class Masked(Root):
+        def forward(self, x, mask):
+            return super().forward(mask @ x)
+
+    mask = torch.rand(3, 3)
+    net = Apply(lambda m, x: m.head(m.one(x, mask)), one=Masked(), head=nn.Linear(6, 3))
+    assert forms(compare(net, floats(3, 6)))["net.one.weight"] == "FreeForm"
