@@ -177,14 +177,9 @@ class Workspace:
         if not callable(measurement):
             return self._target(lambda losses, spec, ids: losses.measurement(spec, measurement))
 
-<<<<<<< HEAD
         def run(batch: Any, ids: Tensor, recording: Recording) -> Tensor:
             size = len(ids)
-            with recording.listening():
-=======
-        def run(batch: Any, size: int, recording: Recording) -> Tensor:
             with recording.listening(size):
->>>>>>> arch
                 values = measurement(self.module, batch)
             if not isinstance(values, Tensor) or values.shape != (size,):
                 shape = list(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"

@@ -239,12 +239,9 @@ class Objective:
         Raises:
             ValueError: no loss came back, or it is not a scalar.
         """
-<<<<<<< HEAD
         manual = None if self.module.automatic_optimization else self._manual()
-        with torch.enable_grad(), recording.listening() if recording else nullcontext(), _LossTap(manual) as tap:
-=======
-        with torch.enable_grad(), recording.listening(size) if recording else nullcontext(), _LossTap() as tap:
->>>>>>> arch
+        listening = recording.listening(size) if recording else nullcontext()
+        with torch.enable_grad(), listening, _LossTap(manual) as tap:
             hook = self.hook if hooked else None
             loss = self._step(batch, manual) if hook is None else self._hooked(hook, batch, tap)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
