@@ -9,10 +9,14 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import Classifier, classes, mlp, quiet_trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
@@ -255,6 +259,102 @@ def plain_loader():
     return DataLoader(classes(), 8, shuffle=True)
 
 
+class Checkpointed(nn.Module):
+    """Runs its layers again in the backward."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.layers = dropped()
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        # Reentrant checkpointing passes gradients on only if an input needs them.
+        return checkpoint(self.layers, x.requires_grad_(), use_reentrant=self.reentrant)
+
+
+class ByHand(Busy):
+    """One optimizer; two steps on every batch."""
+
+    def __init__(self):
+        super().__init__(net=dropped(), optimizer=momentum)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        for _ in range(2):
+            loss = self.loss(self.net(batch[0]), batch[1])
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+            optimizer.step()
+
+
+class Adversaries(Busy):
+    """A generator and a discriminator, each with its optimizer and a scheduler."""
+
+    def __init__(self):
+        super().__init__(net=nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 1)))
+        self.generator = nn.Linear(2, 6)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        real = batch[0]
+        fake = self.generator(torch.randn(len(real), 2))
+        self.toggle_optimizer(first)
+        self.judge(fake, 1.0, first)
+        self.untoggle_optimizer(first)
+        with second.toggle_model():
+            self.judge(torch.cat([real, fake.detach()]), torch.arange(2.0).flip(0).repeat_interleave(len(real)), second)
+        for scheduler in self.lr_schedulers():
+            scheduler.step()
+
+    def judge(self, images, labels, optimizer):
+        logits = self.net(images)[:, 0]
+        loss = F.binary_cross_entropy_with_logits(logits, torch.as_tensor(labels).expand_as(logits))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def configure_optimizers(self):
+        optimizers = [momentum(self.generator.parameters()), torch.optim.Adam(self.net.parameters(), 0.01)]
+        return optimizers, [torch.optim.lr_scheduler.StepLR(one, 2) for one in optimizers]
+
+
+class Thaws(Busy):
+    """Trains its head alone for an epoch, then everything, then the head again with another optimizer."""
+
+    def configure_optimizers(self):
+        self.net[0].requires_grad_(False)
+        return torch.optim.SGD(self.net[2].parameters(), lr=0.1)
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.net[0].requires_grad_(True)
+            self.trainer.optimizers[0].add_param_group({"params": self.net[0].parameters(), "lr": 0.01})
+        if self.current_epoch == 2:
+            self.net[0].requires_grad_(False)
+            self.trainer.optimizers = [torch.optim.Adam(self.net[2].parameters(), lr=0.01)]
+
+
+def overflows(module, batch, loss):
+    return loss * torch.inf if module.training and module.trainer.global_step in (1, 4) else loss
+
+
+def scaled():
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
+
+
+def fused(parameters):
+    return torch.optim.AdamW(parameters, lr=0.01, fused=True)
+
+
+class PartlyCompiled(Busy):
+    def __init__(self):
+        super().__init__(net=dropped())
+        self.net = torch.compile(self.net, backend="eager")
+
+
 # How it is trained: (module, Trainer options, loader).
 SETTINGS = {
     "dropout": (lambda: Busy(net=dropped()), {}, plain_loader),
@@ -268,6 +368,20 @@ SETTINGS = {
     "bf16-mixed": (lambda: Busy(net=dropped()), {"precision": "bf16-mixed"}, plain_loader),
     "validation": (Validated, {"num_sanity_val_steps": 2, "val_check_interval": 2}, plain_loader),
     "compiled": (lambda: torch.compile(Busy(net=dropped()), backend="eager"), {}, plain_loader),
+    "compiled submodule": (PartlyCompiled, {}, plain_loader),
+    "bf16-true": (lambda: Busy(net=dropped()), {"precision": "bf16-true"}, plain_loader),
+    "64-true": (lambda: Busy(net=dropped()), {"precision": "64-true"}, plain_loader),
+    "16-mixed, skipped steps": (lambda: Busy(act=overflows), lambda: {"plugins": [scaled()]}, plain_loader),
+    "16-mixed, fused optimizer": (
+        lambda: Busy(act=overflows, optimizer=fused),
+        lambda: {"plugins": [scaled()]},
+        plain_loader,
+    ),
+    "checkpointing": (lambda: Busy(net=Checkpointed(False)), {}, plain_loader),
+    "averaged weights": (Validated, lambda: {"also": EMAWeightAveraging(decay=0.5)}, plain_loader),
+    "manual optimization": (ByHand, {}, plain_loader),
+    "two optimizers": (Adversaries, {}, plain_loader, {"optimizer": 1}),
+    "layers thawed and frozen": (Thaws, {}, plain_loader),
     "augmented data": (Busy, {}, lambda: DataLoader(Augmented(), 8, shuffle=True)),
     "own batch sampler": (Busy, {}, lambda: DataLoader(classes(), batch_sampler=OwnBatches())),
 }
@@ -307,6 +421,8 @@ def hooks_of(child):
 
 
 def train(tmp_path, make, options, loader, *callbacks):
+    options = dict(options() if callable(options) else options)
+    callbacks = (options.pop("also"), *callbacks) if "also" in options else callbacks
     torch.manual_seed(5)
     random.seed(5)
     np.random.seed(5)
@@ -316,11 +432,11 @@ def train(tmp_path, make, options, loader, *callbacks):
     return trainer, module, diary
 
 
-def differing(tmp_path, make, options=(), loader=plain_loader):
+def differing(tmp_path, make, options=(), loader=plain_loader, settings=None):
     """Names of what differs between a training without the callback and one with it."""
-    without = snapshot(*train(tmp_path, make, dict(options), loader))
-    source = SourceCallback(dirpath=str(tmp_path / "run"), segments=2, snapshots_per_segment=1)
-    outcome = snapshot(*train(tmp_path, make, dict(options), loader, source))
+    without = snapshot(*train(tmp_path, make, options, loader))
+    source = SourceCallback(dirpath=str(tmp_path / "run"), segments=2, snapshots_per_segment=1, **(settings or {}))
+    outcome = snapshot(*train(tmp_path, make, options, loader, source))
     assert (tmp_path / "run" / "segments" / "1.safetensors").exists()  # factors were computed inside `fit`
     return [name for name in without if not same(outcome[name], without[name])]
 
@@ -330,6 +446,7 @@ def test_training_is_bit_identical_whatever_the_step_does(tmp_path, act):
     assert differing(tmp_path, lambda: Busy(*ACTS[act])) == []
 
 
+@pytest.mark.check("engine", "{setting}", "training bit-identical")
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_training_is_bit_identical_however_it_is_done(tmp_path, setting):
     assert differing(tmp_path, *SETTINGS[setting]) == []
