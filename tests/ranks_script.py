@@ -1,0 +1,68 @@
+"""Trainings on two processes, run by ``test_ranks.py``: ``python ranks_script.py <folder> <devices>``."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from helpers import Classifier, classes, quiet_trainer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_source import SourceCallback
+
+QUERY = [x[:4] for x in classes(8, seed=2).tensors]
+
+
+class Net(Classifier):
+    """Its loss in one of several forms; trained in float64, so that runs differ only by what they compute."""
+
+    def __init__(self, form: str = "mean") -> None:
+        net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5) if form == "norm" else nn.Tanh(), nn.Linear(5, 3))
+        super().__init__(net.double())
+        self.form = form
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        return F.cross_entropy(self.net(inputs.double()), targets, reduction="sum" if self.form == "sum" else "mean")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.form == "adam":
+            return torch.optim.AdamW(self.parameters(), lr=0.02, weight_decay=0.1)
+        return torch.optim.SGD(self.parameters(), lr=0.02 if self.form == "sum" else 0.2, momentum=0.5)
+
+
+def seeded(form: str) -> Net:
+    torch.manual_seed(3)
+    return Net(form)
+
+
+def main(folder: Path, devices: int) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    strategy = {"strategy": "ddp", "devices": 2} if devices == 2 else {"accumulate_grad_batches": 2}
+    for form in ("mean", "sum", "adam", "norm", "without"):
+        torch.manual_seed(3)
+        module = Net("mean" if form == "without" else form)
+        source = SourceCallback(str(folder / form), segments=2, snapshots_per_segment=2, factor_examples=20)
+        callbacks = [] if form == "without" else [source]
+        trainer = quiet_trainer(
+            folder, *callbacks, gradient_clip_val=0.3, max_epochs=3, use_distributed_sampler=False, **strategy
+        )
+        # Together the batches of two ranks hold what two accumulated batches of the single process hold.
+        sampler = DistributedSampler(classes(), devices, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)
+        trainer.fit(module, DataLoader(classes(), 4, sampler=sampler))
+        found = {f"weight/{name}": p.detach().clone() for name, p in module.named_parameters()}
+        if form != "without":
+            for method in ("source", "influence", "tracin", "grad-cos"):
+                found[method] = trainer.attribute(QUERY, method=method).values
+            with source.scorer(trainer) as scorer:
+                found["self"] = scorer.self_influence()
+        save_file(found, folder / f"{form}-{trainer.global_rank}.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,110 @@
+"""Training on two ranks against training on one, on the union of their batches."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checks import measured
+from helpers import Classifier, classes, mlp, quiet_trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from ranks_script import QUERY, Net
+from safetensors.torch import load_file
+
+from lightning_source import SourceScorer
+from lightning_source.ranks import Ranks
+from lightning_source.store import RunStore
+
+SCRIPT = Path(__file__).with_name("ranks_script.py")
+# float64 trainings whose sums run in another order, read back from scores kept in float32.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The same trainings on one process and on two."""
+    found = {}
+    for devices in (1, 2):
+        found[devices] = tmp_path_factory.mktemp(f"ranks-{devices}")
+        command = [sys.executable, str(SCRIPT), str(found[devices]), str(devices)]
+        paths = [str(SCRIPT.parent), str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return found
+
+
+def results(folders, form, devices=2, rank=0):
+    return load_file(folders[devices] / f"{form}-{rank}.safetensors")
+
+
+def difference(one, other):
+    return float((one - other).abs().max() / other.abs().max())
+
+
+@pytest.mark.check("engine", "DDP, {form}", "factors and scores equal to one rank")
+@pytest.mark.parametrize("form", ["mean", "sum", "adam"])
+def test_two_ranks_give_what_one_gives_on_the_union(folders, form):
+    single, double = results(folders, form, 1), results(folders, form)
+    errors = [difference(double[key].double(), single[key].double()) for key in single]
+    measured(max(errors))
+    assert max(errors) < TOLERANCE, dict(zip(single, errors, strict=True))
+    one, two = (RunStore.open(folders[devices] / form) for devices in (1, 2))
+    assert one.manifest["files"].keys() == two.manifest["files"].keys()
+    compared = 0
+    for name in one.manifest["files"]:
+        if "covariances" in name:
+            expected, found = one.read(name), two.read(name)
+            for key, value in expected.items():
+                torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-9 * float(value.abs().max() + 1))
+                compared += key.startswith("activations")
+    assert compared == 2 * 4  # blocks, snapshots
+    assert two.manifest["segments"][0]["rates"] == pytest.approx(one.manifest["segments"][0]["rates"])
+
+
+@pytest.mark.check("engine", "DDP, BatchNorm on each rank", "all ranks have the scores; from_run equal")
+@pytest.mark.parametrize("form", ["mean", "norm"])
+def test_all_ranks_have_the_scores_and_so_has_a_later_process(folders, form):
+    first, second = results(folders, form, rank=0), results(folders, form, rank=1)
+    for key in ("source", "influence", "tracin", "grad-cos", "self"):
+        assert torch.equal(first[key], second[key])
+    scorer = SourceScorer.from_run(folders[2] / form, Net(form))
+    for method in ("source", "influence"):  # factors are on disk; products of one rank or two are the same batches
+        assert torch.equal(scorer.score(QUERY, classes(), method=method, batch_size=4).values, first[method])
+
+
+@pytest.mark.check("engine", "DDP, mean", "training bit-identical")
+def test_training_on_two_ranks_is_bit_identical(folders):
+    recorded, without = results(folders, "mean"), results(folders, "without")
+    for key in without:
+        assert torch.equal(recorded[key], without[key])
+
+
+def test_one_process_works_alone():
+    ranks = Ranks()
+    assert Ranks.current() == ranks
+    assert ranks.first
+    assert ranks.from_first(lambda: 3) == ranks.together(lambda: 3) == 3
+    assert ranks.collect(ranks.share([1, 2, 3])) == [1, 2, 3]
+    assert Ranks(1, 3).share([0, 1, 2, 3, 4]) == [1, 4]
+    tensor = torch.ones(2)
+    ranks.sum_([tensor])
+    assert torch.equal(tensor, torch.ones(2))
+
+
+def test_a_trainer_whose_children_trained_still_finds_the_run(folders):
+    """As after ``ddp_spawn``: this process knows the directory and nothing else."""
+    from lightning_source import SourceCallback, attribute
+
+    trainer = quiet_trainer(folders[2], SourceCallback(str(folders[2] / "mean")))
+    trainer.strategy.connect(Net())
+    scores = attribute(trainer, QUERY, train=classes())
+    assert torch.equal(scores.values, results(folders, "mean")["source"])
+    with pytest.raises(MisconfigurationException, match="pass `train=`"):
+        attribute(trainer, QUERY)
+    other = quiet_trainer(folders[2], SourceCallback(str(folders[2] / "nowhere")))
+    other.strategy.connect(Classifier(mlp()))
+    with pytest.raises(MisconfigurationException, match="call `fit` first"):
+        attribute(other, QUERY, train=classes())
