@@ -1,13 +1,17 @@
 """Trainings on two processes, run by ``test_ranks.py``: ``python ranks_script.py <folder> <devices>``."""
 
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from helpers import Classifier, classes, quiet_trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -40,17 +44,38 @@ def seeded(form: str) -> Net:
     return Net(form)
 
 
+class Copies(L.Callback):
+    """What a kill in the middle of training would leave: the run's directory as it was after step 7."""
+
+    def __init__(self, source: Path, target: Path) -> None:
+        self.source, self.target = source, target
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.is_global_zero and trainer.global_step == 7 and not self.target.exists():
+            shutil.copytree(self.source, self.target)
+
+
 def main(folder: Path, devices: int) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    os.chdir(folder)
     strategy = {"strategy": "ddp", "devices": 2} if devices == 2 else {"accumulate_grad_batches": 2}
     for form in ("mean", "sum", "adam", "norm", "without"):
         torch.manual_seed(3)
         module = Net("mean" if form == "without" else form)
-        source = SourceCallback(str(folder / form), segments=2, snapshots_per_segment=2, factor_examples=20)
+        source = SourceCallback(form, segments=2, snapshots_per_segment=2, factor_examples=20)
         callbacks = [] if form == "without" else [source]
+        if form == "mean":
+            saves = ModelCheckpoint(folder / "ckpt", every_n_train_steps=3, save_top_k=-1, filename="{step}")
+            callbacks += [saves, Copies(folder / form, folder / "killed")]
         trainer = quiet_trainer(
-            folder, *callbacks, gradient_clip_val=0.3, max_epochs=3, use_distributed_sampler=False, **strategy
+            folder,
+            *callbacks,
+            gradient_clip_val=0.3,
+            max_epochs=3,
+            use_distributed_sampler=False,
+            enable_checkpointing=form == "mean",
+            **strategy,
         )
         # Together the batches of two ranks hold what two accumulated batches of the single process hold.
         sampler = DistributedSampler(classes(), devices, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)

@@ -1,6 +1,7 @@
 """Training on two ranks against training on one, on the union of their batches."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ from helpers import Classifier, classes, mlp, quiet_trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from ranks_script import QUERY, Net
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
-from lightning_source import SourceScorer
+from lightning_source import SourceCallback, SourceScorer, attribute
 from lightning_source.ranks import Ranks
 from lightning_source.store import RunStore
 
@@ -82,6 +84,21 @@ def test_training_on_two_ranks_is_bit_identical(folders):
         assert torch.equal(recorded[key], without[key])
 
 
+@pytest.mark.check("stage", "killed, and resumed on another number of ranks", "equal to the uninterrupted run")
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_run_is_resumed_on_one_rank(folders, tmp_path, monkeypatch, devices):
+    """On one rank two batches are accumulated for what one batch of each of two ranks was."""
+    folder = shutil.copytree(folders[devices] / "killed", tmp_path / "mean")
+    monkeypatch.chdir(tmp_path)
+    source = SourceCallback("mean", segments=2, snapshots_per_segment=2, factor_examples=20)
+    trainer = quiet_trainer(tmp_path, source, gradient_clip_val=0.3, max_epochs=3, accumulate_grad_batches=2)
+    trainer.fit(Net(), DataLoader(classes(), 4), ckpt_path=folders[devices] / "ckpt" / "step=6.ckpt")
+    manifest = RunStore.open(folder).manifest
+    assert len(manifest["stages"]) == 1
+    assert [(s["first"], s["last"]) for s in manifest["segments"]] == [(0, 5), (5, 9)]
+    assert difference(trainer.attribute(QUERY).values, results(folders, "mean", devices)["source"]) < TOLERANCE
+
+
 def test_one_process_works_alone():
     ranks = Ranks()
     assert Ranks.current() == ranks
@@ -96,8 +113,6 @@ def test_one_process_works_alone():
 
 def test_a_trainer_whose_children_trained_still_finds_the_run(folders):
     """As after ``ddp_spawn``: this process knows the directory and nothing else."""
-    from lightning_source import SourceCallback, attribute
-
     trainer = quiet_trainer(folders[2], SourceCallback(str(folders[2] / "mean")))
     trainer.strategy.connect(Net())
     scores = attribute(trainer, QUERY, train=classes())
