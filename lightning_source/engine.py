@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -231,8 +232,11 @@ class Workspace:
         random = not torch.equal(half.scales[index], again.scales[index])  # drawn weights agree only in sum
 
         def mismatch(kind: Kind) -> float:
-            one, other = (x.by_example(x.weights(index, kind)[0]) for x in (whole, half))
-            one = one[list(chosen)]
+            # An ignored element is 0 whatever it is multiplied by.
+            one, other = (
+                x.by_example(x.weights(index, kind)[0] * (x.calls[index].weights != 0)) for x in (whole, half)
+            )
+            one, other = _of_equal_width(one[list(chosen)], other)
             if random:
                 one, other = one.sum(), other.sum()
             return round(float((one - other).norm() / other.norm()), 4)
@@ -494,6 +498,15 @@ def _does_not_match(module: nn.Module, missing: Sequence[str]) -> str:
 def _kind(ratio: float, sizes: float) -> Kind:
     """``"mean"`` if a smaller batch gave its examples ``sizes`` times the weight, ``"sum"`` if the same weight."""
     return "mean" if ratio > sizes**0.5 else "sum"
+
+
+def _of_equal_width(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of elements that can be compared: batches may be padded to different lengths, on either side."""
+    if one.shape == other.shape:
+        return one, other
+    width = max(one.shape[1], other.shape[1])
+    one, other = (F.pad(x, (0, width - x.shape[1])).sort(1).values for x in (one, other))
+    return one, other
 
 
 def _require_finite(values: Tensor, name: str, what: str) -> None:
