@@ -194,6 +194,13 @@ def padded(examples, side="right"):
     )
 
 
+def placed(examples):
+    """Padded on the left, so that places are given: they begin at each line's first character."""
+    batch = padded(examples, "left")
+    batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    return batch
+
+
 def labelled(examples):
     """One label a line: whether it has an even number of characters."""
     batch = padded(examples)
@@ -267,7 +274,7 @@ CASES = {
         lambda: hf("BertForSequenceClassification", **SMALL, max_position_embeddings=16, num_labels=2), lines, labelled
     ),
     "GPT2LMHeadModel": Case(gpt2, lines, padded, per_line),
-    "GPT2LMHeadModel, padded on the left": Case(gpt2, lines, lambda x: padded(x, "left"), per_line),
+    "GPT2LMHeadModel, padded on the left": Case(gpt2, lines, placed, per_line),
     "LlamaForCausalLM": Case(llama, lines, padded, per_line),
     "T5ForConditionalGeneration": Case(
         lambda: hf(
