@@ -196,7 +196,7 @@ class Workspace:
             self.spec = self._calibrate_whole(data, ids, size, examples_per_batch)
             return self.spec
         # The half with the fewest elements: normalisers are told apart where its examples differ from the rest.
-        counts = torch.stack([whole.by_example(whole.weights(i, "mean")[1]).sum(1) for i in range(len(whole.calls))])
+        counts = torch.stack([whole.by_example(i, whole.weights(i, "mean")[1]).sum(1) for i in range(len(whole.calls))])
         counts = (counts / counts.sum(1, keepdim=True)).sum(0)
         chosen = counts.masked_fill(counts == 0, torch.inf).argsort(stable=True)[:size].tolist()
         ratio, alone = self._hook_ratio(data, ids, size, examples_per_batch)
@@ -234,7 +234,7 @@ class Workspace:
         def mismatch(kind: Kind) -> float:
             # An ignored element is 0 whatever it is multiplied by.
             one, other = (
-                x.by_example(x.weights(index, kind)[0] * (x.calls[index].weights != 0)) for x in (whole, half)
+                x.by_example(index, x.weights(index, kind)[0] * (x.calls[index].weights != 0)) for x in (whole, half)
             )
             one, other = _of_equal_width(one[list(chosen)], other)
             if random:
@@ -253,7 +253,7 @@ class Workspace:
 
     def _weight_per_example(self, data: Examples, losses: Losses, index: int, kind: Kind) -> float:
         """Mean normaliser an example adds to a training batch; a pass over data only where examples differ."""
-        weights = losses.by_example(losses.weights(index, kind)[1]).sum(1)
+        weights = losses.by_example(index, losses.weights(index, kind)[1]).sum(1)
         if kind == "examples":
             return 1.0
         if bool((weights == weights[0]).all()):

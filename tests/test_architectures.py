@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import lightning as L
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from checks import measured
 from helpers import quiet_trainer
 from safetensors import safe_open
@@ -22,9 +24,6 @@ from lightning_source.capture import Recording
 from lightning_source.layers import clean_name
 from lightning_source.objective import Objective
 from lightning_source.tracking import find_blocks, probe
-
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
 
 BATCH, EXAMPLES, LENGTH = 4, 12, 12
 # Share of an example's own gradient norm; see `singles.TOLERANCE`.
