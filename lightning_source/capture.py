@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_source.factors import Captured
 from lightning_source.layers import Block, Call, captured_vectors, clean_name
 from lightning_source.layers.local import Use, tensors_of
+from lightning_source.picked import by_owner, owners_of
 
 # Examples whose own backwards run at once where a parameter has no form.
 EXAMPLES_AT_ONCE = 16
@@ -38,6 +39,7 @@ class _Seen(NamedTuple):
     call: Call  # its gradient is not known yet
     edge: GradientEdge
     examples: int | None  # attention works on [T, N, ...] and rows [T · N, ...]: N
+    owners: Tensor | None  # the example of each row, where a mask picked the rows
 
 
 class Recording:
@@ -52,6 +54,7 @@ class Recording:
         self._hooked = {self.key(block): block for block in blocks if not block.functional and not block.free}
         self._parameters = {clean_name(name): p for name, p in module.named_parameters()}
         self._calls: dict[str, list[_Seen]] = defaultdict(list)  # by key
+        self._examples = 1  # in the batch
         self.without_gradient: set[str] = set()  # keys of what ran with gradients off, at least once
         self.half: set[str] = set()  # keys of what has outputs in half precision
 
@@ -64,6 +67,7 @@ class Recording:
     def listening(self, examples: int) -> Iterator[Recording]:
         """Record every call of a tracked layer on a batch inside the ``with``; the hooks are gone afterwards."""
         self._calls.clear()
+        self._examples = examples
         names = {id(self._parameters[n]): n for block in self.blocks if block.functional for n in block.parameters}
         with ExitStack() as stack:
             for block in self._hooked.values():
@@ -99,7 +103,8 @@ class Recording:
         if output.dtype in (torch.float16, torch.bfloat16):
             self.half.add(key)
         if output.requires_grad:
-            self._calls[key].append(_Seen(call, get_gradient_edge(output), examples))
+            owners = owners_of(output, self._examples) if output.dim() == 2 and examples is None else None
+            self._calls[key].append(_Seen(call, get_gradient_edge(output), examples, owners))
         else:
             self.without_gradient.add(key)
 
@@ -139,7 +144,7 @@ class Recording:
             used = [(one, g) for one in calls_of if (g := gradients[id(one)]) is not None]
             if used and not block.free:
                 try:
-                    calls = [_by_example(one, g) for one, g in used]
+                    calls = [_by_example(one, g, examples) for one, g in used]
                     result[block.name] = block.capture(self._modules[block.module], calls, examples)
                 except ValueError as error:
                     _refuse(block, str(error), refused)
@@ -196,8 +201,13 @@ def _rows_of_jacobian(rows: Tensor, parameters: Sequence[Tensor], eye: Tensor) -
         return [None if any(x is None for x in xs) else torch.stack(xs) for xs in zip(*found, strict=True)]
 
 
-def _by_example(seen: _Seen, gradients: Tensor) -> Call:
+def _by_example(seen: _Seen, gradients: Tensor, examples: int) -> Call:
     call = seen.call._replace(gradients=gradients)
+    if seen.owners is not None:
+        if not isinstance(call.inputs, Tensor) or len(call.inputs) != len(gradients):
+            raise ValueError("a mask picked its rows, and its input is not made of rows")
+        inputs, g = (by_owner(x, seen.owners, examples) for x in (call.inputs, gradients))
+        return call._replace(inputs=inputs, gradients=g)
     if seen.examples is None:
         return call
     inputs, g = (x.reshape(-1, seen.examples, x.shape[-1]).transpose(0, 1) for x in (call.inputs, gradients))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -218,7 +219,7 @@ class Workspace:
         if not whole.calls:
             return self._calibrate_whole(data, ids, size, examples_per_batch)
         # The half with the fewest elements: normalisers are told apart where its examples differ from the rest.
-        counts = torch.stack([whole.by_example(whole.weights(i, "mean")[1]).sum(1) for i in range(len(whole.calls))])
+        counts = torch.stack([whole.by_example(i, whole.weights(i, "mean")[1]).sum(1) for i in range(len(whole.calls))])
         counts = (counts / counts.sum(1, keepdim=True)).sum(0)
         chosen = counts.masked_fill(counts == 0, torch.inf).argsort(stable=True)[:size].tolist()
         ratio, alone = self._hook_ratio(data, ids, size, examples_per_batch)
@@ -253,8 +254,11 @@ class Workspace:
         random = not torch.equal(half.scales[index], again.scales[index])  # drawn weights agree only in sum
 
         def mismatch(kind: Kind) -> float:
-            one, other = (x.by_example(x.weights(index, kind)[0]) for x in (whole, half))
-            one = one[list(chosen)]
+            # An ignored element is 0 whatever it is multiplied by.
+            one, other = (
+                x.by_example(index, x.weights(index, kind)[0] * (x.calls[index].weights != 0)) for x in (whole, half)
+            )
+            one, other = _of_equal_width(one[list(chosen)], other)
             if random:
                 one, other = one.sum(), other.sum()
             return round(float((one - other).norm() / other.norm()), 4)
@@ -271,7 +275,7 @@ class Workspace:
 
     def _weight_per_example(self, data: Examples, losses: Losses, index: int, kind: Kind) -> float:
         """Mean normaliser an example adds to a training batch; a pass over data only where examples differ."""
-        weights = losses.by_example(losses.weights(index, kind)[1]).sum(1)
+        weights = losses.by_example(index, losses.weights(index, kind)[1]).sum(1)
         if kind == "examples":
             return 1.0
         if bool((weights == weights[0]).all()):
@@ -548,6 +552,15 @@ def _does_not_match(module: nn.Module, missing: Sequence[str]) -> str:
 def _kind(ratio: float, sizes: float) -> Kind:
     """``"mean"`` if a smaller batch gave its examples ``sizes`` times the weight, ``"sum"`` if the same weight."""
     return "mean" if ratio > sizes**0.5 else "sum"
+
+
+def _of_equal_width(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of elements that can be compared: batches may be padded to different lengths, on either side."""
+    if one.shape == other.shape:
+        return one, other
+    width = max(one.shape[1], other.shape[1])
+    one, other = (F.pad(x, (0, width - x.shape[1])).sort(1).values for x in (one, other))
+    return one, other
 
 
 def _require_finite(values: Tensor, name: str, what: str) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_source.capture import Recording
 from lightning_source.losses import LossCall, read_call
 from lightning_source.manual import ManualStep
+from lightning_source.picked import by_owner, owners_of
 
 Measurement = Callable[[Any, Any], Tensor]
 # What the user divides elements by: their weights in the batch, nothing, or the number of examples.
@@ -89,6 +90,7 @@ class Losses:
     calls: list[LossCall]
     scales: list[Tensor]  # s_j of each call, shaped like its elements
     size: int  # number of examples
+    _picked: dict[int, Tensor | None] = field(default_factory=dict)  # by call, see `_owners`
 
     def weights(self, index: int, kind: str) -> tuple[Tensor, Tensor]:
         """``(h, weights)`` of a call's elements: ``h = s · normaliser``, and the weights that the normaliser sums."""
@@ -108,19 +110,38 @@ class Losses:
             return self.loss
         return _sum((s * call.elements).sum() for call, s in zip(self.calls, self.scales, strict=True))
 
-    def by_example(self, elements: Tensor) -> Tensor:
-        """Elements as ``[B, elements of an example]``."""
-        if elements.dim() == 0 or elements.shape[0] % self.size:
+    def by_example(self, index: int, elements: Tensor) -> Tensor:
+        """Values of a call's elements as ``[B, elements of an example]``; zeros fill up what a mask left shorter."""
+        owners = self._owners(index)
+        if owners is not None:
+            return by_owner(elements, owners, self.size).flatten(1)
+        if not self._divisible(elements):
             raise ValueError(
                 f"a loss has elements of shape {tuple(elements.shape)}, which do not begin with the batch's"
                 f" {self.size} examples"
             )
         return elements.reshape(self.size, -1)
 
+    def _divisible(self, elements: Tensor) -> bool:
+        return elements.dim() > 0 and elements.shape[0] % self.size == 0
+
+    def _owners(self, index: int) -> Tensor | None:
+        """The example of each element, where a mask picked them."""
+        if index not in self._picked:
+            self._picked[index] = owners_of(self.calls[index].elements, self.size)
+        return self._picked[index]
+
     def of_examples(self, terms: Sequence[Tensor]) -> Tensor:
-        """Sums over the elements of each example, ``[B]``; over all, a scalar, if elements are not laid out so."""
-        if all(term.dim() and not term.shape[0] % self.size for term in terms):
-            return _sum(self.by_example(term).sum(1) for term in terms)
+        """Sums over the elements of each example, ``[B]``; over all, a scalar, if elements are not laid out so.
+
+        Args:
+            terms: values of the elements of each call.
+        """
+        if all(
+            self._owners(i) is not None or (term.dim() and not term.shape[0] % self.size)
+            for i, term in enumerate(terms)
+        ):
+            return _sum(self.by_example(i, term).sum(1) for i, term in enumerate(terms))
         return _sum(term.sum() for term in terms)
 
     def each(self) -> Tensor:
@@ -174,24 +195,28 @@ class Losses:
         total = []
         for i, scale in enumerate(spec.calls):
             h, weights = self.weights(i, scale.kind)
-            value = self.by_example(h * self.calls[i].elements).sum(1)
+            value = self.by_example(i, h * self.calls[i].elements).sum(1)
             if scale.kind != "sum":
-                value = value / self.by_example(weights).sum(1).clamp_min(1e-12)
+                value = value / self.by_example(i, weights).sum(1).clamp_min(1e-12)
             total.append(scale.alone * value)
         return _sum(iter(total))
 
     def _of_targets(self, measurement: str) -> Tensor:
-        readers = [(call, r) for call in self.calls if (r := call.margin if measurement == "margin" else call.log_prob)]
+        readers = [
+            (i, call, r)
+            for i, call in enumerate(self.calls)
+            if (r := call.margin if measurement == "margin" else call.log_prob)
+        ]
         if len(readers) != 1:
             found = ", ".join(f"`{call.name}`" for call in self.calls) or "none"
             raise MisconfigurationException(
                 f'`measurement="{measurement}"` needs exactly one loss with such targets in `training_step`'
                 f" (recognised: {found}). HINT: pass a callable `measurement(module, batch) -> Tensor[B]`."
             )
-        call, reader = readers[0]
+        i, call, reader = readers[0]
         valid = call.weights != 0
-        values = self.by_example(torch.where(valid, reader(), 0.0)).sum(1)
-        return values if measurement == "log-prob" else values / self.by_example(valid).sum(1).clamp_min(1)
+        values = self.by_example(i, torch.where(valid, reader(), 0.0)).sum(1)
+        return values if measurement == "log-prob" else values / self.by_example(i, valid).sum(1).clamp_min(1)
 
 
 def _sum(terms: Any) -> Tensor:

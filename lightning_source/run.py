@@ -182,7 +182,13 @@ class Run:
         last = self.stages[-1].workspace
         if last is self.workspace:
             return last
-        return replace(last, blocks=self.unbroken())
+        blocks = self.unbroken()
+        if not blocks:
+            raise MisconfigurationException(
+                f'no layer that stage "{self.stage.name}" trained was taken over as it was by the stages after it, so'
+                " its examples have no effect on the final model."
+            )
+        return replace(last, blocks=blocks)
 
     def use(self, data: Examples | None) -> None:
         """Take these as the asked stage's training examples."""
@@ -268,10 +274,7 @@ class Run:
 
         A head that was replaced or drawn anew between stages carries nothing of the examples before.
         """
-        later = self.stages[self.stage.index + 1 :]
-        own = set(self.stage.record["module"]["parameters"])
-        gone = {name for stage in later for name in own.difference(stage.record["module"]["parameters"])}
-        changed = gone | {name for stage in later for name in stage.record["reset"]}
+        later, changed = self.stages[self.stage.index + 1 :], self._changed()
         shapes = [{b.name: b.shape for b in stage.coverage.blocks} for stage in later]
         return [
             b
@@ -279,11 +282,31 @@ class Run:
             if not changed.intersection(b.parameters) and all(s.get(b.name, b.shape) == b.shape for s in shapes)
         ]
 
+    def _changed(self) -> set[str]:
+        """The asked stage's parameters that a later stage does not have, or began with other values."""
+        later = self.stages[self.stage.index + 1 :]
+        own = set(self.stage.record["module"]["parameters"])
+        gone = {name for stage in later for name in own.difference(stage.record["module"]["parameters"])}
+        return gone | {name for stage in later for name in stage.record["reset"]}
+
     # ---------------------------------------------------------------- parameters and factors
 
     def final(self) -> State:
         """The parameters that training ended with."""
         return final_parameters(self.store, self.stages[-1].index)
+
+    def final_of_stage(self) -> State:
+        """The same for the asked stage's model: what later stages did not take over keeps its last value there."""
+        return self._overlaid(final_parameters(self.store, self.stage.index), self.final())
+
+    def for_query(self, state: State) -> State:
+        """Parameters of the asked stage for the final model: what came only later has its final value."""
+        return self._overlaid(self.final(), state)
+
+    def _overlaid(self, base: State, over: State) -> State:
+        changed = self._changed()
+        shared = (n for n in over if n in base and n not in changed and over[n].shape == base[n].shape)
+        return {**base, **{name: over[name] for name in shared}}
 
     def state(self, snapshot: Stretch, which: str) -> State:
         """A snapshot's parameters: ``"mean"`` over its steps, or at the ``"point"`` in its middle."""
@@ -332,7 +355,7 @@ class Run:
         """Factors of the asked stage's objective and examples at the final parameters (influence functions)."""
         own = self.stage.index
         name = "segments/final.safetensors" if own == len(self.stages) - 1 else f"segments/final-of-{own}.safetensors"
-        return self._factors(self.stage, name, [self.final], [1.0], [None])
+        return self._factors(self.stage, name, [self.final_of_stage], [1.0], [None])
 
     def _factors(
         self,

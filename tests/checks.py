@@ -36,6 +36,10 @@ TITLES = {
 NOTES = {
     "layer": "Figures are relative errors of per-example gradients against autograd on one example at a time; the"
     " bound is 1e-4, or 2e-2 under autocast, whose arithmetic has 8 bits.",
+    "architecture": "Networks of a few thousand parameters on real text and digits. Gradients as above, of every block;"
+    " the covered share of parameters is asserted to be 99 % or more.",
+    "loss": "The Fisher of sampled labels is estimated from 20,000 draws: figures are its largest error over its"
+    " largest entry, 5 standard errors are allowed.",
 }
 Key = tuple[str, str, str]  # table, row, column
 

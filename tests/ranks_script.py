@@ -66,7 +66,7 @@ def main(folder: Path, devices: int) -> None:
         source = SourceCallback(form, segments=2, snapshots_per_segment=2, factor_examples=20)
         callbacks = [] if form == "without" else [source]
         if form == "mean":
-            saves = ModelCheckpoint(folder / "ckpt", every_n_train_steps=3, save_top_k=-1, filename="{step}")
+            saves = ModelCheckpoint(folder / "ckpt", every_n_epochs=1, save_top_k=-1, filename="{epoch}")
             callbacks += [saves, Copies(folder / form, folder / "killed")]
         trainer = quiet_trainer(
             folder,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import measured
 from torch import Tensor
 
 from lightning_source.losses import read_call
@@ -163,6 +164,7 @@ VARIANTS = [
 quietly = pytest.mark.filterwarnings("ignore:Using a target size", "ignore:reduction. 'mean' divides")
 
 
+@pytest.mark.check("loss", "{name}", "value as torch's")
 @pytest.mark.parametrize(("name", "reduction"), VARIANTS)
 @quietly
 def test_value_is_torchs_own(name, reduction):
@@ -175,6 +177,7 @@ def test_value_is_torchs_own(name, reduction):
     assert not call.curvature.requires_grad
 
 
+@pytest.mark.check("loss", "{name}", "true Fisher against its exact expectation")
 @pytest.mark.parametrize("name", CASES)
 @quietly
 def test_sampled_gradients_have_the_fisher_as_second_moment(name):
@@ -196,8 +199,10 @@ def test_sampled_gradients_have_the_fisher_as_second_moment(name):
     error = 5 * products.std(0) / math.sqrt(DRAWS) + 1e-4 * expected.abs().max()
     assert (error < 0.1 * expected.abs().max()).all()
     assert ((products.mean(0) - expected).abs() <= error).all()
+    measured((products.mean(0) - expected).abs().max() / expected.abs().max())
 
 
+@pytest.mark.check("loss", "{name}", "margin and log-probability")
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.function is not F.kl_div and "weight" not in n])
 @quietly
 def test_log_prob_is_the_loss_below_a_constant(name):
@@ -233,6 +238,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.check("loss", "{name}", "not read as a likelihood")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_likelihood_is_not_read(name):
     module = torch.nn.Module()

@@ -92,10 +92,13 @@ def test_a_run_is_resumed_on_one_rank(folders, tmp_path, monkeypatch, devices):
     monkeypatch.chdir(tmp_path)
     source = SourceCallback("mean", segments=2, snapshots_per_segment=2, factor_examples=20)
     trainer = quiet_trainer(tmp_path, source, gradient_clip_val=0.3, max_epochs=3, accumulate_grad_batches=2)
-    trainer.fit(Net(), DataLoader(classes(), 4), ckpt_path=folders[devices] / "ckpt" / "step=6.ckpt")
+    trainer.fit(Net(), DataLoader(classes(), 4), ckpt_path=folders[devices] / "ckpt" / "epoch=1.ckpt")
     manifest = RunStore.open(folder).manifest
     assert len(manifest["stages"]) == 1
-    assert [(s["first"], s["last"]) for s in manifest["segments"]] == [(0, 5), (5, 9)]
+    whole = RunStore.open(folders[devices] / "mean").manifest
+    assert [(s["first"], s["last"]) for s in manifest["segments"]] == [
+        (s["first"], s["last"]) for s in whole["segments"]
+    ]
     assert difference(trainer.attribute(QUERY).values, results(folders, "mean", devices)["source"]) < TOLERANCE
 
 

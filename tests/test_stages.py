@@ -31,6 +31,7 @@ def close(a, b, rtol=1e-5):
     torch.testing.assert_close(a, b, rtol=0, atol=rtol * float(b.abs().max()))
 
 
+@pytest.mark.check("stage", "two stages", "own examples, N and segments")
 def test_each_stage_has_its_own_examples(two_stages, tmp_path):
     first = two_stages.attribute(QUERY, stage="first")
     second = two_stages.attribute(QUERY)
@@ -42,6 +43,7 @@ def test_each_stage_has_its_own_examples(two_stages, tmp_path):
     assert torch.equal(scorer.score(QUERY, FIRST).values, first.values)
 
 
+@pytest.mark.check("stage", "two stages", "formula on dense matrices")
 def test_the_first_stage_is_carried_through_the_second(two_stages):
     """The formula by hand on dense per-block matrices: ``∇fᵀ S₂ F_r(H₁) g / N₁``."""
     with two_stages.callbacks[0].scorer(two_stages, stage="first") as scorer:
@@ -70,6 +72,7 @@ def test_the_first_stage_is_carried_through_the_second(two_stages):
     close(two_stages.attribute(QUERY, stage="first").values, total, 1e-4)
 
 
+@pytest.mark.check("stage", "a layer frozen in stage 2", "stands still")
 def test_a_layer_that_the_second_stage_froze_stands_still(tmp_path):
     source, module = SourceCallback(str(tmp_path / "run")), Classifier(mlp())
     fit(tmp_path, source, module, FIRST)
@@ -87,6 +90,7 @@ def test_a_layer_that_the_second_stage_froze_stands_still(tmp_path):
     assert not module.net[0].weight.requires_grad
 
 
+@pytest.mark.check("stage", "a head drawn anew", "carries nothing")
 def test_a_head_drawn_anew_carries_nothing(tmp_path):
     source, module = SourceCallback(str(tmp_path / "run")), Classifier(mlp())
     fit(tmp_path, source, module, FIRST)
@@ -97,6 +101,7 @@ def test_a_head_drawn_anew_carries_nothing(tmp_path):
     assert trainer.attribute(QUERY, stage=0).values.shape == (4, 24)
 
 
+@pytest.mark.check("stage", "another head on a new module", "scores, from_run the same")
 def test_another_head_on_a_new_module(tmp_path):
     """Stage 2 takes over the trunk of another module; stage 1's gradients need the module that it trained."""
     source, old = SourceCallback(str(tmp_path / "run")), Classifier(mlp())
@@ -111,17 +116,20 @@ def test_another_head_on_a_new_module(tmp_path):
     assert torch.equal(scorer.score(QUERY, FIRST).values, here)
 
 
+@pytest.mark.check("stage", "a stage that is not there", "refused by name")
 @pytest.mark.parametrize("stage", ["third", 2, -3])
 def test_a_stage_that_is_not_there_is_named(two_stages, stage):
     with pytest.raises(MisconfigurationException, match='its stages are 0 "first", 1 "second"'):
         two_stages.attribute(QUERY, stage=stage)
 
 
+@pytest.mark.check("stage", "a name given twice", "refused by name")
 def test_a_name_is_given_once(two_stages, tmp_path):
     with pytest.raises(MisconfigurationException, match='a stage "first" already'):
         fit(tmp_path, two_stages.callbacks[0].stage("first"), Classifier(mlp()), FIRST)
 
 
+@pytest.mark.check("stage", "two stages", "method {method}")
 @pytest.mark.parametrize("method", ["fast-source", "influence", "tracin", "grad-dot", "grad-cos"])
 def test_every_method_answers_for_both_stages(two_stages, method):
     for stage, count in ((0, 24), (1, 16)):

@@ -25,4 +25,4 @@ def influence(query: Query, *, damping: float | None = None) -> Iterator[Contrac
         amount = 0.1 * float(values.mean()) if damping is None else damping
         # A block that never saw a gradient has no curvature and no default damping; its gradients are 0 as well.
         rows.mul_(damped_inverse(query.columns(name, values), max(amount, 1e-30)))
-    yield Contraction(run.final, vectors, 1 / run.examples, bases)
+    yield Contraction(run.final_of_stage, vectors, 1 / run.examples, bases)

@@ -27,9 +27,10 @@ def tracin(query: Query, *, snapshots: Literal["mean", "point"] | None = None) -
     for index, segment in enumerate(run.segments()):
         for snapshot in segment.snapshots:
             load = partial(run.state, snapshot, which)
-            vectors = _scaled(run, query.gradients(load()), snapshot)
+            vectors = _scaled(run, query.gradients(run.for_query(load())), snapshot)
             for name, scale in run.preconditioner([snapshot]).items():
-                vectors[name] *= query.columns(name, scale)
+                if name in vectors:
+                    vectors[name] *= query.columns(name, scale)
             yield Contraction(load, vectors, 1 / run.examples, segment=index)
 
 
@@ -40,7 +41,7 @@ def grad_dot(query: Query) -> Iterator[Contraction]:
     vectors = _scaled(
         run, query.gradients(run.final()), merge_all([s for s in run.snapshots if s.stage == run.stage.index])
     )
-    yield Contraction(run.final, vectors, 1 / run.examples)
+    yield Contraction(run.final_of_stage, vectors, 1 / run.examples)
 
 
 @estimates("grad-cos")
@@ -50,7 +51,7 @@ def grad_cos(query: Query) -> Iterator[Contraction]:
     gradients = query.gradients(run.final())
     norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt().clamp_min(1e-30)
     vectors = {name: g / norm.view(-1, 1, 1, 1) for name, g in gradients.items()}
-    yield Contraction(run.final, vectors, 1.0, normalize=True)
+    yield Contraction(run.final_of_stage, vectors, 1.0, normalize=True)
 
 
 def _scaled(run: Run, gradients: Mapping[str, Tensor], stretch: Stretch) -> dict[str, Tensor]:

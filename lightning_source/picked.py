@@ -1,0 +1,68 @@
+"""Rows picked out of a batch by a mask, ``logits[mask]``: whose they are is read off the autograd graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# How far a walk goes. The rows' operations behind a mask are a loss, perhaps a head of a few layers.
+MAX_NODES = 64
+
+
+def owners_of(rows: Tensor, examples: int) -> Tensor | None:
+    """The example that each row belongs to, ``[K]``, if the rows were picked by a mask or by index tensors.
+
+    The walk goes back through operations whose outputs have as many rows, to an indexing by a boolean mask over
+    ``[B, ...]`` or ``[B · T]``, or by two or more index tensors of which the first counts examples.
+
+    Args:
+        rows: ``[K, ...]``.
+        examples: number of examples in the batch, ``B``.
+
+    Returns:
+        Indices of examples, or ``None`` if no mask was found: then rows are laid out by example, or by nothing.
+    """
+    if rows.dim() == 0 or rows.grad_fn is None:
+        return None
+    waiting: list[Any] = [rows.grad_fn]
+    seen: set[Any] = set()
+    while waiting and len(seen) < MAX_NODES:
+        node = waiting.pop(0)
+        seen.add(node)
+        if not any(len(output.shape) and output.shape[0] == len(rows) for output in node._input_metadata):
+            continue
+        if node.name() == "IndexBackward0":
+            return _owners(node._saved_indices, node._saved_self_sym_sizes, len(rows), examples)
+        waiting += [parent for parent, _ in node.next_functions if parent is not None and parent not in seen]
+    return None
+
+
+def _owners(indices: tuple[Tensor | None, ...], sizes: tuple[int, ...], rows: int, examples: int) -> Tensor | None:
+    first = indices[0] if indices else None
+    if first is None or sizes[0] % examples:
+        return None
+    if first.dtype == torch.bool:
+        owners = first.nonzero()[:, 0]
+    elif len(indices) > 1 and first.dim() == 1 and sizes[0] == examples:
+        owners = first % examples  # indices may count from the end
+    else:
+        return None  # a lookup in a table looks the same
+    return owners // (sizes[0] // examples) if len(owners) == rows else None
+
+
+def by_owner(values: Tensor, owners: Tensor, examples: int) -> Tensor:
+    """Rows ``[K, ...]`` as ``[B, T, ...]`` in their order, shorter examples filled up with zeros.
+
+    Args:
+        values: the rows.
+        owners: the example of each, ``[K]``.
+        examples: ``B``.
+    """
+    order = owners.argsort(stable=True)
+    counts = owners.bincount(minlength=examples)
+    starts = counts.cumsum(0) - counts
+    place = torch.arange(len(owners), device=owners.device) - starts[owners[order]]
+    table = values.new_zeros(examples, int(counts.max()) if len(owners) else 0, *values.shape[1:])
+    return table.index_put((owners[order], place), values[order])
