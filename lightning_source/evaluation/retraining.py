@@ -35,7 +35,7 @@ SCHEMA = 1
 MANIFEST = "sweep.json"
 _SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 # The random generators, which decide initialisation and order, belong to the process: its threads take turns.
-_ONE_RUN_PER_PROCESS = threading.Lock()
+_ONE_RUN_PER_PROCESS = threading.RLock()
 
 
 def retrain(
@@ -54,8 +54,9 @@ def retrain(
 
     Runs are spread by joblib: over processes by default, elsewhere inside ``joblib.parallel_config(backend=...)``
     (``"dask"``, ``"ray"`` and ``"threading"`` too), where ``dirpath`` must be on a file system that the workers share.
-    A run is determined by its subset and seed, whatever runs beside it: torch, NumPy and Python are seeded before
-    ``build``, and ``threads`` fixes the order of sums. Threads of one process take turns, since they share generators.
+    A run is determined by its subset and seed, whatever runs beside it (on the CPU bit for bit): torch, NumPy and
+    Python are seeded before ``build``, and ``threads`` fixes the order of sums. Threads of one process take turns,
+    since they share the generators.
 
     Args:
         build: ``build(kept, seed) -> (module, data, trainer)``. ``kept`` are the positions of the training examples to
