@@ -75,6 +75,24 @@ def test_equals_a_plain_loop_bit_for_bit_and_leaves_the_generators_alone(tmp_pat
     assert not torch.equal(measured[0], measured[1])
 
 
+def test_a_data_module_trains_as_its_loader_does(tmp_path, subsets):
+    class Data(L.LightningDataModule):
+        def __init__(self, loader):
+            super().__init__()
+            self.loader = loader
+
+        def train_dataloader(self):
+            return self.loader
+
+    def build_with_module(kept, seed):
+        module, loader, trainer = build(kept, seed)
+        return module, Data(loader), trainer
+
+    expected = retrain(build, subsets, [0], query_losses, **options(tmp_path / "loader"))
+    found = retrain(build_with_module, subsets, [0], query_losses, **options(tmp_path / "module"))
+    assert torch.equal(found, expected)
+
+
 # Forked processes need not import torch and Lightning anew, which takes loky's several seconds.
 @pytest.mark.parametrize("backend", ["threading", "multiprocessing", pytest.param("loky", marks=pytest.mark.slow)])
 def test_parallel_equals_serial_bit_for_bit(tmp_path, subsets, backend):

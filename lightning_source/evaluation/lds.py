@@ -17,7 +17,7 @@ class DatamodelingResult(NamedTuple):
     lds: Tensor  # mean over queries of the Spearman correlation over subsets
     interval: Tensor  # [2], queries drawn anew: how far other queries would move it
     subset_interval: Tensor  # [2], subsets drawn anew: how far other subsets would move it
-    per_query: Tensor  # [Q]
+    per_query: Tensor  # [Q] (a scalar where Q is 1: torchmetrics squeezes results)
     control: Tensor  # the mean LDS of the same scores dealt to other examples
     control_interval: Tensor  # [2], of single deals
     reliability: Tensor | None  # of the ground truth; None without repeated retrainings

@@ -21,7 +21,7 @@ class RemovalCorrelationResult(NamedTuple):
     slope: Tensor  # of actual on predicted change, each query with its own intercept
     slope_interval: Tensor  # [2], queries drawn anew
     slope_group_interval: Tensor  # [2], groups drawn anew
-    pearson_per_query: Tensor  # [Q]
+    pearson_per_query: Tensor  # [Q] (a scalar where Q is 1: torchmetrics squeezes results)
     spearman_per_query: Tensor  # [Q]
     control: Tensor  # mean Pearson correlation of the same scores dealt to other examples
     control_interval: Tensor  # [2], of single deals
