@@ -15,11 +15,14 @@ MEMORYLESS = {
     "Adam, amsgrad": lambda p: torch.optim.Adam(p, 0.1, betas=(0.0, 0.9), amsgrad=True),
     "AdamW": lambda p: torch.optim.AdamW(p, 0.1, betas=(0.0, 0.9), weight_decay=0.3),
     "Adagrad": lambda p: torch.optim.Adagrad(p, 0.1, weight_decay=0.3),
+    "Adagrad, rate decay": lambda p: torch.optim.Adagrad(p, 0.1, lr_decay=0.5, weight_decay=0.3),
+    "Adam, maximize": lambda p: torch.optim.Adam(p, 0.1, betas=(0.0, 0.9), maximize=True),
     "RMSprop": lambda p: torch.optim.RMSprop(p, 0.1, weight_decay=0.3),
     "RMSprop, centred": lambda p: torch.optim.RMSprop(p, 0.1, centered=True),
 }
 
 
+@pytest.mark.check("optimizer", "{name}", "step as the rule says")
 @pytest.mark.parametrize("name", MEMORYLESS)
 def test_a_step_is_what_the_rule_says(name):
     """To 1e-5: float32, in another order of operations."""
@@ -31,6 +34,7 @@ def test_a_step_is_what_the_rule_says(name):
         parameter.grad = gradient.clone()
         optimizer.step()
         rule = rule_for(optimizer)(optimizer.param_groups[0])
+        gradient = -gradient if rule.maximize else gradient
         scale = rule.preconditioner(optimizer.state[parameter]) if rule.preconditioner else torch.ones(7)
         decay = rule.weight_decay * before
         moved = scale * gradient + decay if rule.decoupled else scale * (gradient + decay)
@@ -38,6 +42,7 @@ def test_a_step_is_what_the_rule_says(name):
         torch.testing.assert_close(before - parameter.detach(), rate * moved, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.check("optimizer", "{make}", "self-influence is the scores' diagonal")
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.RMSprop])
 def test_a_preconditioned_run_is_scored_with_its_own_scale(tmp_path, make):
     trainer = fitted(tmp_path, Classifier(mlp(), optimizer=lambda p: make(p, 0.01)), segments=2)
