@@ -43,8 +43,6 @@ def check_trainer(trainer: Any, module: Any, optimizer: int | None) -> None:
                 " goes on. HINT: use `lightning.pytorch.callbacks.WeightAveraging` or `EMAWeightAveraging`, which leave"
                 " the trained weights alone."
             )
-    if count == 0:
-        raise MisconfigurationException("`configure_optimizers` gave no optimizer, so there are no steps to attribute.")
     if count > 1 and optimizer is None:
         names = ", ".join(f"{i} `{type(o).__name__}`" for i, o in enumerate(trainer.optimizers))
         raise MisconfigurationException(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,16 +15,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_source._guards import parameters_kept, thawed, undisturbed
 from lightning_source._trainer import (
     averages_weights,
     check_trainer,
-    clips_gradients,
     other_callbacks,
     run_directory,
     training_examples,
@@ -32,7 +30,6 @@ from lightning_source.attribution import AttributingCallback
 from lightning_source.data import Examples, count_examples
 from lightning_source.layers import clean_name
 from lightning_source.objective import Objective
-from lightning_source.optimizers import Rule, preconditioners, rule_for
 from lightning_source.phases import Phase
 from lightning_source.ranks import Ranks
 from lightning_source.recorder import Recorder, assemble, changed_between_stages, replace_final
@@ -40,6 +37,7 @@ from lightning_source.run import fingerprint
 from lightning_source.scorer import MEASUREMENTS
 from lightning_source.store import MANIFEST, RunStore
 from lightning_source.tracking import find_blocks, probe
+from lightning_source.watch import StepWatch
 
 # Bins kept while training, per snapshot: enough to cut a run of any length into nearly equal snapshots.
 BINS_PER_SNAPSHOT = 4
@@ -146,17 +144,8 @@ class SourceCallback(AttributingCallback):
         self._recorder: Recorder | None = None
         self._restored: dict[str, Any] | None = None  # what a checkpoint said of its recording
         self._next_name: str | None = None
-        self._handles: list[RemovableHandle] = []
-        self._names: dict[int, str] = {}  # of parameters, by id
-        self._optimizer: Optimizer | None = None
-        self._rule: Rule | None = None
-        self._trained: tuple[Any, ...] = ()
-        self._phase: Phase | None = None
-        self._clips = False
-        self._norm: Tensor | None = None
+        self._watch: StepWatch | None = None
         self._probed = False
-        self._window = 0
-        self._weight: float | None = None
         self._batches = 0
         self._batch_examples = 0
         self.seconds = {"recording": 0.0, "factors": 0.0}  # time spent by the callback
@@ -208,18 +197,11 @@ class SourceCallback(AttributingCallback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_trainer(trainer, pl_module, self.optimizer)
-        self._find_optimizer(trainer)
         Objective(pl_module)
+        self._watch = StepWatch(trainer, pl_module, self.optimizer or 0, partial(self._timed, "recording"))
         path = run_directory(trainer, self.dirpath)
-        if self._recorder is None:
+        if self._path is None:
             self._path = Ranks.current().from_first(lambda: self._open_store(trainer, path))
-
-    def _find_optimizer(self, trainer: Trainer) -> None:
-        self._optimizer = trainer.optimizers[self.optimizer or 0]
-        self._rule = rule_for(self._optimizer)
-        rules = [self._rule(group) for group in self._optimizer.param_groups]
-        if len({rule.maximize for rule in rules}) > 1:
-            raise MisconfigurationException("some parameter groups maximise and others minimise; HINT: do one of them.")
 
     def _open_store(self, trainer: Trainer, path: Path) -> Path:
         """The directory of a new run, or that of the run which the checkpoint belongs to."""
@@ -240,9 +222,6 @@ class SourceCallback(AttributingCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         examples = training_examples(trainer)
-        self._names = {id(p): clean_name(name) for name, p in pl_module.named_parameters()}
-        self._clips = pl_module.automatic_optimization and clips_gradients(trainer, pl_module)
-        self._window, self._weight = 0, None
         index = Ranks.current().from_first(lambda: self._begin(trainer, pl_module, examples))
         self._taught[index] = (pl_module, examples)
 
@@ -258,16 +237,14 @@ class SourceCallback(AttributingCallback):
         index = len(manifest["stages"]) - 1
         manifest["status"] = "running"
         boundaries = self.settings["segments"] if isinstance(self.settings["segments"], list) else []
-        self._recorder = Recorder(self._store, pl_module, self._bins, boundaries, self._preconditioners, index, point)
+        assert self._watch is not None
+        self._watch.find()  # a checkpoint may have come between
+        scales = self._watch.preconditioners
+        self._recorder = Recorder(self._store, pl_module, self._bins, boundaries, scales, index, point)
         self._batches, self._batch_examples = self._stage.get("seen", [0, 0])
         self._probed = "coverage" in self._stage
-        self._watch(trainer)
+        self._begin_phase()
         return index
-
-    def _preconditioners(self) -> dict[str, Tensor]:
-        assert self._optimizer is not None
-        assert self._rule is not None
-        return preconditioners(self._optimizer, self._rule, self._names)
 
     def _resume_point(self, trainer: Trainer) -> dict[str, Any] | None:
         """Where the recording goes on after a checkpoint was loaded; says so if there is no such point."""
@@ -289,8 +266,7 @@ class SourceCallback(AttributingCallback):
 
     def _begin_stage(self, trainer: Trainer, pl_module: LightningModule, examples: Examples | None) -> None:
         assert self._store is not None
-        assert self._rule is not None
-        assert self._optimizer is not None
+        assert self._watch is not None
         manifest = self._store.manifest
         stages = manifest.setdefault("stages", [])
         manifest |= {
@@ -318,56 +294,27 @@ class SourceCallback(AttributingCallback):
                 "module": {"class": type(pl_module).__name__, "parameters": fingerprint(pl_module)},
                 "phases": [],
                 "manual": None if pl_module.automatic_optimization else by_hand,
-                "maximize": any(self._rule(group).maximize for group in self._optimizer.param_groups),
+                "maximize": any(rule.maximize for rule in self._watch.rules),
                 "reset": changed_between_stages(self._store, pl_module) if stages else [],
             }
         )
 
-    # ---------------------------------------------------------------- which parameters are trained
-
-    def _watch(self, trainer: Trainer) -> None:
+    def _begin_phase(self) -> None:
         """Record the optimizer's steps from now on, under the groups that it has now."""
         assert self._recorder is not None
-        for handle in self._handles:
-            handle.remove()
-        self._find_optimizer(trainer)
-        assert self._optimizer is not None
-        assert self._rule is not None
-        self._handles = [
-            self._optimizer.register_step_pre_hook(self._before_step),
-            self._optimizer.register_step_post_hook(self._after_step(trainer)),
-        ]
-        self._trained = self._groups(trainer)
-        groups = [[self._names[key] for key in group if key in self._names] for group in self._trained[1:]]
+        assert self._watch is not None
         phases = [Phase.from_json(phase) for phase in self._stage["phases"]]
-        rules = [self._rule(group) for group in self._optimizer.param_groups]
-        self._phase = Phase.after(
-            phases[-1] if phases else None,
-            self._recorder.steps,
-            type(self._optimizer).__name__,
-            groups,
-            [rule.decoupled for rule in rules],
-        )
-        if phases and replace(phases[-1], first=self._phase.first) == self._phase:  # a resumed run as it was
+        phase = self._watch.phase(phases[-1] if phases else None, self._recorder.steps)
+        self._watch.attach(self._recorder, phase)
+        if phases and replace(phases[-1], first=phase.first) == phase:  # a resumed run as it was
             return
         if phases:
             self._recorder.flush(force=True)
-            trained = [name for group in groups for name in group]
-            self._recorder.regroup(phases[-1].parents(self._phase.columns), trained)
+            trained = [name for group in phase.columns for name in group]
+            self._recorder.regroup(phases[-1].parents(phase.columns), trained)
         # A phase without a step leaves its columns to the next one, and nothing else.
-        kept = [phase for phase in phases if phase.first < self._phase.first]
-        self._stage["phases"] = [phase.to_json() for phase in [*kept, self._phase]]
+        self._stage["phases"] = [p.to_json() for p in [*(p for p in phases if p.first < phase.first), phase]]
         self._probed = False
-
-    def _groups(self, trainer: Trainer) -> tuple[Any, ...]:
-        """The optimizer and, by its groups, the parameters that it trains.
-
-        Optimizing by hand, users toggle gradients as they go, which says nothing of what is trained.
-        """
-        optimizer = trainer.optimizers[self.optimizer or 0]
-        by_hand = not trainer.lightning_module.automatic_optimization
-        groups = [tuple(id(p) for p in g["params"] if by_hand or p.requires_grad) for g in optimizer.param_groups]
-        return optimizer, *groups
 
     # ---------------------------------------------------------------- during training
 
@@ -379,20 +326,20 @@ class SourceCallback(AttributingCallback):
             size = count_examples(batch)
             self._batches += 1
             self._batch_examples += size
-            if pl_module.automatic_optimization is False:
-                self._window += 1
-            if self._groups(trainer) != self._trained:
-                self._recorder.flush(force=True)
-                self._watch(trainer)
+            assert self._watch is not None
+            self._watch.on_batch_start()
+            if self._watch.changed():
+                self._recorder.flush(force=True)  # while the old optimizer's moments can be read
+                self._watch.find()
+                self._begin_phase()
             if not self._probed:
                 self._probe(pl_module, batch, size)
 
     def _probe(self, pl_module: LightningModule, batch: Any, size: int) -> None:
         """Find out on a real batch what can be attributed, and say so once."""
         assert self._store is not None
-        assert self._phase is not None
-        own = {self._names[id(p)]: p for p in pl_module.parameters()}
-        groups = [[own[name] for name in column] for column in self._phase.columns]
+        own = {clean_name(name): p for name, p in pl_module.named_parameters()}
+        groups = [[own[name] for name in column] for column in self._stage["phases"][-1]["columns"]]
         objective = Objective(pl_module, **(self._stage["manual"] or {}))
         everything = [p for group in groups for p in group]  # those that are frozen again by now, too
         with undisturbed(pl_module, self.settings["seed"]), parameters_kept(pl_module), thawed(everything):
@@ -418,65 +365,18 @@ class SourceCallback(AttributingCallback):
 
     @override
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._window = 0  # of micro-batches; by hand, where this hook is silent, of batches
+        if self._watch is not None:
+            self._watch.on_zero_grad()
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if pl_module.automatic_optimization:
-            self._window += 1
-        elif self._optimizer is not None and self._recorder is not None and trainer.scaler is None:
-            self._norm = _gradient_norm(self._optimizer)  # before the user clips, by whatever means
+        if self._recorder is not None and self._watch is not None:
+            self._watch.on_after_backward()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if optimizer is not self._optimizer or self._recorder is None:
-            return
-        if self._clips:
-            self._norm = _gradient_norm(optimizer)
-        if not pl_module.automatic_optimization:
-            self._weight = self._close_window(trainer)  # here, since the loss scaler may skip the step itself
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        assert self._recorder is not None
-        with self._timed("recording"):
-            self._recorder.before_step()
-
-    def _after_step(self, trainer: Trainer) -> Any:
-        def log(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            assert self._recorder is not None
-            assert self._rule is not None
-            assert self._phase is not None
-            with self._timed("recording"):
-                rules = [self._rule(group) for group in optimizer.param_groups]
-                self._recorder.after_step(
-                    self._phase.per_column([group["lr"] for group in optimizer.param_groups]),
-                    self._phase.per_column([rule.rate_multiplier for rule in rules]),
-                    self._phase.per_column([rule.weight_decay for rule in rules]),
-                    self._close_window(trainer),
-                    self._coefficient(optimizer),
-                )
-                self._weight = self._norm = None
-
-        return log
-
-    def _close_window(self, trainer: Trainer) -> float:
-        """What multiplies the mean loss of the micro-batches that a step saw."""
-        window, self._window = self._window, 0
-        if self._weight is not None:
-            return self._weight
-        if trainer.lightning_module.automatic_optimization:
-            return window / max(1, trainer.accumulate_grad_batches)  # also where a last window is shorter
-        return max(1, window)  # several steps on one batch each see its mean
-
-    def _coefficient(self, optimizer: Optimizer) -> Tensor | None:
-        """What multiplied the step's gradient: clipping, and 0 where a fused optimizer was told to skip."""
-        found = None
-        if self._norm is not None:
-            found = torch.where(self._norm > 0, _gradient_norm(optimizer) / self._norm, 1.0)
-        overflow = getattr(optimizer, "found_inf", None)
-        if overflow is not None:
-            found = (1.0 if found is None else found) * (1 - overflow.reshape(()))
-        return found
+        if self._recorder is not None and self._watch is not None:
+            self._watch.on_before_step(optimizer)
 
     @override
     def on_train_batch_end(
@@ -536,9 +436,8 @@ class SourceCallback(AttributingCallback):
 
     def _close(self, status: str) -> bool:
         """End the recording; gives back whether there is anything to score."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        if self._watch is not None:
+            self._watch.detach()
         if self._recorder is None or self._store is None:
             return False
         with self._timed("recording"):
@@ -552,11 +451,5 @@ class SourceCallback(AttributingCallback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-
-def _gradient_norm(optimizer: Optimizer) -> Tensor:
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+        if self._watch is not None:
+            self._watch.detach()

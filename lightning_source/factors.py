@@ -224,7 +224,9 @@ def eigenbasis(activations: Tensor, gradients: Tensor, dtype: torch.dtype) -> tu
     values_a, vectors_a = _eigh(activations)
     values_g, vectors_g = _eigh(gradients)
     kronecker = values_g.clamp_min(0).unsqueeze(-1) * values_a.clamp_min(0).unsqueeze(-2)
-    basis = Basis(*(None if vectors is None else vectors.to(dtype) for vectors in (vectors_a, vectors_g)))
+    # Laid out as they come back from disk: products of another layout round differently.
+    both = (None if v is None else v.to(dtype).contiguous() for v in (vectors_a, vectors_g))
+    basis = Basis(*both)
     return basis, kronecker.to(dtype)
 
 

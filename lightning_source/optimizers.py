@@ -23,7 +23,7 @@ class StepRule:
 
     rate_multiplier: float  # effective learning rate over ``lr``
     weight_decay: float = 0.0
-    # P, a diagonal, from a parameter's entry in ``optimizer.state``; shaped like the parameter. None: the identity.
+    # P > 0, a diagonal, from a parameter's entry in ``optimizer.state``, shaped like the parameter. None: the identity.
     preconditioner: Callable[[Mapping[str, Any]], Tensor] | None = None
     decoupled: bool = False  # the decay is not preconditioned (AdamW)
     maximize: bool = False  # steps go up the loss

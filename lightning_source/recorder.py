@@ -136,7 +136,8 @@ class Recorder:
         self._open, self._sums, self._summed = [], [], 0
         totals = (tuple(steps[:, columns : 2 * columns].sum(0).tolist()), tuple(map(sum, zip(*decay, strict=True))))
         stretch = Stretch(first, self.steps, *totals, stage=self.stage)
-        self._add_bin(stretch, steps, mean, self._trained | self._buffers, self._preconditioners())
+        scales = {name: 1 / value for name, value in self._preconditioners().items()}
+        self._add_bin(stretch, steps, mean, self._trained | self._buffers, scales)
         if len(self.bins) > self.limit:
             self._halve()
         self._enter_bins()
@@ -234,10 +235,10 @@ class Recorder:
         steps: Tensor,
         mean: Mapping[str, Tensor],
         end: Mapping[str, Tensor],
-        preconditioners: Mapping[str, Tensor],
+        scales: Mapping[str, Tensor],
     ) -> None:
         name = f"bins/steps={stretch.first:06d}-{stretch.last:06d}.safetensors"
-        tensors = _prefixed("mean", mean) | _prefixed("end", end) | _prefixed("scale", preconditioners)
+        tensors = _prefixed("mean", mean) | _prefixed("end", end) | _prefixed("scale", scales)
         self.store.write(name, tensors | {"steps": steps})
         self.bins.append(stretch.at(name))
 
@@ -279,7 +280,7 @@ def assemble(store: RunStore, segments: int | Sequence[int], snapshots_per_segme
     """Turn the last stage's bins into snapshots and segments on disk. Works on a finished run and on a killed one.
 
     A snapshot holds ``mean/…``, the running mean of the parameters over its steps, ``point/…``, the parameters at the
-    bin end nearest to its middle, and ``scale/…``, the optimizer's diagonal preconditioner averaged over its bins.
+    bin end nearest to its middle, and ``scale/…``, the inverse of the optimizer's diagonal preconditioner averaged over its bins.
     """
     bins = [Stretch.from_json(b) for b in store.manifest.get("bins", [])]
     if not bins:
@@ -378,8 +379,13 @@ def mean_parameters(store: RunStore, snapshots: Sequence[Stretch]) -> dict[str, 
 
 
 def mean_preconditioner(store: RunStore, snapshots: Sequence[Stretch]) -> dict[str, Tensor]:
-    """The optimizer's diagonal preconditioner ``P̄`` by parameter, averaged over snapshots; empty for gradient steps."""
-    return _weighted_mean([_under("scale", store.read(s.file)) for s in snapshots], normalized_weights(snapshots))
+    """The optimizer's diagonal preconditioner ``P̄`` by parameter over snapshots; empty for gradient steps.
+
+    Its inverse is what is averaged, ``√v̂ + ε`` for Adam: in the mean of ``P`` itself a few moments near 0 outweigh all
+    others.
+    """
+    inverse = _weighted_mean([_under("scale", store.read(s.file)) for s in snapshots], normalized_weights(snapshots))
+    return {name: 1 / value for name, value in inverse.items()}
 
 
 def final_parameters(store: RunStore, stage: int = -1) -> dict[str, Tensor]:

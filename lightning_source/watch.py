@@ -1,0 +1,166 @@
+"""Hangs on the optimizer that is attributed and tells the recorder of every step: its rates, window and clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_source._trainer import clips_gradients
+from lightning_source.layers import clean_name
+from lightning_source.optimizers import StepRule, preconditioners, rule_for
+from lightning_source.phases import Phase
+from lightning_source.recorder import Recorder
+
+
+class StepWatch:
+    """Watches one of the Trainer's optimizers.
+
+    Args:
+        trainer: the Trainer.
+        module: the LightningModule.
+        index: which optimizer.
+        timed: a context that the watch's own work runs in.
+
+    Raises:
+        MisconfigurationException: no rule is known for the optimizer.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, index: int, timed: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self.trainer = trainer
+        self.index = index
+        self.by_hand = not module.automatic_optimization
+        self.names = {id(p): clean_name(name) for name, p in module.named_parameters()}
+        self._timed = timed
+        self._clips = not self.by_hand and clips_gradients(trainer, module)
+        self._handles: list[RemovableHandle] = []
+        self._recorder: Recorder | None = None
+        self._columns: Phase | None = None
+        self._window = 0
+        self._weight: float | None = None
+        self._norm: Tensor | None = None
+        self.find()
+
+    def find(self) -> None:
+        """The optimizer as the Trainer has it now, and how it steps."""
+        self.optimizer: Optimizer = self.trainer.optimizers[self.index]
+        self.rule = rule_for(self.optimizer)
+        if len({rule.maximize for rule in self.rules}) > 1:
+            raise MisconfigurationException("some parameter groups maximise and others minimise; HINT: do one of them.")
+        self.trained = self._trained_by(self.optimizer)
+
+    def _trained_by(self, optimizer: Optimizer) -> tuple[tuple[int, ...], ...]:
+        # Optimizing by hand, users toggle gradients as they go, which says nothing of what is trained.
+        return tuple(
+            tuple(id(p) for p in group["params"] if self.by_hand or p.requires_grad) for group in optimizer.param_groups
+        )
+
+    @property
+    def rules(self) -> Sequence[StepRule]:
+        """How each parameter group steps."""
+        return [self.rule(group) for group in self.optimizer.param_groups]
+
+    def preconditioners(self) -> dict[str, Tensor]:
+        """The optimizer's diagonal preconditioners by parameter name."""
+        return preconditioners(self.optimizer, self.rule, self.names)
+
+    def phase(self, previous: Phase | None, first: int) -> Phase:
+        """The phase that begins at a step under the groups that there are now."""
+        groups = [[self.names[key] for key in group if key in self.names] for group in self.trained]
+        decoupled = [rule.decoupled for rule in self.rules]
+        return Phase.after(previous, first, type(self.optimizer).__name__, groups, decoupled)
+
+    def changed(self) -> bool:
+        """Whether the optimizer was replaced, or what its groups train, since it was found."""
+        optimizer = self.trainer.optimizers[self.index]
+        return optimizer is not self.optimizer or self._trained_by(optimizer) != self.trained
+
+    # ---------------------------------------------------------------- steps
+
+    def attach(self, recorder: Recorder, columns: Phase) -> None:
+        """Tell the recorder of each step from now on, by these columns."""
+        self.detach()
+        self._recorder, self._columns = recorder, columns
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def detach(self) -> None:
+        """Leave the optimizer as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def on_batch_start(self) -> None:
+        """By hand, where the other hooks are silent, batches count."""
+        self._window += self.by_hand
+
+    def on_zero_grad(self) -> None:
+        """A window of micro-batches begins."""
+        self._window = 0
+
+    def on_after_backward(self) -> None:
+        """One more micro-batch; by hand, the gradient before the user clips it, by whatever means."""
+        if not self.by_hand:
+            self._window += 1
+        elif self.trainer.scaler is None:
+            self._norm = self._gradient_norm()
+
+    def on_before_step(self, optimizer: Optimizer) -> None:
+        """The gradient before Lightning clips it."""
+        if optimizer is not self.optimizer:
+            return
+        if self._clips:
+            self._norm = self._gradient_norm()
+        if self.by_hand:
+            self._weight = self._close_window()  # here, since the loss scaler may skip the step itself
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        assert self._recorder is not None
+        with self._timed():
+            self._recorder.before_step()
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        assert self._recorder is not None
+        assert self._columns is not None
+        with self._timed():
+            rules = self.rules
+            self._recorder.after_step(
+                self._columns.per_column([group["lr"] for group in optimizer.param_groups]),
+                self._columns.per_column([rule.rate_multiplier for rule in rules]),
+                self._columns.per_column([rule.weight_decay for rule in rules]),
+                self._close_window() if self._weight is None else self._weight,
+                self._coefficient(),
+            )
+            self._weight = self._norm = None
+
+    def _close_window(self) -> float:
+        """What multiplies the mean loss of the micro-batches that a step saw."""
+        window, self._window = self._window, 0
+        if self.by_hand:
+            return max(1, window)  # several steps on one batch each see its mean
+        return window / max(1, self.trainer.accumulate_grad_batches)  # also where a last window is shorter
+
+    def _coefficient(self) -> Tensor | None:
+        """What multiplied the step's gradient: clipping, and 0 where a fused optimizer was told to skip."""
+        found = None
+        if self._norm is not None:
+            found = torch.where(self._norm > 0, self._gradient_norm() / self._norm, 1.0)
+        overflow = getattr(self.optimizer, "found_inf", None)
+        if overflow is not None:
+            found = (1.0 if found is None else found) * (1 - overflow.reshape(()))
+        return found
+
+    def _gradient_norm(self) -> Tensor:
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
