@@ -280,7 +280,8 @@ def assemble(store: RunStore, segments: int | Sequence[int], snapshots_per_segme
     """Turn the last stage's bins into snapshots and segments on disk. Works on a finished run and on a killed one.
 
     A snapshot holds ``mean/…``, the running mean of the parameters over its steps, ``point/…``, the parameters at the
-    bin end nearest to its middle, and ``scale/…``, the inverse of the optimizer's diagonal preconditioner averaged over its bins.
+    bin end nearest to its middle, and ``scale/…``, the inverse of the optimizer's diagonal preconditioner averaged over
+    its bins.
     """
     bins = [Stretch.from_json(b) for b in store.manifest.get("bins", [])]
     if not bins:
