@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -32,7 +32,7 @@ from lightning_source.layers import clean_name
 from lightning_source.objective import Objective
 from lightning_source.phases import Phase
 from lightning_source.ranks import Ranks
-from lightning_source.recorder import Recorder, assemble, changed_between_stages, replace_final
+from lightning_source.recorder import Recorder, assemble, changed_between_stages, reopen, replace_final
 from lightning_source.run import fingerprint
 from lightning_source.scorer import MEASUREMENTS
 from lightning_source.store import MANIFEST, RunStore
@@ -236,11 +236,10 @@ class SourceCallback(AttributingCallback):
             self._begin_stage(trainer, pl_module, examples)
         index = len(manifest["stages"]) - 1
         manifest["status"] = "running"
-        boundaries = self.settings["segments"] if isinstance(self.settings["segments"], list) else []
         assert self._watch is not None
         self._watch.find()  # a checkpoint may have come between
         scales = self._watch.preconditioners
-        self._recorder = Recorder(self._store, pl_module, self._bins, boundaries, scales, index, point)
+        self._recorder = Recorder(self._store, pl_module, self._bins, self._boundaries, scales, index, point)
         self._batches, self._batch_examples = self._stage.get("seen", [0, 0])
         self._probed = "coverage" in self._stage
         self._begin_phase()
@@ -253,6 +252,8 @@ class SourceCallback(AttributingCallback):
         assert self._store is not None
         if self._restored is not None and self._store.manifest["run_id"] == self._restored["run_id"]:
             point = self._store.manifest.get("resume", {}).get(str(self._restored["steps"]))
+            if point is None and self._is_the_end(self._restored):
+                return reopen(self._store, self._bins, self._boundaries)
             if point is not None:
                 done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
                 if 0 < done < trainer.num_training_batches:  # the loader starts the epoch again, in another order
@@ -263,6 +264,19 @@ class SourceCallback(AttributingCallback):
             " from: scores attribute the steps from here on, as a stage of their own."
         )
         return None
+
+    def _is_the_end(self, state: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint's recording is the whole of a finished run."""
+        assert self._store is not None
+        manifest = self._store.manifest
+        finished = not manifest.get("bins") and "final" in manifest["stages"][-1]
+        return finished and (state["stage"], state["steps"]) == (len(manifest["stages"]) - 1, manifest["steps"])
+
+    @property
+    def _boundaries(self) -> list[int]:
+        """The steps at which the user wants segments to begin."""
+        segments = self.settings["segments"]
+        return segments if isinstance(segments, list) else []
 
     def _begin_stage(self, trainer: Trainer, pl_module: LightningModule, examples: Examples | None) -> None:
         assert self._store is not None

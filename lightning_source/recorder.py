@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -237,7 +238,7 @@ class Recorder:
         end: Mapping[str, Tensor],
         scales: Mapping[str, Tensor],
     ) -> None:
-        name = f"bins/steps={stretch.first:06d}-{stretch.last:06d}.safetensors"
+        name = _bin_name(stretch)
         tensors = _prefixed("mean", mean) | _prefixed("end", end) | _prefixed("scale", scales)
         self.store.write(name, tensors | {"steps": steps})
         self.bins.append(stretch.at(name))
@@ -338,6 +339,69 @@ def _log(phases: Sequence[Phase], stretch: Stretch, file: Mapping[str, Tensor]) 
     return torch.cat([*parts, steps[:, 3 * own :]], 1)
 
 
+def reopen(store: RunStore, limit: int, boundaries: Sequence[int]) -> dict[str, Any]:
+    """Take the last stage's snapshots for bins again, so that a finished run can go on; gives the point at its end.
+
+    Bins are then as long as the snapshots were, and a point snapshot made of several has its parameters from the middle
+    of one of them.
+
+    Args:
+        store: the run.
+        limit: the most bins kept.
+        boundaries: steps of the stage at which a segment begins.
+    """
+    manifest, record = store.manifest, store.manifest["stages"][-1]
+    stage = len(manifest["stages"]) - 1
+    phases = [Phase.from_json(phase) for phase in record["phases"]]
+    snapshots = [Stretch.from_json(s) for s in manifest["snapshots"]]
+    own = [s for s in snapshots if s.stage == stage]
+    start, final, log = own[0].first, store.read(record["final"]), store.read(record["log"])["steps"]
+    bins = []
+    for snapshot in own:
+        file = store.read(snapshot.file)
+        tensors = {name: value for name, value in file.items() if not name.startswith("point/")}
+        end = final if snapshot is own[-1] else _under("point", file)
+        phase = phase_at(phases, snapshot.first)
+        parents = phase.parents(phases[-1].columns)
+        chosen = [parents.index(column) for column in range(len(phase.columns))]
+        rows, width = log[snapshot.first - start : snapshot.last - start], len(parents)
+        parts = [rows[:, k * width : (k + 1) * width][:, chosen] for k in range(3)]
+        name = _bin_name(snapshot)
+        store.write(name, tensors | _prefixed("end", end) | {"steps": torch.cat([*parts, rows[:, 3 * width :]], 1)})
+        bins.append(snapshot.at(name).to_json())
+    manifest["snapshots"] = [s.to_json() for s in snapshots if s.stage != stage]
+    manifest["segments"] = [s for s in manifest["segments"] if s["stage"] != stage]
+    manifest["bins"] = bins
+    gone = [name for name in manifest["files"] if _belongs_to_end(name, len(manifest["segments"]), start)]
+    store.commit(remove=(record.pop("final"), record.pop("log"), *gone))
+    return {
+        "file": None,
+        "bins": bins,
+        "open": [],
+        "summed": 0,
+        "bin_steps": max(s.steps for s in own),
+        "limit": limit,
+        "start": start,
+        "steps": own[-1].last,
+        "boundaries": sorted({*(start + b for b in boundaries), *(phase.first for phase in phases)}),
+        "trained": [name for name in final if name in record["module"]["parameters"]],
+        "stage": {key: record[key] for key in ("phases", "coverage", "seen") if key in record},
+    }
+
+
+def _belongs_to_end(name: str, segments: int, start: int) -> bool:
+    """Whether a file was made of the snapshots after a step, or of the segments from a number on."""
+    folder, _, rest = name.partition("/")
+    if folder == "snapshots":
+        return int(rest[5:11]) > start
+    if folder != "segments":
+        return False
+    stem = rest.split(".")[0]
+    if stem.isdigit():
+        return int(stem) >= segments
+    return stem.startswith("final") or max(map(int, re.findall(r"\d+", stem))) > start
+
+
 @torch.no_grad()
 def changed_between_stages(store: RunStore, module: nn.Module) -> list[str]:
     """Names of parameters that are not what the last stage ended with: drawn anew, replaced or loaded."""
@@ -397,6 +461,10 @@ def final_parameters(store: RunStore, stage: int = -1) -> dict[str, Tensor]:
 def _frozen(store: RunStore, stage: int) -> dict[str, Tensor]:
     name = store.manifest["stages"][stage].get("frozen")
     return store.read(name) if name else {}
+
+
+def _bin_name(stretch: Stretch) -> str:
+    return f"bins/steps={stretch.first:06d}-{stretch.last:06d}.safetensors"
 
 
 def _in_stage(stage: int, name: str) -> str:

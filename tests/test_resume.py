@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_source import SourceCallback, SourceScorer
+from lightning_source.recorder import mean_parameters
+from lightning_source.segments import Stretch
 from lightning_source.store import RunStore
 
 QUERY = [x[:4] for x in classes(8, seed=2).tensors]
@@ -91,10 +93,31 @@ def test_a_finished_run_can_be_resumed_and_asked(tmp_path):
     assert torch.equal(trainer.attribute(QUERY, train=classes()).values, before)
 
 
-def test_a_finished_run_that_is_continued_says_that_this_is_another_stage(tmp_path):
-    fit(tmp_path, saves(tmp_path, 18))
+@pytest.mark.check("stage", "a finished run, continued", "one stage; means and rates equal to the uninterrupted run")
+@pytest.mark.parametrize("settings", [{}, {"segments": [4]}])
+def test_a_finished_run_that_is_continued_is_one_run(tmp_path, settings):
+    """Its snapshots are merged with the new ones, so means of the parameters are those of the whole run."""
+    whole = fit(tmp_path / "whole", epochs=12, settings=settings)
+    fit(tmp_path / "cut", saves(tmp_path, 18), settings=settings).attribute(QUERY, method="influence")
+    resumed = fit(tmp_path / "cut", ckpt=tmp_path / "ckpt" / "step=18.ckpt", epochs=12, seed=9, settings=settings)
+    one, other = (RunStore.open(tmp_path / name / "run") for name in ("whole", "cut"))
+    assert [stage["name"] for stage in other.manifest["stages"]] == ["fit"]
+    for a, b in zip(one.manifest["segments"], other.manifest["segments"], strict=True):
+        assert abs(a["last"] - b["last"]) <= 1  # bins are longer
+    assert torch.equal(one.read("steps.safetensors")["steps"], other.read("steps.safetensors")["steps"])
+    means = [mean_parameters(s, [Stretch.from_json(x) for x in s.manifest["snapshots"]]) for s in (one, other)]
+    for name, value in means[0].items():
+        torch.testing.assert_close(means[1][name], value, rtol=1e-5, atol=1e-7)
+    on_disk = {str(p.relative_to(other.path)) for p in other.path.rglob("*.safetensors")}
+    assert on_disk == set(other.manifest["files"])
+    expected, found = (t.attribute(QUERY, segments=1).values for t in (whole, resumed))
+    assert torch.corrcoef(torch.stack([expected.flatten(), found.flatten()]))[0, 1] > 0.99
+
+
+def test_an_older_checkpoint_of_a_finished_run_begins_another_stage(tmp_path):
+    fit(tmp_path, saves(tmp_path, 9))
     with pytest.warns(UserWarning, match="as a stage of their own"):
-        trainer = fit(tmp_path, ckpt=tmp_path / "ckpt" / "step=18.ckpt", epochs=8)
+        trainer = fit(tmp_path, ckpt=tmp_path / "ckpt" / "step=9.ckpt", epochs=8)
     stages = RunStore.open(tmp_path / "run").manifest["stages"]
     assert [stage["name"] for stage in stages] == ["fit", "fit-1"]
     assert trainer.attribute(QUERY, stage=1).values.isfinite().all()
