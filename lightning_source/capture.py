@@ -55,6 +55,7 @@ class Recording:
         self._parameters = {clean_name(name): p for name, p in module.named_parameters()}
         self._calls: dict[str, list[_Seen]] = defaultdict(list)  # by key
         self._examples = 1  # in the batch
+        self._clear: set[Any] = set()  # nodes of the graph behind which no mask picks rows
         self.without_gradient: set[str] = set()  # keys of what ran with gradients off, at least once
         self.half: set[str] = set()  # keys of what has outputs in half precision
 
@@ -67,6 +68,7 @@ class Recording:
     def listening(self, examples: int) -> Iterator[Recording]:
         """Record every call of a tracked layer on a batch inside the ``with``; the hooks are gone afterwards."""
         self._calls.clear()
+        self._clear = set()
         self._examples = examples
         names = {id(self._parameters[n]): n for block in self.blocks if block.functional for n in block.parameters}
         with ExitStack() as stack:
@@ -103,7 +105,7 @@ class Recording:
         if output.dtype in (torch.float16, torch.bfloat16):
             self.half.add(key)
         if output.requires_grad:
-            owners = owners_of(output, self._examples) if output.dim() == 2 and examples is None else None
+            owners = owners_of(output, self._examples, self._clear) if output.dim() == 2 and examples is None else None
             self._calls[key].append(_Seen(call, get_gradient_edge(output), examples, owners))
         else:
             self.without_gradient.add(key)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 # How far a walk goes. The rows' operations behind a mask are a loss, perhaps a head of a few layers.
 MAX_NODES = 64
+_PARAMETERS = {"torch::autograd::AccumulateGrad", "TBackward0"}  # where a layer's weights come in
 
 
-def owners_of(rows: Tensor, examples: int) -> Tensor | None:
+def owners_of(rows: Tensor, examples: int, clear: set[Any] | None = None) -> Tensor | None:
     """The example that each row belongs to, ``[K]``, if the rows were picked by a mask or by index tensors.
 
     The walk goes back through operations whose outputs have as many rows, to an indexing by a boolean mask over
@@ -20,22 +21,30 @@ def owners_of(rows: Tensor, examples: int) -> Tensor | None:
     Args:
         rows: ``[K, ...]``.
         examples: number of examples in the batch, ``B``.
+        clear: nodes of the graph behind which there is no mask; added to, so that later walks over the same graph stop.
 
     Returns:
         Indices of examples, or ``None`` if no mask was found: then rows are laid out by example, or by nothing.
     """
     if rows.dim() == 0 or rows.grad_fn is None:
         return None
+    count = len(rows)
+    clear = set() if clear is None else clear
     waiting: list[Any] = [rows.grad_fn]
     seen: set[Any] = set()
     while waiting and len(seen) < MAX_NODES:
-        node = waiting.pop(0)
-        seen.add(node)
-        if not any(len(output.shape) and output.shape[0] == len(rows) for output in node._input_metadata):
+        node = waiting.pop()
+        name = node.name()
+        if name in _PARAMETERS or node in seen or node in clear:
             continue
-        if node.name() == "IndexBackward0":
-            return _owners(node._saved_indices, node._saved_self_sym_sizes, len(rows), examples)
-        waiting += [parent for parent, _ in node.next_functions if parent is not None and parent not in seen]
+        outputs = node._input_metadata
+        if not outputs or not outputs[0].shape or outputs[0].shape[0] != count:
+            continue
+        if name == "IndexBackward0":
+            return _owners(node._saved_indices, node._saved_self_sym_sizes, count, examples)
+        seen.add(node)
+        waiting += [parent for parent, _ in node.next_functions if parent is not None]
+    clear |= seen
     return None
 
 

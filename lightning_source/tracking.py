@@ -219,7 +219,7 @@ def _ways(block: Block, module: nn.Module) -> list[Block]:
     parameter's own module again is cheaper than to go backward through the network, unless it is most of the network.
     """
     if block.free:
-        owner = module.get_submodule(block.module)
+        owner = {clean_name(name): child for name, child in module.named_modules()}[block.module]
         if 2 * sum(p.numel() for p in owner.parameters()) > sum(p.numel() for p in module.parameters()):
             return [block]
         local = replace(block, form=LocalForm.__name__)
@@ -233,7 +233,8 @@ def _ways(block: Block, module: nn.Module) -> list[Block]:
         if block.indexed:
             rows = replace(block, form=PositionsForm.__name__)
             found += [rows, replace(rows, layout=1)]
-            free = free_block(block.name, block.module, module.get_parameter(block.weight), block.group)
+            table = {clean_name(name): p for name, p in module.named_parameters()}[block.weight]
+            free = free_block(block.name, block.module, table, block.group)
             found += [] if free is None else [replace(free, weight=block.weight)]
     return found
 

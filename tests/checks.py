@@ -18,6 +18,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import lightning
@@ -98,6 +99,8 @@ def declared(item: pytest.Item) -> Iterator[Key]:
 def _written(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}={_written(one)}" for key, one in value.items()) or "plain"
+    if isinstance(value, FunctionType):
+        return value.__name__.replace("_", " ")
     return str(getattr(value, "__name__", value))
 
 

@@ -246,6 +246,12 @@ def llama():
     return hf("LlamaForCausalLM", **SMALL, num_key_value_heads=2, bos_token_id=1, eos_token_id=1, pad_token_id=0)
 
 
+def checkpointed(module, reentrant):
+    """Activations are dropped and computed again while training; passes are in eval mode, where they are kept."""
+    module.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    return module
+
+
 def adapted(module, *targets):
     """LoRA on a frozen base."""
     config = peft.LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False)
@@ -274,6 +280,8 @@ CASES = {
     ),
     "GPT2LMHeadModel": Case(gpt2, lines, padded, per_line),
     "GPT2LMHeadModel, padded on the left": Case(gpt2, lines, placed, per_line),
+    "GPT2LMHeadModel, checkpointed": Case(lambda: checkpointed(gpt2(), False), lines, padded, per_line),
+    "GPT2LMHeadModel, checkpointed, reentrant": Case(lambda: checkpointed(gpt2(), True), lines, padded, per_line),
     "LlamaForCausalLM": Case(llama, lines, padded, per_line),
     "T5ForConditionalGeneration": Case(
         lambda: hf(

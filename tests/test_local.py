@@ -126,3 +126,22 @@ def test_a_module_that_is_given_a_second_tensor_costs_a_backward_an_example():
     mask = torch.rand(3, 3)
     net = Apply(lambda m, x: m.head(m.one(x, mask)), one=Masked(), head=nn.Linear(6, 3))
     assert forms(compare(net, floats(3, 6)))["net.one.weight"] == "FreeForm"
+
+
+def test_a_wrapped_module_is_found_by_its_own_name():
+    class Wrapper(nn.Module):
+        """Like what `torch.compile` gives back."""
+
+        def __init__(self, module):
+            super().__init__()
+            self._orig_mod = module
+
+        def forward(self, *inputs):
+            return self._orig_mod(*inputs)
+
+    def run(m, x):
+        return m.head(m.norm(m.one(x) + m.two(torch.arange(3))))
+
+    children = {"one": nn.Embedding(11, 6), "two": Wrapper(nn.Embedding(3, 6)), "norm": Wrapper(Root())}
+    found = forms(compare(Apply(run, **children, head=nn.Linear(6, 3)), tokens(3)))
+    assert (found["net.two"], found["net.norm.weight"]) == ("PositionsForm", "LocalForm")

@@ -248,41 +248,6 @@ def test_a_class_known_by_its_name(kind, shape, groups):
     compare(net, shape, ["net"] if groups is one_group else ["net.weight", "net.bias"], groups)
 
 
-class Plain(nn.Conv3d):
-    """A subclass that computes what its base does."""
-
-
-class PlainNorm(nn.LayerNorm):
-    """A subclass that computes what its base does."""
-
-
-SUBCLASSES = {"Conv3d": (lambda: Plain(4, 4, 2), (4, 3, 3, 3)), "LayerNorm": (lambda: PlainNorm(5), (6, 5))}
-
-
-@pytest.mark.parametrize("case", SUBCLASSES)
-def test_subclass(case):
-    net, shape = SUBCLASSES[case]
-    compare(net(), shape, ["net"])
-
-
-TWICE = {
-    "Conv1d": (lambda: nn.Conv1d(4, 4, 3, padding=1), (4, 7)),
-    "Conv3d": (lambda: nn.Conv3d(4, 4, 2, groups=2), (4, 4, 4, 4)),
-    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(4, 4, 2, stride=2), (4, 3, 3)),
-    "LayerNorm": (lambda: nn.LayerNorm(5), (6, 5)),
-    "BatchNorm2d": (lambda: nn.BatchNorm2d(4), (4, 3, 3)),
-    "InstanceNorm1d": (lambda: nn.InstanceNorm1d(4, affine=True), (4, 6)),
-    "Conv1D": (lambda: Conv1D(5, 5), (6, 5)),
-}
-
-
-@pytest.mark.check("layer", "{case}", "called twice")
-@pytest.mark.parametrize("case", TWICE)
-def test_called_twice(case):
-    net, shape = TWICE[case]
-    compare(Apply(lambda m, x: m.one(m.one(x).tanh()), one=net()), shape, None)
-
-
 @pytest.mark.parametrize(
     "net", [lambda: nn.Conv2d(4, 6, 3), lambda: nn.ConvTranspose2d(4, 6, 3), lambda: nn.BatchNorm2d(4)]
 )
