@@ -42,6 +42,7 @@ class StepWatch:
         self.names = {id(p): clean_name(name) for name, p in module.named_parameters()}
         self._timed = timed
         self._clips = not self.by_hand and clips_gradients(trainer, module)
+        self.trained: tuple[tuple[int, ...], ...] = ()  # ids of parameters by group
         self._handles: list[RemovableHandle] = []
         self._recorder: Recorder | None = None
         self._columns: Phase | None = None
@@ -59,9 +60,11 @@ class StepWatch:
         self.trained = self._trained_by(self.optimizer)
 
     def _trained_by(self, optimizer: Optimizer) -> tuple[tuple[int, ...], ...]:
-        # Optimizing by hand, users toggle gradients as they go, which says nothing of what is trained.
+        # Optimizing by hand, users toggle gradients as they go: what once had them is trained.
+        once = {key for group in self.trained for key in group} if self.by_hand else set()
         return tuple(
-            tuple(id(p) for p in group["params"] if self.by_hand or p.requires_grad) for group in optimizer.param_groups
+            tuple(id(p) for p in group["params"] if p.requires_grad or id(p) in once)
+            for group in optimizer.param_groups
         )
 
     @property

@@ -1,5 +1,6 @@
 """Training is bit-identical with and without the callback, and scoring leaves everything as it was."""
 
+import copy
 import random
 import signal
 from collections import deque
@@ -75,26 +76,55 @@ class Mean:
 class Busy(Classifier):
     """Does something beside the loss in ``training_step``: ``act(module, batch, loss)`` may give another loss back."""
 
+    further = ()  # indices of ACTS that every step does as well
+
     def __init__(self, begin=lambda module: None, act=lambda module, batch, loss: None, net=None, **options):
         super().__init__(net or mlp(), **options)
         self.act = act
         begin(self)
+        for index in self.further:
+            list(ACTS.values())[index][0](Part(self, index))
 
     def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
+        return self.beside(batch, super().training_step(batch, batch_idx))
+
+    def beside(self, batch, loss):
+        for index in self.further:
+            changed = list(ACTS.values())[index][1](Part(self, index), batch, loss)
+            loss = loss if changed is None else changed
         changed = self.act(self, batch, loss)
         return loss if changed is None else changed
 
     def watched(self):
         """What ``act`` may have written that is in no state_dict."""
-        if not hasattr(self, "seen"):
-            return None
-        seen = self.seen
+        return [self.contents(name) for name in sorted(vars(self)) if name.startswith("seen")]
+
+    def contents(self, name):
+        seen = getattr(self, name)
         if isinstance(seen, torch.Generator):
             return seen.get_state()
         if isinstance(seen, MeanMetric):
             return [seen.metric_state, seen.update_count]
         return vars(seen) if isinstance(seen, Mean) else seen
+
+
+class Part:
+    """A module to one of several acts: what they write lies in the module under names of their own."""
+
+    def __init__(self, module, index):
+        self.__dict__.update(module=module, index=index)
+
+    def renamed(self, name):
+        return f"{name}_{self.index}" if name in ("seen", "seen_net", "accuracy", "_steps") else name
+
+    def __getattr__(self, name):
+        return getattr(self.module, self.renamed(name))
+
+    def __setattr__(self, name, value):
+        setattr(self.module, self.renamed(name), value)
+
+    def register_buffer(self, name, value):
+        self.module.register_buffer(self.renamed(name), value)
 
 
 def begin(seen):
@@ -106,7 +136,7 @@ def buffer(module):
 
 
 def averaged_copy(module):
-    module.seen_net = mlp().requires_grad_(False)
+    module.seen_net = copy.deepcopy(module.net).requires_grad_(False)
 
 
 def follow(module, batch, loss):
@@ -282,7 +312,7 @@ class ByHand(Busy):
     def training_step(self, batch, batch_idx):
         optimizer = self.optimizers()
         for _ in range(2):
-            loss = self.loss(self.net(batch[0]), batch[1])
+            loss = self.beside(batch, self.loss(self.net(batch[0]), batch[1]))
             optimizer.zero_grad()
             self.manual_backward(loss)
             self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
@@ -293,7 +323,7 @@ class Adversaries(Busy):
     """A generator and a discriminator, each with its optimizer and a scheduler."""
 
     def __init__(self):
-        super().__init__(net=nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 1)))
+        super().__init__(net=nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)))
         self.generator = nn.Linear(2, 6)
         self.automatic_optimization = False
 
@@ -305,7 +335,8 @@ class Adversaries(Busy):
         self.judge(fake, 1.0, first)
         self.untoggle_optimizer(first)
         with second.toggle_model():
-            self.judge(torch.cat([real, fake.detach()]), torch.arange(2.0).flip(0).repeat_interleave(len(real)), second)
+            labels = torch.arange(2.0).flip(0).repeat_interleave(len(real))
+            self.beside(batch, self.judge(torch.cat([real, fake.detach()]), labels, second))
         for scheduler in self.lr_schedulers():
             scheduler.step()
 
@@ -315,6 +346,7 @@ class Adversaries(Busy):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        return loss
 
     def configure_optimizers(self):
         optimizers = [momentum(self.generator.parameters()), torch.optim.Adam(self.net.parameters(), 0.01)]
@@ -449,6 +481,13 @@ def test_training_is_bit_identical_whatever_the_step_does(tmp_path, act):
 @pytest.mark.check("engine", "{setting}", "training bit-identical")
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_training_is_bit_identical_however_it_is_done(tmp_path, setting):
+    assert differing(tmp_path, *SETTINGS[setting]) == []
+
+
+@pytest.mark.check("engine", "{setting}", "training bit-identical, the step busy in every way")
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if s != "compiled"])  # no compiled step can log
+def test_training_is_bit_identical_however_it_is_done_and_whatever_the_step_does(tmp_path, monkeypatch, setting):
+    monkeypatch.setattr(Busy, "further", range(1, len(ACTS)))
     assert differing(tmp_path, *SETTINGS[setting]) == []
 
 
