@@ -18,7 +18,7 @@ from lightning_source.objective import Losses, ObjectiveSpec
 
 # The projection is drawn anew for this many examples, in pieces of about this many parameters.
 _EXAMPLES, _PARAMETERS = 512, 1 << 14
-# Weights are kept away from 0 so that the kernel can be had back from scores (:func:`~lightning_source.ensembling.ensemble`).
+# Weights are kept away from 0, so that an ensemble can have the kernel back from the scores.
 _SMALLEST = 1e-12
 
 
@@ -39,8 +39,8 @@ def trak(
     ``f`` of a training example is its margin ``log(p / (1 - p))``, so that ``∂L/∂f = -(1 - p)``, or the output of a
     loss of one number for each example (a regression), with its own ``∂L/∂f``. The paper asks about margins: pass
     ``measurement="margin"`` for its scores, which here have the other sign (positive = removing raises the margin). Any
-    other measurement's gradient is projected in its place. Average runs with :func:`~lightning_source.ensembling.ensemble`, which
-    takes the mean kernel times the mean weights, as the paper does.
+    other measurement's gradient is projected in its place. For an average over runs as in the paper, give their scores
+    to :func:`~lightning_source.ensembling.ensemble`.
 
     Costs one pass over the training examples and one over the queries, each with ``k`` products for every parameter,
     and holds ``k`` numbers for each of them, not more: the projection is drawn block by block.
@@ -99,9 +99,10 @@ def output_of(losses: Losses, spec: ObjectiveSpec) -> tuple[Tensor, Tensor]:
         margin = losses.measurement(spec, "margin")
         return margin, -torch.sigmoid(-margin.detach())
     if len(calls) == 1 and len(calls[0].outputs) == 1 and calls[0].outputs[0].numel() == losses.size:
-        (output,) = calls[0].outputs
-        (slopes,) = torch.autograd.grad(losses.measurement(spec, "loss").sum(), output, retain_graph=True)
-        return output.reshape(losses.size), slopes.reshape(losses.size)
+        (output,), loss = calls[0].outputs, losses.measurement(spec, "loss").sum()
+        (slopes,) = torch.autograd.grad(loss, output, retain_graph=True, allow_unused=True)
+        if slopes is not None:
+            return output.reshape(losses.size), slopes.reshape(losses.size)
     found = ", ".join(f"`{call.name}`" for call in calls) or "none"
     raise MisconfigurationException(
         'method="trak" needs one loss with a class as target, or with one output for each example, in `training_step`'
