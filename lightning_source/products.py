@@ -123,13 +123,16 @@ class GaussNewton:
         # Which of the two ways is the loss's; known when a batch has been seen.
         self.kind: str | None = None
 
+    def __len__(self) -> int:
+        """The number of examples that it is averaged over."""
+        return len(self.data) if self.ids is None else len(self.ids)
+
     def __call__(self, vectors: Tensor) -> Tensor:
         """``H`` times each of ``vectors [Q, D]``."""
         total = torch.zeros_like(vectors)
-        count = len(self.data) if self.ids is None else len(self.ids)
         with self.workspace.at(self.state()):
             for index, batch in self.data.batches(self.ids):
-                total += len(index) / count * self.on_batch(index, batch, vectors)
+                total += len(index) / len(self) * self.on_batch(index, batch, vectors)
         return total
 
     @contextmanager

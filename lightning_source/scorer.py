@@ -88,12 +88,20 @@ class SourceScorer:
         Args:
             query: one batch (what ``training_step`` takes), a ``Dataset`` or a ``DataLoader``.
             train: the run's training dataset or a loader over it; only omitted where the scorer already has it.
-            method: ``"source"``, ``"fast-source"``, ``"influence"``, ``"tracin"``, ``"grad-dot"`` or ``"grad-cos"``.
+            method: one of
+
+                - ``"source"``, ``"fast-source"``, ``"astra-source"``: unrolled differentiation over segments, with
+                  EK-FAC or (the last) the exact Gauss-Newton matrix;
+                - ``"influence"``, ``"influence-cg"``, ``"influence-lissa"``, ``"astra"``, ``"datainf"``: influence
+                  functions at the final model, with EK-FAC, three iterations on the exact Gauss-Newton matrix, or
+                  DataInf's closed form;
+                - ``"trak"``: a linear model in randomly projected gradients;
+                - ``"tracin"``, ``"grad-dot"``, ``"grad-cos"``, ``"repsim"``: products of gradients, of representations.
             per_segment: keep each segment's share in ``by_segment``.
             train_ids: score only these training examples.
             batch_size: examples a pass takes at once; scores do not depend on it.
             **options: the method's own, such as ``damping`` (``"influence"``), ``segments`` and ``snapshots``
-                (``"source"``).
+                (``"source"``); see its function in :mod:`lightning_source.estimators`, which also states its cost.
 
         Returns:
             The scores; positive = removing the example raises the measurement.

@@ -35,7 +35,7 @@ def conjugate_gradient(
     targets: Tensor,
     *,
     precondition: Product | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-2,
     iterations: int = 100,
 ) -> Solution:
     """Solve ``A x = b`` for positive definite ``A``, each row on its own (Hestenes and Stiefel 1952).

@@ -14,9 +14,10 @@ from torch.utils.data import TensorDataset
 
 from lightning_source.data import Examples
 from lightning_source.engine import Workspace
+from lightning_source.factors import Captured, contract
 from lightning_source.losses import read_call
 from lightning_source.objective import Objective
-from lightning_source.products import GaussNewton
+from lightning_source.products import GaussNewton, expand
 from lightning_source.tracking import find_blocks, probe
 
 QUERIES = 3
@@ -188,6 +189,95 @@ def test_every_kind_of_block():
     assert len(forms) >= 5, forms
     expected = reference(matrix, of_cross_entropy)
     assert (dense(matrix) - expected).abs().max() < 1e-8 * expected.abs().max()
+
+
+def by_examples(matrix, losses):
+    """``E[∇ℓ ∇ℓᵀ]`` of losses ``[N]``, over parameters as they are named in the layout."""
+    named = dict(matrix.workspace.module.named_parameters())
+    own = [named[name] for name in matrix.layout.parameters]
+    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(x, own, retain_graph=True)]) for x in losses]
+    return torch.stack(rows).T @ torch.stack(rows) / len(rows)
+
+
+def cubes(z, y):
+    return (z - y).abs().pow(3).sum(1)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_that_is_not_recognised_has_its_empirical_fisher(reduction):
+    data = regression(12)
+    module = Step(mlp(outputs=2), lambda z, y: getattr(cubes(z, y), reduction)())
+    matrix = product_of(module, data, 5)
+    found = dense(matrix)
+    assert matrix.kind == "empirical"
+    expected = by_examples(matrix, cubes(module.net(data.tensors[0]), data.tensors[1]))
+    expected = expected * (5 if reduction == "sum" else 1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+class Hooked(Step):
+    """Says by itself of which distribution it minimises the negative log-likelihood."""
+
+    def attribution_distribution(self, batch):
+        inputs, targets = batch
+        return self.distribution(self.net(inputs)), targets
+
+
+def laplace(z):
+    return torch.distributions.Laplace(z.tanh(), 0.5)
+
+
+def normal(z):
+    mean, raw = z.chunk(2, 1)
+    return torch.distributions.Independent(torch.distributions.Normal(mean, F.softplus(raw) + 0.1), 1)
+
+
+def information_of_normal(z, target):
+    jacobian = torch.autograd.functional.jacobian(
+        lambda z: torch.cat([z.chunk(2)[0], F.softplus(z.chunk(2)[1]) + 0.1]), z
+    )
+    deviation = F.softplus(z.chunk(2)[1]) + 0.1
+    return jacobian.T @ torch.diag(torch.cat([1 / deviation**2, 2 / deviation**2])) @ jacobian
+
+
+DISTRIBUTIONS = {
+    "categorical": (lambda z: torch.distributions.Categorical(logits=z), classes(11), mlp(), of_cross_entropy),
+    "normal": (normal, regression(), mlp(outputs=4), information_of_normal),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_a_distribution_that_the_module_names(name):
+    distribution, data, net, information = DISTRIBUTIONS[name]
+    module = Hooked(net, lambda z, y: -distribution(z).log_prob(y).mean())
+    module.distribution = distribution
+    matrix = product_of(module, data)
+    expected = reference(matrix, information)
+    found = dense(matrix)
+    assert matrix.kind == "gauss-newton"
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_distribution_without_a_closed_form_is_sampled_and_stays_one_matrix():
+    module = Hooked(mlp(outputs=2), lambda z, y: -laplace(z).log_prob(y).mean())
+    module.distribution = laplace
+    matrix = product_of(module, regression(), draws=2)
+    found = dense(matrix)  # checks that it is symmetric
+    assert matrix.kind == "sampled"
+    assert torch.linalg.eigvalsh(found).min() > -1e-5 * found.abs().max()
+    torch.testing.assert_close(dense(matrix), found)
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+def test_expand_is_the_adjoint_of_contract(positions):
+    captured = Captured(torch.randn(2, 4, positions, 3), torch.randn(2, 4, positions, 5))
+    vectors, weights = torch.randn(6, 2, 5, 3), torch.randn(6, 4)
+    left = (contract(captured, vectors) * weights).sum(1)
+    torch.testing.assert_close(left, (vectors * expand(captured, weights)).sum((1, 2, 3)), rtol=1e-4, atol=1e-4)
+    tokens = Captured(torch.randint(7, (1, 4, positions)), torch.randn(1, 4, positions, 5), 7)
+    vectors = torch.randn(6, 1, 5, 7)
+    left = (contract(tokens, vectors) * weights).sum(1)
+    torch.testing.assert_close(left, (vectors * expand(tokens, weights)).sum((1, 2, 3)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", test_losses.CASES)

@@ -19,7 +19,7 @@ from lightning_source.run import Run, Segment
 from lightning_source.unroll import diagonal_of
 
 
-@estimates("astra-source", held=lambda options: 2 * options.get("iterations", 20) + 8)
+@estimates("astra-source", held=lambda options: 2 * options.get("iterations", 20) + 10)
 def astra_source(
     query: Query,
     *,
@@ -36,7 +36,7 @@ def astra_source(
     et al., Eq. 39 and 43) are taken as they stand, not by the hybrid of ``"source"``; EK-FAC's diagonal preconditions.
 
     Costs one train pass a snapshot, and each iteration a Gauss-Newton product of every snapshot with every query (see
-    ``"influence-cg"``); two factor passes a snapshot the first time. Holds ``2 · iterations + 8`` copies of the
+    ``"influence-cg"``); two factor passes a snapshot the first time. Holds ``2 · iterations + 10`` copies of the
     attributed parameters for each query.
 
     Args:

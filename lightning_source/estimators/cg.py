@@ -15,33 +15,34 @@ from lightning_source.estimators.registry import Contraction, Query, estimates
 from lightning_source.factors import IDENTITY
 from lightning_source.products import GaussNewton, Layout
 from lightning_source.run import Run
-from lightning_source.solvers import conjugate_gradient
+from lightning_source.solvers import Product, conjugate_gradient, shifted, top_eigenvalue
 from lightning_source.unroll import damped_inverse
 
 
-@estimates("influence-cg", held=lambda options: 9)
+@estimates("influence-cg", held=lambda options: 12)
 def influence_cg(
     query: Query,
     *,
     damping: float | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-2,
     iterations: int = 100,
-    preconditioner: Literal["ekfac"] | None = None,
+    preconditioner: Literal["ekfac"] | None = "ekfac",
     factor_examples: int | None = None,
 ) -> Iterator[Contraction]:
     """``(1/N) ∇fᵀ (H + damping)⁻¹ g`` with ``H`` over all blocks jointly, solved for each query.
 
     Costs one train pass, and each iteration a Gauss-Newton product with every query: over ``factor_examples`` examples
-    a forward and two backwards, and about two backwards more a query. Holds 9 copies of the attributed parameters for
-    each query. The default damping (and ``"ekfac"``) needs the EK-FAC factors at the final model, two factor passes the
-    first time.
+    a forward and two backwards, and about two backwards more a query. Holds 12 copies of the attributed parameters for
+    each query. The default damping and the preconditioner need the EK-FAC factors at the final model, two factor passes
+    the first time.
 
     Args:
         query: what is asked.
         damping: added to every eigenvalue; by default 0.1 times the block's mean eigenvalue, as in ``"influence"``.
         tolerance: each query is solved until its residual is below this share of its gradient's norm.
         iterations: at most; a warning names the residual that is left.
-        preconditioner: ``"ekfac"`` starts from the EK-FAC solution and iterates in its metric: fewer iterations.
+        preconditioner: ``"ekfac"`` starts from the EK-FAC solution and iterates in its metric, which takes fewer steps
+            to a useful answer; ``None`` starts from 0.
         factor_examples: training examples that ``H`` is averaged over, drawn once; all by default.
     """
     run = query.run
@@ -60,8 +61,7 @@ def influence_cg(
     if worst > tolerance:
         rank_zero_warn(
             f'`method="influence-cg"` stopped after {found.iterations} iterations with a residual of {worst:.1e} times'
-            f" the query gradient's norm where `tolerance={tolerance:g}`. HINT: raise `iterations` or `damping`, or"
-            ' pass `preconditioner="ekfac"`.'
+            f" the query gradient's norm where `tolerance={tolerance:g}`. HINT: raise `iterations` or `damping`."
         )
     query.remarks.update(curvature=matrix.kind, residual=max(worst, query.remarks.get("residual", 0.0)))
     yield Contraction(run.final, matrix.layout.by_block(found.values), 1 / run.examples)
@@ -77,6 +77,22 @@ def final_gauss_newton(query: Query, examples: int | None) -> GaussNewton:
 def _once(run: Run) -> Callable[[], dict[str, Tensor]]:
     state = dict(run.final())
     return lambda: state
+
+
+def largest_of_batches(
+    matrix: GaussNewton, size: int, shift: Tensor, seed: int, inverse: Product | None = None
+) -> float:
+    """The largest eigenvalue of ``H + shift`` (times ``inverse``) that power iteration finds in 8 batches.
+
+    Rare examples with much curvature make it larger in their batches than in the mean: that is what a step must bear.
+    """
+    back = inverse or (lambda x: x)
+    found = 0.0
+    with matrix.minibatches(size, 8 if size < len(matrix) else 1, seed) as products:
+        for product in shifted(products, shift):
+            repeated = (lambda x, product=product: back(product(x)) for _ in range(8))
+            found = max(found, top_eigenvalue(repeated, shift.unsqueeze(0), seed))
+    return max(found, 1e-30)
 
 
 def ekfac_inverse(factors: Factors, amounts: dict[str, float], layout: Layout) -> Callable[[Tensor], Tensor]:
