@@ -23,7 +23,8 @@ class InfluenceScores:
 
     ``values[q, n]`` is the predicted change of query ``q``'s measurement if training example ``n`` were removed, in the
     measurement's unit (where the method has another, ``metadata["unit"]`` says so). **Positive = removing the example
-    raises the measurement**, so for the loss a positive score marks an example that helped. Scores add up: the sum over a set predicts its removal.
+    raises the measurement**, so for the loss a positive score marks an example that helped. Scores add up: the sum over
+    a set predicts its removal.
 
     Attributes:
         values: ``[Q, N]``, float32.

@@ -17,7 +17,7 @@ from lightning_source.engine import Workspace
 from lightning_source.factors import Captured, contract
 from lightning_source.losses import read_call
 from lightning_source.objective import Objective
-from lightning_source.products import GaussNewton, expand
+from lightning_source.products import GaussNewton, _batched_grad, expand
 from lightning_source.tracking import find_blocks, probe
 
 QUERIES = 3
@@ -266,6 +266,29 @@ def test_a_distribution_without_a_closed_form_is_sampled_and_stays_one_matrix():
     assert matrix.kind == "sampled"
     assert torch.linalg.eigvalsh(found).min() > -1e-5 * found.abs().max()
     torch.testing.assert_close(dense(matrix), found)
+
+
+class Unbatched(torch.autograd.Function):
+    """An operation whose derivative looks at values, which cannot be done for many directions at once."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * x.cos() if gradient.sum().item() is not None else None
+
+
+def test_directions_are_taken_one_by_one_where_they_have_to():
+    x, unused = torch.randn(3, requires_grad=True), torch.randn(2, requires_grad=True)
+    directions = torch.randn(4, 3)
+    found, zeros = _batched_grad([Unbatched.apply(x)], [x, unused], [directions])
+    torch.testing.assert_close(found, directions * x.detach().cos())
+    assert zeros.shape == (4, 2)
+    assert not zeros.any()
 
 
 @pytest.mark.parametrize("positions", [1, 3])
