@@ -144,7 +144,7 @@ class GaussNewton:
         ids = torch.arange(len(self.data)) if self.ids is None else self.ids
         generator = torch.Generator().manual_seed(seed)
         size = min(size, len(ids))
-        order = torch.stack([torch.randperm(len(ids), generator=generator)[:size] for _ in range(count + 1)])[:-1]
+        order = torch.stack([torch.randperm(len(ids), generator=generator)[:size] for _ in range(count)])
         batches = Examples(self.data.dataset, size, self.data.collate, self.data.workers)
         with self.workspace.at(self.state()):
             yield (

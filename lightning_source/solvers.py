@@ -23,7 +23,7 @@ class Solution(NamedTuple):
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a.double() * b.double()).sum(1)
+    return (a * b).sum(1, dtype=torch.float64)
 
 
 def _norms(a: Tensor) -> Tensor:
