@@ -73,10 +73,12 @@ def spectral_responses(
         start = (held @ vectors.unsqueeze(2)).squeeze(2).double()
         before, after, left = _equations(values, turn, small, gram[:, :size, :size], start)
         worst, which = left.max(0)
-        if size == iterations or bool((worst <= tolerance).all()):
+        if size == iterations or bool((worst < tolerance).all()):
             break
         before, after = (x[which, torch.arange(queries, device=which.device)] for x in (before, after))
-        candidate = inverse(_combine(held, before - after) - _combine(moved, after))
+        left_over = inverse(_combine(held, before - after) - _combine(moved, after))
+        # A row that is done stands still, so that it does not depend on the others.
+        candidate = torch.where((worst >= tolerance).unsqueeze(1), left_over, 0.0)
     turned = _times(turn.mT, start)
     response, decay = (_combine(held, _times(turn, f(values, 1.0) * turned)) for f in (segment_response, segment_decay))
     return Responses(response, decay, worst, size)

@@ -313,7 +313,7 @@ def test_ensembles_average_scores_and_trak_averages_its_parts(tmp_path):
 
 def test_repsim_is_the_cosine_of_the_last_layers_inputs(tmp_path):
     trainer, module, data = classifier(tmp_path)
-    features = [F.normalize(module.net[:2](x).double(), dim=1) for x in (QUERY[0], data[0])]
+    features = [F.normalize(module.net[:2](x).detach().double(), dim=1) for x in (QUERY[0], data[0])]
     scores = trainer.attribute(QUERY, method="repsim")
     close(scores.values, features[0] @ features[1].T)
     assert scores.metadata["unit"] == "cosine of representations"

@@ -314,6 +314,7 @@ def test_information_is_the_hessian_by_the_losses_input(name):
 
 
 @pytest.mark.parametrize("name", test_more_losses.CASES)
+@test_losses.ignore_broadcasting
 def test_information_is_the_fisher_matrix_in_closed_form(name):
     case = test_more_losses.CASES[name]
     z = case.output[:1].clone().requires_grad_()
