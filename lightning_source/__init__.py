@@ -2,6 +2,7 @@
 
 from lightning_source.attribution import attribute as attribute
 from lightning_source.callback import SourceCallback as SourceCallback
+from lightning_source.ensembling import ensemble as ensemble
 from lightning_source.scorer import SourceScorer as SourceScorer
 from lightning_source.scores import InfluenceScores as InfluenceScores
 

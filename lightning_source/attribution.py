@@ -126,7 +126,9 @@ def attribute(
         train: the training dataset; by default the fit's own, unshuffled.
         measurement: ``"loss"``, ``"margin"``, ``"log-prob"`` or a callable ``(module, batch) -> Tensor[B]``; by default
             the callback's.
-        method: ``"source"``, ``"fast-source"``, ``"influence"``, ``"tracin"``, ``"grad-dot"`` or ``"grad-cos"``.
+        method: ``"source"``, ``"fast-source"``, ``"astra-source"``, ``"influence"``, ``"influence-cg"``,
+            ``"influence-lissa"``, ``"astra"``, ``"datainf"``, ``"trak"``, ``"tracin"``, ``"grad-dot"``, ``"grad-cos"`` or
+            ``"repsim"``.
         stage: the stage (``fit``) whose examples are asked about, by index or name; the last by default.
         **options: further arguments of :meth:`SourceScorer.score`, such as ``per_segment=True`` or ``damping=``.
 

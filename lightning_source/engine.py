@@ -137,28 +137,35 @@ class Workspace:
         mine = self.ranks.share(order.split(data.batch_size))
         return torch.cat([*mine]) if mine else order[:0]
 
-    def _target(self, values: Callable[[Losses, ObjectiveSpec, Tensor], Tensor]) -> Target:
+    def target(self, values: Callable[[Losses, ObjectiveSpec, Tensor], Tensor]) -> Target:
         """A target made of the training step's losses, which must be those that were calibrated."""
         spec = self.spec
         assert spec is not None
 
         def run(batch: Any, ids: Tensor, recording: Recording) -> Tensor:
-            losses = self.objective.evaluate(batch, len(ids), recording)
+            losses = self.losses(batch, len(ids), recording)
             if not torch.isfinite(losses.loss):
                 return losses.loss  # no label can be drawn from it; the caller names the examples
-            found, expected = [call.name for call in losses.calls], [call.name for call in spec.calls]
-            if spec.origin != "whole" and found != expected:
-                raise MisconfigurationException(
-                    f"`training_step` computed the losses {found} where calibration saw {expected}; their scales cannot"
-                    " be matched."
-                )
             return values(losses, spec, ids)
 
         return run
 
+    def losses(self, batch: Any, size: int, recording: Recording | None = None) -> Losses:
+        """The training step's losses on a batch, which must be those that were calibrated where they are finite."""
+        spec = self.spec
+        assert spec is not None
+        losses = self.objective.evaluate(batch, size, recording)
+        found, expected = [call.name for call in losses.calls], [call.name for call in spec.calls]
+        if spec.origin != "whole" and found != expected and torch.isfinite(losses.loss):
+            raise MisconfigurationException(
+                f"`training_step` computed the losses {found} where calibration saw {expected}; their scales cannot"
+                " be matched."
+            )
+        return losses
+
     def trained(self) -> Target:
         """Gradients ``g(z)`` as training applied them (method §4)."""
-        return self._target(lambda losses, spec, ids: losses.data_target(spec))
+        return self.target(lambda losses, spec, ids: losses.data_target(spec))
 
     def sampled(self, draw: int = 0) -> Target:
         """Gradients whose second moment is ``H``, with labels drawn from the model; ``draw`` numbers the draws.
@@ -171,12 +178,12 @@ class Workspace:
             generator.manual_seed(hash((self.seed, draw, int(ids[0]))) % 2**63)
             return losses.fisher_target(spec, generator)
 
-        return self._target(values)
+        return self.target(values)
 
     def measured(self, measurement: str | Measurement) -> Target:
         """Gradients of a measurement of queries."""
         if not callable(measurement):
-            return self._target(lambda losses, spec, ids: losses.measurement(spec, measurement))
+            return self.target(lambda losses, spec, ids: losses.measurement(spec, measurement))
 
         def run(batch: Any, ids: Tensor, recording: Recording) -> Tensor:
             size = len(ids)

@@ -22,8 +22,9 @@ class InfluenceScores:
     """Attribution scores of queries by training example.
 
     ``values[q, n]`` is the predicted change of query ``q``'s measurement if training example ``n`` were removed, in the
-    measurement's unit (method ``"grad-cos"``: a cosine). **Positive = removing the example raises the measurement**, so
-    for the loss a positive score marks an example that helped. Scores add up: the sum over a set predicts its removal.
+    measurement's unit (where the method has another, ``metadata["unit"]`` says so). **Positive = removing the example
+    raises the measurement**, so for the loss a positive score marks an example that helped. Scores add up: the sum over
+    a set predicts its removal.
 
     Attributes:
         values: ``[Q, N]``, float32.
