@@ -163,7 +163,7 @@ class Losses:
         elements of ``log(p / (1 - p))`` of the target class, ``"log-prob"`` the summed log-probability of its targets.
         """
         if measurement != "loss":
-            return self._of_targets(measurement)
+            return self.of_targets(measurement)
         if spec.origin == "whole":
             return (self.loss * (self.size if spec.calls[0].kind == "mean" else 1)).reshape(1)
         total = []
@@ -175,7 +175,8 @@ class Losses:
             total.append(scale.alone * value)
         return _sum(iter(total))
 
-    def _of_targets(self, measurement: str) -> Tensor:
+    def of_targets(self, measurement: str) -> Tensor:
+        """``[B]``: ``"margin"`` or ``"log-prob"`` of the one loss that has such targets."""
         readers = [(call, r) for call in self.calls if (r := call.margin if measurement == "margin" else call.log_prob)]
         if len(readers) != 1:
             found = ", ".join(f"`{call.name}`" for call in self.calls) or "none"
@@ -228,7 +229,7 @@ class Objective:
         """
         with torch.enable_grad(), recording.listening() if recording else nullcontext(), _LossTap() as tap:
             hook = self.hook if hooked else None
-            loss = self._step(batch) if hook is None else self._hooked(hook, batch, tap)
+            loss = self.step(batch) if hook is None else self._hooked(hook, batch, tap)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError("`training_step` returned no scalar loss for this batch")
         calls, scales = tap.calls, []
@@ -239,7 +240,8 @@ class Objective:
             calls, scales = [call for call, _ in used], [scale for _, scale in used]
         return Losses(loss, calls, scales, size)
 
-    def _step(self, batch: Any) -> Any:
+    def step(self, batch: Any) -> Any:
+        """The loss that the user's ``training_step`` returns for a batch."""
         output = self.module.training_step(batch, 0) if self._takes_index else self.module.training_step(batch)
         return output.get("loss") if isinstance(output, dict) else output
 
