@@ -108,7 +108,11 @@ class FurtherTraining:
         return (left_out - self.full[:, :, None, :seeds].double()).mean(-1)
 
     def cosine(
-        self, scores: Any, adjustment: Literal[13, 17] = 17, seeds: int | None = None, center: bool = False
+        self,
+        scores: Any,
+        adjustment: Literal[13, 17] = 17,
+        seeds: int | None = None,
+        epochs: Sequence[int] | None = None,
     ) -> CosineCurve:
         """Cosine of scores to the gold standard over the left-out examples, mean and error over queries.
 
@@ -117,14 +121,12 @@ class FurtherTraining:
                 ``[E, Q, M]`` (an estimator that knows how long training goes on).
             adjustment: see :meth:`gold`.
             seeds: see :meth:`gold`.
-            center: subtract the mean over the left-out examples from scores as well.
+            epochs: the ``E`` epochs that are asked about; all by default.
         """
-        gold = self.gold(adjustment, seeds)
-        estimate = select(scores, self.leave_out).to("cpu", torch.float64)
-        if center:
-            estimate = estimate - estimate.mean(-1, keepdim=True)
-        mean, error = mean_and_error(cosine_by_query(gold, estimate.expand(gold.shape)))
-        return CosineCurve(self.epochs, mean, error)
+        chosen = self.epochs if epochs is None else list(epochs)
+        gold = self.gold(adjustment, seeds)[[epoch - 1 for epoch in chosen]]
+        mean, error = mean_and_error(cosine_by_query(gold, select(scores, self.leave_out).expand(gold.shape)))
+        return CosineCurve(chosen, mean, error)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to one safetensors file, metadata included."""

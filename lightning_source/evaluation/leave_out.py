@@ -242,7 +242,8 @@ class StackedRuns:
             weights = weights * (ids != points[:, None])
         elif self.recipe.removal == "downweight":
             ids = torch.cat([ids, points[:, None]], 1)
-            weights = torch.cat([weights, (points >= 0)[:, None] / -len(self.recipe.data)], 1)
+            own = (points >= 0).double() / -len(self.recipe.data)
+            weights = torch.cat([weights, own[:, None]], 1)
         device = self.recipe.module.device
         return ids.clamp_min(0).to(device), weights.to(device)
 
