@@ -123,6 +123,12 @@ class PlainRuns:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.loss = _GivenLoss(recipe) if recipe.loss is not None else _StepLoss(recipe)
+        if (
+            isinstance(self.loss, _StepLoss)
+            and self.loss.spec.origin == "whole"
+            and isinstance(recipe.queries, Examples)
+        ):
+            recipe = replace(recipe, queries=replace(recipe.queries, batch_size=1))  # a loss as a whole tells no others
         self._queries = recipe.query_batches()
         with _kept(recipe.module):
             self.start = self._measure()
@@ -172,6 +178,13 @@ class PlainRuns:
         for child in self.recipe.module.modules():
             child.training = False
         found = [self.loss.measure(batch, size).detach().cpu() for size, batch in self._queries]
+        for values, (size, _) in zip(found, self._queries, strict=True):
+            if values.shape != (size,):
+                raise MisconfigurationException(
+                    f"a batch of {size} queries was measured by a tensor {list(values.shape)}, not one value each. HINT:"
+                    " a measurement gives `[B]`; a loss that is only known for a batch as a whole needs the queries as"
+                    " a Dataset."
+                )
         return torch.cat(found)
 
 
