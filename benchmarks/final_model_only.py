@@ -10,8 +10,11 @@ batches of 128. Shrunk from it: fewer seeds and left-out examples, see the argum
 scikit-learn's breast cancer data. ``--quick`` runs that one on a small network within half a minute.
 
 Estimators see the final model alone. "horizon" marks those that are told how far training goes on: SOURCE with one
-segment and the Λ of the further training, and influence with damping 1/Λ. The "exact" rows replace EK-FAC by the dense
-Gauss-Newton matrix, which tells its error from that of holding the curvature still.
+segment and the Λ of the further training, and influence with damping 1/Λ. Two kinds of rows tell errors apart: "exact"
+replaces EK-FAC by the dense Gauss-Newton matrix, and "recorded" is SOURCE on the snapshots of one further training (on
+all examples, with a seed of its own), so no final-model-only method: it lacks only the assumption that gradients stay
+what they are at the final model. "energy-annealed" is Energy with a final model that was trained on for 500 epochs at
+the rate of the further training, so that further training is no annealing.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +39,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_source import SourceScorer
+from lightning_source import SourceCallback, SourceScorer, attribute
 from lightning_source.estimators import estimator_for
 from lightning_source.evaluation.cosine import FinalModelCosine
 from lightning_source.evaluation.curves import CosineCurve, curve_rows
@@ -80,12 +84,14 @@ class Task:
     further_rate: float
     further_epochs: int
     hidden: int = 128
+    annealed: int = 0  # epochs at the further rate that the final model's training ends with
     batch_size: int = 128
     dtype: torch.dtype = torch.float32
 
 
 TASKS = {
     "energy": Task("energy", 0.3, 1000, 0.03, 500),
+    "energy-annealed": Task("energy-annealed", 0.3, 1000, 0.03, 500, annealed=500),
     "concrete": Task("concrete", 0.3, 1000, 0.03, 500),
     # In float32 the change of a well classified query's loss on leaving one example out drowns in rounding.
     "cancer": Task("cancer", 0.1, 100, 0.01, 200, dtype=torch.float64),
@@ -124,7 +130,7 @@ def load(task: Task, data: Path | None) -> tuple[TensorDataset, TensorDataset]:
     else:
         if data is None:
             raise SystemExit(f"--data is needed for {task.name}")
-        with gzip.open(data / task.name / "data.csv.gz", "rt") as file:
+        with gzip.open(data / task.name.split("-")[0] / "data.csv.gz", "rt") as file:
             table = np.loadtxt(file, delimiter=",")
         inputs, targets = table[:, :-1], table[:, -1]
     order = np.random.default_rng(0).permutation(len(inputs))
@@ -149,17 +155,27 @@ def final_model(task: Task, train: TensorDataset, directory: Path) -> Mlp:
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
+    fit(model, train, task, task.epochs)
+    if task.annealed:
+        model.rate = task.further_rate
+        fit(model, train, task, task.annealed)
+    torch.save(model.state_dict(), path)
+    return model
+
+
+def fit(model: Mlp, train: TensorDataset, task: Task, epochs: int, *callbacks: L.Callback) -> L.Trainer:
     trainer = L.Trainer(
-        max_epochs=task.epochs,
+        max_epochs=epochs,
         accelerator="cpu",
+        precision="64-true" if task.dtype == torch.float64 else "32-true",
+        callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     trainer.fit(model, DataLoader(train, task.batch_size, shuffle=True))
-    torch.save(model.state_dict(), path)
-    return model
+    return trainer
 
 
 def estimate(
@@ -185,7 +201,24 @@ def estimate(
         else:
             values = [scorer.score(test, method=method, train_ids=ids).values]
         found[label] = torch.stack(values) if horizon else values[0]
-    return found | exact(model, train, test, result.leave_out, rates)
+    found |= exact(model, train, test, ids, rates)
+    return found | {"source L=1, recorded": recorded(model, train, test, task, ids, epochs)}
+
+
+def recorded(
+    model: Mlp, train: TensorDataset, test: TensorDataset, task: Task, ids: list[int], epochs: list[int]
+) -> Tensor:
+    """SOURCE with six averaged snapshots of one further training on all examples, one run for each horizon."""
+    found = []
+    with tempfile.TemporaryDirectory() as directory:
+        for count in epochs:
+            torch.manual_seed(1000)
+            copy = deepcopy(model)
+            copy.rate = task.further_rate
+            callback = SourceCallback(f"{directory}/{count}", factor_examples=None, label_samples=4)
+            trainer = fit(copy, train, task, count, callback)
+            found.append(attribute(trainer, test, train_ids=ids).values)
+    return torch.stack(found)
 
 
 def exact(

@@ -52,11 +52,14 @@ def close(one: Tensor, other: Tensor, tolerance: float) -> bool:
 
 @pytest.mark.parametrize("removal", ["downweight", "mask", "shift"])
 @pytest.mark.parametrize(
-    "optimizer",
-    [sgd(0.1, momentum=0.9, weight_decay=0.01), lambda p: torch.optim.Adam(p, lr=0.01), lambda p: torch.optim.AdamW(p)],
-    ids=["sgd", "adam", "adamw"],
+    ("kind", "optimizer"),
+    [
+        ("cross_entropy", sgd(0.1, momentum=0.9, weight_decay=0.01)),
+        ("mse", lambda p: torch.optim.Adam(p, lr=0.01)),
+        ("bce", lambda p: torch.optim.AdamW(p)),
+    ],
+    ids=["cross_entropy-sgd", "mse-adam", "bce-adamw"],
 )
-@pytest.mark.parametrize("kind", ["cross_entropy", "mse", "bce"])
 def test_stacked_copies_are_the_plain_loop(kind: str, optimizer: Any, removal: Any):
     module, train, query = problem(kind)
     options: dict[str, Any] = {
@@ -494,7 +497,10 @@ def test_wrong_set_ups_are_named():
         ({"leave_out": [1, 1]}, "none twice"),
         ({"seeds": [1, 1]}, "none twice"),
         ({"optimizer": lambda p: [torch.optim.SGD(p)]}, "got a list. HINT: pass `optimizer="),
-        ({"loss": lambda m, b: m.net(b[0])}, r"a tensor \[\d+\]; it returned"),
+        (
+            {"loss": lambda m, b: m.net(b[0]), "measurement": lambda m, b: m.net(b[0])[:, 0]},
+            r"a tensor \[\d+\]; it returned",
+        ),
     ):
         with pytest.raises(MisconfigurationException, match=message):
             further_training(module, train, query, **(good | change))

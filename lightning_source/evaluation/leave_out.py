@@ -181,9 +181,9 @@ class PlainRuns:
         for values, (size, _) in zip(found, self._queries, strict=True):
             if values.shape != (size,):
                 raise MisconfigurationException(
-                    f"a batch of {size} queries was measured by a tensor {list(values.shape)}, not one value each. HINT:"
-                    " a measurement gives `[B]`; a loss that is only known for a batch as a whole needs the queries as"
-                    " a Dataset."
+                    f"a batch of {size} queries was measured by a tensor {list(values.shape)}, not one value each."
+                    " HINT: a measurement gives `[B]`; a loss that is only known for a batch as a whole needs the"
+                    " queries as a Dataset."
                 )
         return torch.cat(found)
 
