@@ -69,11 +69,7 @@ def test_stacked_copies_are_the_plain_loop(kind: str, optimizer: Any, removal: A
         "batch_size": 4,
         "optimizer": optimizer,
         "removal": removal,
-        "measurement": "loss"
-        if kind == "mse"
-        else "margin"
-        if kind == "cross_entropy"
-        else lambda m, b: m.net(b[0])[:, 0],
+        "measurement": {"mse": "loss", "cross_entropy": "margin", "bce": lambda m, b: m.net(b[0])[:, 0]}[kind],
     }
     stacked = further_training(module, train, query, vectorize=True, copies=5, **options)
     plain = further_training(module, train, query, vectorize=False, **options)
@@ -509,7 +505,7 @@ def test_wrong_set_ups_are_named():
         further_training(norm, train, query, mode="train", **good)
     whole = Classifier(mlp(), lambda o, t: (o.exp().sum(1).log() - o[range(len(t)), t]).mean()).double()
     with pytest.raises(MisconfigurationException, match=r'`removal="mask"` needs the losses of single examples.*HINT'):
-        further_training(whole, train, query, removal="mask", **good)
+        further_training(whole, train, TensorDataset(*query), removal="mask", **good)
     with pytest.raises(MisconfigurationException, match=r"a batch of 4 queries .* HINT"):
         further_training(whole, train, query, **good)
     with pytest.raises(FloatingPointError, match=r"all examples with seed 0 diverged\. HINT"):
