@@ -353,8 +353,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with energy/ and concrete/")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--removal", nargs="*", default=["downweight"], choices=["downweight", "mask", "shift"])
-    parser.add_argument("--points", type=int, default=30, help="left-out examples, evenly spread (the paper: 100)")
-    parser.add_argument("--seeds", type=int, default=10, help="the paper: 100")
+    parser.add_argument("--points", type=int, default=30, help="left-out examples, evenly spread (paper: 100)")
+    parser.add_argument("--seeds", type=int, default=2, help="paper: 100, for a noisier removal")
+    parser.add_argument("--epochs", type=int, help="at most so many of further training")
     parser.add_argument("--work", type=Path, help="keeps models and finished runs, from which a killed study goes on")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--quick", action="store_true", help="a small version of the classification task")
@@ -363,6 +364,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     tasks = {name: TASKS[name] for name in arguments.tasks}
+    if arguments.epochs:
+        tasks = {name: replace(t, further_epochs=min(t.further_epochs, arguments.epochs)) for name, t in tasks.items()}
     if arguments.quick:
         tasks = {"cancer": replace(TASKS["cancer"], epochs=20, further_epochs=20, hidden=16)}
         arguments.points, arguments.seeds = 12, 2
