@@ -292,7 +292,6 @@ def run(task: Task, arguments: argparse.Namespace, work: Path) -> dict:
             optimizer=lambda parameters: torch.optim.SGD(parameters, lr=task.further_rate),
             removal=removal,
             dirpath=work / f"{task.name}-{removal}",
-            copies=16,  # beyond that the copies fall out of the processor's cache
             progress=partial(progress, f"{task.name}, {removal}"),
         )
         print(

@@ -63,7 +63,7 @@ def open_final_model(
     rates = _by_group(rate, len(groups))
     names = {id(p): clean_name(name) for name, p in model.named_parameters()}
     scales = _preconditioners(optimizer, rule, names) if optimizer and rule else {}
-    coverage = covered(model, examples, groups, include, exclude, datamodule, seed)
+    coverage = _covered(model, examples, groups, include, exclude, datamodule, seed)
 
     temporary = None if dirpath is not None else tempfile.TemporaryDirectory(prefix="source-final-model-")
     store = RunStore.create(temporary.name if temporary else str(dirpath), overwrite)
@@ -132,14 +132,14 @@ def set_rate(run: Run, rate: float | Sequence[float]) -> None:
     run.store.commit()
 
 
-def covered(
+def _covered(
     model: nn.Module,
     examples: Examples,
     groups: Sequence[Sequence[nn.Parameter]],
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    hooks: Any = None,
-    seed: int = 0,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    hooks: Any,
+    seed: int,
 ) -> Coverage:
     """What of a model can be attributed, checked on the first examples that give a finite loss.
 

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_source._guards import isolated_rng
 from lightning_source.data import examples_of, query_of
 from lightning_source.evaluation.cosine import cosine_by_query, mean_and_error, select
 from lightning_source.evaluation.curves import CosineCurve
@@ -166,7 +167,7 @@ def further_training(
     measurement: str | Measurement = "loss",
     loss: ExampleLoss | None = None,
     dirpath: str | os.PathLike[str] | None = None,
-    copies: int = 64,
+    copies: int | None = None,
     vectorize: bool | None = None,
     datamodule: Any = None,
     progress: Callable[[int, int], None] | None = None,
@@ -202,7 +203,8 @@ def further_training(
         loss: ``(module, batch) -> Tensor[B]``, per-example losses of which a step takes the mean, in place of the
             module's ``training_step``; then also the default measurement.
         dirpath: where finished runs are kept as they come; a killed sweep resumes there, also with more seeds.
-        copies: runs made at once, and written at once.
+        copies: runs made at once, and written at once: by default 16 on a CPU, whose caches more would not fit, and 128
+            elsewhere.
         vectorize: ``True`` insists on stacked copies, ``False`` on the plain loop.
         datamodule: the LightningDataModule, if it transforms batches.
         progress: called with the number of runs done and of all.
@@ -217,9 +219,10 @@ def further_training(
     recipe = _recipe(module, train, query, epochs, batch_size, optimizer, removal, mode, measurement, loss, datamodule)
     points = _points(leave_out, len(recipe.data))
     chosen = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
-    if not chosen or len(set(chosen)) != len(chosen) or copies < 1:
+    at_once = copies if copies is not None else 16 if recipe.module.device.type == "cpu" else 128
+    if not chosen or len(set(chosen)) != len(chosen) or at_once < 1:
         raise MisconfigurationException(
-            f"`seeds={seeds}` must name at least one seed, none twice; `copies` at least 1."
+            f"`seeds={seeds}` must name at least one seed, none twice, and `copies={copies}` be at least 1."
         )
     plain = PlainRuns(recipe)
     runs: PlainRuns | StackedRuns = plain
@@ -236,7 +239,7 @@ def further_training(
     sweep = _Sweep(dirpath, described)
     pairs: list[Pair] = [(point, seed) for seed in chosen for point in (None, *points)]
     todo = [pair for pair in pairs if pair not in sweep.found]
-    size = copies if runs is not plain else 1
+    size = 1 if runs is plain else at_once
     for first in range(0, len(todo), size):
         block = todo[first : first + size]
         trace = runs.run(block)
@@ -343,7 +346,7 @@ def _describe(recipe: Recipe, points: Sequence[int]) -> dict[str, Any]:
         "optimizer": {"class": type(optimizer).__name__, "groups": groups},
         "rates_per_epoch": _rates_per_epoch(recipe),
         "parameters": _digest(list(recipe.module.state_dict().values())),
-        "left_out_examples": _digest(recipe.fetch(torch.tensor(points))),
+        "training_examples": _digest_examples(recipe, points),
         "queries": _digest([batch for _, batch in recipe.query_batches()]),
     }
 
@@ -372,6 +375,15 @@ def _digest(values: Any) -> str:
 
     apply_to_collection(values, Tensor, add)
     return found.hexdigest()
+
+
+def _digest_examples(recipe: Recipe, points: Sequence[int]) -> str:
+    """Of the left-out examples and of up to 1,024 others, evenly spread."""
+    total = len(recipe.data)
+    spread = torch.linspace(0, total - 1, min(total, 1024), dtype=torch.float64).round().long()
+    ids = torch.cat([torch.tensor(points), spread]).unique()
+    with isolated_rng(0):  # examples that are drawn anew each time
+        return _digest([recipe.fetch(part) for part in ids.split(recipe.batch_size)])
 
 
 class _Sweep:

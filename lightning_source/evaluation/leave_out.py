@@ -23,9 +23,9 @@ from torch.overrides import TorchFunctionMode
 from lightning_source._guards import undisturbed
 from lightning_source.data import Examples, GivenBatches, to_module
 from lightning_source.engine import Workspace
-from lightning_source.final_model import covered
 from lightning_source.losses import LossCall, read_call, unreduced
 from lightning_source.objective import Losses, Measurement, Objective
+from lightning_source.tracking import find_blocks
 
 Removal = Literal["downweight", "mask", "shift"]
 ExampleLoss = Callable[[Any, Any], Tensor]  # (module, batch) -> [B], of which a training step takes the mean
@@ -402,8 +402,9 @@ class _StepLoss:
         self.recipe = recipe
         self.objective = Objective(recipe.module)
         groups = [group["params"] for group in recipe.optimizer.param_groups]
-        coverage = covered(recipe.module, recipe.data, groups, hooks=recipe.hooks)
-        workspace = Workspace(recipe.module, coverage.blocks, self.objective, hooks=recipe.hooks)
+        # Blocks only serve to tell a mean from a sum where the loss is not one of torch's.
+        blocks = find_blocks(recipe.module, groups).blocks
+        workspace = Workspace(recipe.module, blocks, self.objective, hooks=recipe.hooks)
         batches = -(-len(recipe.data) // recipe.batch_size)
         with workspace.at({}):
             self.spec = workspace.calibrate(recipe.data, len(recipe.data) / batches)
