@@ -11,11 +11,14 @@ here, is far less noisy than by shift, theirs), and 200 epochs on all tasks but 
 scikit-learn's breast cancer data. ``--quick`` runs that one on a small network within half a minute.
 
 Estimators see the final model alone. "horizon" marks those that are told how far training goes on: SOURCE with one
-segment and the Λ of the further training, and influence with damping 1/Λ. Two kinds of rows tell errors apart: "exact"
-replaces EK-FAC by the dense Gauss-Newton matrix, and "recorded" is SOURCE on the snapshots of one further training (on
-all examples, with a seed of its own), so no final-model-only method: it lacks only the assumption that gradients stay
-what they are at the final model. "energy-annealed" is Energy with a final model that was trained on for 500 epochs at
-the rate of the further training, so that further training is no annealing.
+segment and the Λ of the further training, and influence with damping 1/Λ. Further rows tell errors apart. "exact"
+replaces EK-FAC by the dense Gauss-Newton matrix, "exact by layer" by its diagonal blocks; "eigenvalues scaled"
+multiplies EK-FAC's eigenvalues, which have the right sum but are spread over more directions, by one number that
+corrects tr H² / tr H.
+"recorded" is SOURCE on the snapshots of one further training (on all examples, with a seed of its own), so no
+final-model-only method: it does without the assumption that gradients stay what they are at the final model.
+"energy-annealed" is Energy with a final model that was trained on for 500 epochs at the rate of the further training,
+so that further training is no annealing.
 """
 
 import argparse
@@ -181,13 +184,17 @@ def fit(model: Mlp, train: TensorDataset, task: Task, epochs: int, *callbacks: L
 
 def estimate(
     model: Mlp, train: TensorDataset, test: TensorDataset, task: Task, result: FurtherTraining, epochs: list[int]
-) -> dict[str, Tensor]:
-    """Scores ``[Q, M]``, or ``[E, Q, M]`` where the horizon is told."""
+) -> tuple[dict[str, Tensor], float]:
+    """Scores ``[Q, M]``, or ``[E, Q, M]`` where the horizon is told, and how much smaller EK-FAC's eigenvalues are."""
     scorer = SourceScorer.from_model(
         model, train, rate=1.0, batch_size=task.batch_size, factor_examples=None, label_samples=16
     )
     rates = [float(result.rates[epoch - 1, 0]) for epoch in epochs]
     ids = result.leave_out
+
+    def source(factor: float) -> Tensor:
+        return torch.stack([scorer.set_rate(factor * r).score(test, train_ids=ids).values / factor for r in rates])
+
     found = {}
     for label, (method, horizon) in METHODS.items():
         try:
@@ -196,14 +203,19 @@ def estimate(
             print(f"  {label}: skipped, this version has no method {method!r}")
             continue
         if horizon == "rate":
-            values = [scorer.set_rate(rate).score(test, method=method, train_ids=ids).values for rate in rates]
+            found[label] = source(1.0)
         elif horizon == "damping":
             values = [scorer.score(test, method=method, train_ids=ids, damping=1 / rate).values for rate in rates]
+            found[label] = torch.stack(values)
         else:
-            values = [scorer.score(test, method=method, train_ids=ids).values]
-        found[label] = torch.stack(values) if horizon else values[0]
-    found |= exact(model, train, test, ids, rates)
-    return found | {"source L=1, recorded": recorded(model, train, test, task, ids, epochs)}
+            found[label] = scorer.score(test, method=method, train_ids=ids).values
+    dense = Dense(model, train, test, ids)
+    factors = torch.cat([one.eigenvalues.flatten() for one in scorer.run.final_factors().values()])
+    ratio = mean_eigenvalue(dense.whole[0][0]) / mean_eigenvalue(factors)
+    # F_r of c·σ at Λ is that of σ at c·Λ, over c.
+    found["source L=1, horizon, eigenvalues scaled"] = source(ratio)
+    found |= dense.rows(rates)
+    return found | {"source L=1, recorded": recorded(model, train, test, task, ids, epochs)}, ratio
 
 
 def recorded(
@@ -222,46 +234,78 @@ def recorded(
     return torch.stack(found)
 
 
-def exact(
-    model: Mlp, train: TensorDataset, test: TensorDataset, ids: list[int], rates: list[float]
-) -> dict[str, Tensor]:
-    """SOURCE L=1 and influence with damping 1/Λ on the dense Gauss-Newton matrix, for one output or two classes.
+class Dense:
+    """The Gauss-Newton matrix of a network with one output or two classes, whole or in diagonal blocks.
 
-    The matrix is ``A Aᵀ`` with a column for each example, so its eigenvectors come from the ``[N, N]`` Gram matrix.
+    It is ``A Aᵀ`` with a column for each example, so its eigenvectors come from the ``[N, N]`` Gram matrix.
     """
-    parameters = {name: p.detach().double() for name, p in model.named_parameters()}
-    squared = train.tensors[1].is_floating_point()
 
-    def margin(values: dict[str, Tensor], row: Tensor) -> Tensor:
-        output = functional_call(model, values, (row[None],))[0]
-        return output[0] if squared else output[1] - output[0]
+    def __init__(self, model: Mlp, train: TensorDataset, test: TensorDataset, ids: list[int]) -> None:
+        parameters = {name: p.detach().double() for name, p in model.named_parameters()}
+        squared = train.tensors[1].is_floating_point()
 
-    def loss(values: dict[str, Tensor], row: Tensor, target: Tensor) -> Tensor:
-        output = functional_call(model, values, (row[None],))
-        return F.mse_loss(output[0, 0], target) if squared else F.cross_entropy(output[0], target)
+        def margin(values: dict[str, Tensor], row: Tensor) -> Tensor:
+            output = functional_call(model, values, (row[None],))[0]
+            return output[0] if squared else output[1] - output[0]
 
-    def flat(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
-        found = vmap(grad(function), in_dims=(None, *[0] * len(rows)))(parameters, *rows)
-        return torch.cat([g.flatten(1) for g in found.values()], 1)
+        def loss(values: dict[str, Tensor], row: Tensor, target: Tensor) -> Tensor:
+            output = functional_call(model, values, (row[None],))
+            return F.mse_loss(output[0, 0], target) if squared else F.cross_entropy(output[0], target)
 
-    inputs, targets = train.tensors[0].double(), train.tensors[1].double() if squared else train.tensors[1]
-    asked = test.tensors[0].double(), test.tensors[1].double() if squared else test.tensors[1]
-    outputs = vmap(margin, in_dims=(None, 0))(parameters, inputs)
-    second = torch.full_like(outputs, 2.0) if squared else outputs.sigmoid() * (1 - outputs.sigmoid())
-    columns = flat(margin, inputs) * (second / len(inputs)).sqrt()[:, None]
-    values, vectors = torch.linalg.eigh(columns @ columns.T)
-    kept = values > 1e-10 * values[-1]
-    values, basis = values[kept], columns.T @ (vectors[:, kept] / values[kept].sqrt())
-    queries, examples = flat(loss, *asked), flat(loss, inputs[ids], targets[ids])
-    outside, inner = queries @ examples.T, ((queries @ basis), (examples @ basis))
+        def gradients(function: Callable[..., Tensor], *rows: Tensor) -> dict[str, Tensor]:
+            found = vmap(grad(function), in_dims=(None, *[0] * len(rows)))(parameters, *rows)
+            return {name: g.flatten(1) for name, g in found.items()}
 
-    def scores(spectral: Callable[[Tensor], Tensor], at_zero: float) -> Tensor:
-        return (at_zero * outside + inner[0] * (spectral(values) - at_zero) @ inner[1].T) / len(inputs)
+        (inputs, targets), asked = (
+            [x.double() if x.is_floating_point() else x for x in data.tensors] for data in (train, test)
+        )
+        outputs = vmap(margin, in_dims=(None, 0))(parameters, inputs)
+        second = torch.full_like(outputs, 2.0) if squared else outputs.sigmoid() * (1 - outputs.sigmoid())
+        self.count = len(inputs)
+        self.scale = (second / self.count).sqrt()[:, None]
+        self.columns = gradients(margin, inputs)
+        self.queries, self.examples = gradients(loss, *asked), gradients(loss, inputs[ids], targets[ids])
+        self.layers = sorted({name.rpartition(".")[0] for name in parameters})
+        self.whole = [self._solve("")]
+        self.blocks = [self._solve(layer + ".") for layer in self.layers]
 
-    return {
-        "source L=1, horizon, exact": torch.stack([scores(lambda s, r=r: segment_response(s, r), r) for r in rates]),
-        "influence, horizon, exact": torch.stack([scores(lambda s, r=r: damped_inverse(s, 1 / r), r) for r in rates]),
-    }
+    def _solve(self, prefix: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Eigenvalues, and queries and examples in the eigenbasis and as inner products."""
+        columns, queries, examples = (
+            torch.cat([g for name, g in found.items() if name.startswith(prefix)], 1)
+            for found in (self.columns, self.queries, self.examples)
+        )
+        columns = columns * self.scale
+        values, vectors = torch.linalg.eigh(columns @ columns.T)
+        kept = values > 1e-10 * values[-1]
+        basis = columns.T @ (vectors[:, kept] / values[kept].sqrt())
+        return values[kept], queries @ basis, examples @ basis, queries @ examples.T
+
+    def scores(self, parts: list[tuple[Tensor, ...]], spectral: Callable[[Tensor], Tensor], at_zero: float) -> Tensor:
+        """``(1/N) ∇fᵀ φ(H) g`` for a spectral function ``φ``."""
+        found = [
+            at_zero * products + (queries * (spectral(values) - at_zero)) @ examples.T
+            for values, queries, examples, products in parts
+        ]
+        return torch.stack(found).sum(0) / self.count
+
+    def rows(self, rates: list[float]) -> dict[str, Tensor]:
+        """SOURCE L=1 and influence with damping 1/Λ."""
+
+        def source(parts: list[tuple[Tensor, ...]]) -> Tensor:
+            return torch.stack([self.scores(parts, partial(segment_response, rate=r), r) for r in rates])
+
+        influence = [self.scores(self.whole, partial(damped_inverse, damping=1 / r), r) for r in rates]
+        return {
+            "source L=1, horizon, exact": source(self.whole),
+            "source L=1, horizon, exact by layer": source(self.blocks),
+            "influence, horizon, exact": torch.stack(influence),
+        }
+
+
+def mean_eigenvalue(values: Tensor) -> float:
+    """The mean that weights each eigenvalue by itself, ``tr H² / tr H``."""
+    return float(values.double().square().sum() / values.double().sum())
 
 
 def progress(what: str, done: int, total: int) -> None:
@@ -300,7 +344,9 @@ def run(task: Task, arguments: argparse.Namespace, work: Path) -> dict:
             f" {float(result.full[-1].mean()):.4f} after further training"
         )
         if scores is None:
-            scores = estimate(model, train, test, task, result, epochs)
+            scores, ratio = estimate(model, train, test, task, result, epochs)
+            found["mean eigenvalue over EK-FAC's"] = round(ratio, 3)
+            print(f"  the mean eigenvalue (tr H² / tr H) is {ratio:.2f} times that of EK-FAC")
         found["removal"][removal] = summary(task, result, scores, epochs, arguments.plots)
     return found
 

@@ -193,7 +193,7 @@ def further_training(
         leave_out: positions in the training dataset of the ``M`` examples to leave out, one at a time.
         epochs: of further training.
         seeds: how many seeds (0, 1, …), or which; each draws the orders of all epochs.
-        batch_size: of the further training; a DataLoader's own by default.
+        batch_size: of the further training; a DataLoader's own by default. The last, short batch of an epoch is kept.
         optimizer: makes the further training's optimizer from the parameters that require gradients; by default the
             one that ``configure_optimizers`` returns. It starts without state, at a constant learning rate.
         removal: how an example is left out; recorded in the result.
