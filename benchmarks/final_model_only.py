@@ -59,6 +59,7 @@ METHODS: dict[str, tuple[str, str | None]] = {
     "influence (EK-FAC), horizon": ("influence", "damping"),
     "source L=1, horizon": ("source", "rate"),
     "influence-cg": ("influence-cg", None),
+    "influence-cg, horizon": ("influence-cg", "damping"),
     "influence-lissa": ("influence-lissa", None),
     "datainf": ("datainf", None),
     "astra": ("astra", None),
