@@ -25,6 +25,7 @@ import argparse
 import gzip
 import json
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -46,7 +47,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_source import SourceCallback, SourceScorer, attribute
 from lightning_source.estimators import estimator_for
 from lightning_source.evaluation.cosine import FinalModelCosine
-from lightning_source.evaluation.curves import CosineCurve, curve_rows, plot_curves
+from lightning_source.evaluation.curves import CosineCurve, plot_curves
 from lightning_source.evaluation.further_training import FurtherTraining, further_training
 from lightning_source.unroll import damped_inverse, segment_response
 
@@ -358,8 +359,9 @@ def summary(
     """Curves by adjustment, the random control, what one seed gives, and the released numbers beside ours."""
     found: dict = {
         "loss": {"final": round(float(result.start.mean()), 6), "further": round(float(result.full[-1].mean()), 6)},
-        "distance": [round(float(result.full_distances[e - 1].mean()), 4) for e in epochs],
-        "rate": [round(float(result.rates[e - 1, 0]), 4) for e in epochs],
+        "epochs": epochs,
+        "distance": _rounded(result.full_distances.mean(1)[[e - 1 for e in epochs]]),
+        "rate": _rounded(result.rates[[e - 1 for e in epochs], 0]),
     }
     for adjustment in (17, 13):
         curves: dict[str, CosineCurve] = {
@@ -374,9 +376,11 @@ def summary(
             other = replace(result, left_out=result.left_out[..., half:], full=result.full[..., half:])
             split = result.cosine(other.gold(adjustment), adjustment, half).mean[[e - 1 for e in epochs]]
         found[f"adjustment {adjustment}"] = {
-            "curves": curve_rows(curves),
+            "curves": {
+                label: {"cosine": _rounded(curve.mean), "sem": _rounded(curve.sem)} for label, curve in curves.items()
+            },
             "random": [round(float(control["control"]), 4), round(float(control["control_sem"]), 4)],
-            "one half of the seeds to the other": None if split is None else [round(float(x), 4) for x in split],
+            "one half of the seeds to the other": None if split is None else _rounded(split),
         }
         report(task, curves, epochs, f"adjustment ({adjustment})", split)
         if plots:
@@ -392,6 +396,10 @@ def summary(
     return found
 
 
+def _rounded(values: Tensor) -> list[float]:
+    return [round(float(value), 4) for value in values]
+
+
 def report(task: Task, curves: dict[str, CosineCurve], epochs: list[int], title: str, split: Tensor | None) -> None:
     print(f"\n{task.name}, cosine to further training, {title}\n| epochs | " + " | ".join(map(str, epochs)) + " |")
     print("|" + "---|" * (len(epochs) + 1))
@@ -399,6 +407,10 @@ def report(task: Task, curves: dict[str, CosineCurve], epochs: list[int], title:
         print(f"| {label} | " + " | ".join(f"{float(x):.3f}" for x in curve.mean) + " |")
     if split is not None:
         print("| (one half of the seeds to the other) | " + " | ".join(f"{float(x):.3f}" for x in split) + " |")
+
+
+def _one_line(numbers: re.Match[str]) -> str:
+    return re.sub(r"\s+", " ", numbers[0]).replace("[ ", "[").replace(" ]", "]")
 
 
 def _command(arguments: argparse.Namespace) -> str:
@@ -445,7 +457,8 @@ def main() -> None:
             "versions": {"torch": torch.__version__, "lightning": L.__version__},
             "tasks": results,
         }
-        arguments.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(record, indent=1, ensure_ascii=False)
+        arguments.out.write_text(re.sub(r"\[[^\[\]{}\"]*\]", _one_line, text) + "\n")
 
 
 if __name__ == "__main__":
