@@ -127,8 +127,8 @@ def attribute(
         measurement: ``"loss"``, ``"margin"``, ``"log-prob"`` or a callable ``(module, batch) -> Tensor[B]``; by default
             the callback's.
         method: ``"source"``, ``"fast-source"``, ``"astra-source"``, ``"influence"``, ``"influence-cg"``,
-            ``"influence-lissa"``, ``"astra"``, ``"datainf"``, ``"trak"``, ``"tracin"``, ``"grad-dot"``, ``"grad-cos"`` or
-            ``"repsim"``.
+            ``"influence-lissa"``, ``"astra"``, ``"datainf"``, ``"trak"``, ``"tracin"``, ``"grad-dot"``, ``"grad-cos"``
+            or ``"repsim"``.
         stage: the stage (``fit``) whose examples are asked about, by index or name; the last by default.
         **options: further arguments of :meth:`SourceScorer.score`, such as ``per_segment=True`` or ``damping=``.
 

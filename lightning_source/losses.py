@@ -80,6 +80,15 @@ def read_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     return reader(arguments)
 
 
+def unreduced(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The elements of a call that :func:`read_call` may know, without looking at values: for use under ``vmap``."""
+    if function not in _READERS:
+        return None
+    bound = _READERS[function][0].bind(*args, **kwargs)
+    arguments = bound.arguments | {"reduction": "none"}
+    return function(**{k: v for k, v in arguments.items() if k not in ("size_average", "reduce")})
+
+
 @reads(F.cross_entropy)
 def _cross_entropy(call: dict[str, Any]) -> LossCall:
     logits, target, weight, smoothing = call["input"], call["target"], call["weight"], call["label_smoothing"]

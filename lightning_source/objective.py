@@ -204,7 +204,7 @@ class Losses:
         elements of ``log(p / (1 - p))`` of the target class, ``"log-prob"`` the summed log-probability of its targets.
         """
         if measurement != "loss":
-            return self._of_targets(measurement)
+            return self.of_targets(measurement)
         if spec.origin == "whole":
             return (self.loss * (self.size if spec.calls[0].kind == "mean" else 1)).reshape(1)
         total = []
@@ -216,7 +216,8 @@ class Losses:
             total.append(scale.alone * value)
         return _sum(iter(total))
 
-    def _of_targets(self, measurement: str) -> Tensor:
+    def of_targets(self, measurement: str) -> Tensor:
+        """``[B]``: ``"margin"`` or ``"log-prob"`` of the one loss that has such targets."""
         readers = [
             (i, call, r)
             for i, call in enumerate(self.calls)
@@ -283,7 +284,7 @@ class Objective:
         listening = recording.listening(size) if recording else nullcontext()
         with torch.enable_grad(), listening, _LossTap(manual) as tap:
             hook = self.hook if hooked else None
-            loss = self._step(batch, manual) if hook is None else self._hooked(hook, batch, tap)
+            loss = self.step(batch, manual) if hook is None else self._hooked(hook, batch, tap)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError("`training_step` returned no scalar loss for this batch")
         calls, scales = tap.calls, []
@@ -294,7 +295,8 @@ class Objective:
             calls, scales = [call for call, _ in used], [scale for _, scale in used]
         return Losses(loss, calls, scales, size)
 
-    def _step(self, batch: Any, manual: ManualStep | None) -> Any:
+    def step(self, batch: Any, manual: ManualStep | None = None) -> Any:
+        """The loss that the user's ``training_step`` returns for a batch, or gives to ``manual`` where it optimizes."""
         with nullcontext() if manual is None else manual.in_place_of(self.module):
             output = self.module.training_step(batch, 0) if self._takes_index else self.module.training_step(batch)
         if manual is not None:

@@ -239,7 +239,15 @@ class Run:
         """What the walk needs to know of each block in each segment; ``columns`` takes what the walked vectors have.
 
         A block that a later stage did not train stood still there: that stage is left out of its chain.
+
+        Raises:
+            MisconfigurationException: the run is a final model's, opened without an amount of further training.
         """
+        if self.store.manifest["flags"].get("rate_unknown"):
+            raise MisconfigurationException(
+                "SOURCE needs to know how far training moves the model. HINT: pass"
+                " `SourceScorer.from_model(…, rate=Λ)`, the sum of the further training's learning rates."
+            )
         found: dict[str, list[SegmentCurvature]] = {block.name: [] for block in blocks}
         for segment, one in zip(segments, factors, strict=True):
             stage = self.stages[segment.stage]

@@ -10,10 +10,12 @@ import lightning
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_source.data import examples_of, query_of
 from lightning_source.estimators import Contraction, Query, estimator_for, held_by, unit_of
 from lightning_source.estimators.source import self_influence
+from lightning_source.final_model import open_final_model, set_rate
 from lightning_source.objective import Measurement
 from lightning_source.run import Run
 from lightning_source.scores import SIGN, InfluenceScores
@@ -71,6 +73,95 @@ class SourceScorer:
         return cls(
             Run(RunStore.open(dirpath), stage_models or [model], hooks=datamodule, stage=stage), measurement, memory
         )
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Any,
+        train: Any,
+        *,
+        rate: float | Sequence[float] | None = None,
+        batch_size: int | None = None,
+        optimizer: Optimizer | None = None,
+        measurement: str | Measurement = "loss",
+        dirpath: str | os.PathLike[str] | None = None,
+        overwrite: bool = False,
+        curvature: str = "ekfac",
+        factor_examples: int | None = 5000,
+        label_samples: int = 1,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        datamodule: Any = None,
+        seed: int = 0,
+        memory: float = 4e9,
+    ) -> SourceScorer:
+        """Attribute a trained model of which no history was recorded (final-model-only, Wei et al. 2412.03906).
+
+        What is asked is the effect of an example on *further* training from the model as it is now: ``"influence"``
+        (with ``damping=1/Λ`` where training further amounts to ``Λ``), ``"grad-dot"`` and ``"grad-cos"`` need the
+        model alone; ``"source"``, with one segment whose snapshot is the model, needs ``rate`` as well. For a
+        checkpoint pass ``MyModule.load_from_checkpoint(path)``. The model's weights are copied: it may be trained on.
+
+        Args:
+            model: the trained LightningModule.
+            train: its training dataset, or a loader over it.
+            rate: ``Λ``, the sum of the further training's effective learning rates (learning rate times steps; over
+                ``1 - β`` with momentum), or one for each parameter group. ``None`` leaves it open: then ``"source"`` is
+                refused, and ``"grad-dot"`` is the plain ``(1/N) ∇fᵀ g``.
+            batch_size: of the further training; a DataLoader's own by default. It scales losses that are sums over a
+                batch (method §4).
+            optimizer: the further training's optimizer over the model's parameters: its groups, weight decay, and the
+                moments of an adaptive one. By default SGD on all parameters without weight decay.
+            measurement: what a query is measured by.
+            dirpath: where the run is kept, for :meth:`from_run`; by default a directory that vanishes with the scorer.
+            overwrite: replace the run that ``dirpath`` holds.
+            curvature: ``"ekfac"``, ``"kfac"`` or ``"diagonal"``.
+            factor_examples: training examples that each factor pass visits; ``None`` for all.
+            label_samples: label draws per example for the eigenvalues.
+            include: glob patterns of module names to attribute; all by default.
+            exclude: glob patterns of module names not to attribute.
+            datamodule: the LightningDataModule, if it transforms batches on their way to the device.
+            seed: seeds sampled labels and the choice of factor examples.
+            memory: bytes that query vectors may take.
+
+        Raises:
+            MisconfigurationException: no batch size, an optimizer that is not understood or holds no moments yet, or
+                nothing to attribute.
+
+        Example::
+
+            scorer = SourceScorer.from_model(model, train_loader, rate=0.03 * 6 * 50)  # lr · steps an epoch · epochs
+            scores = scorer.score(queries)
+        """
+        run = open_final_model(
+            model,
+            train,
+            rate=rate,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            dirpath=dirpath,
+            overwrite=overwrite,
+            curvature=curvature,
+            factor_examples=factor_examples,
+            label_samples=label_samples,
+            include=include,
+            exclude=exclude,
+            datamodule=datamodule,
+            seed=seed,
+        )
+        return cls(run, measurement, memory)
+
+    def set_rate(self, rate: float | Sequence[float]) -> SourceScorer:
+        """Another amount of further training for a scorer of :meth:`from_model`; factors are kept. Gives back itself.
+
+        Args:
+            rate: ``Λ``, the sum of effective learning rates; one number, or one for each parameter group.
+
+        Raises:
+            MisconfigurationException: the run was recorded while training, which fixed its rates.
+        """
+        set_rate(self.run, rate)
+        return self
 
     def score(
         self,

@@ -62,7 +62,7 @@ def dense_source(run, module, *stages):
         rates = each({n: segment.stretch.rates[groups[n]] for n in names})
         decay = each({n: segment.stretch.weight_decay(groups[n]) for n in names})
         scale = preconditioner(run, segment, names)
-        decoupled = run.stage.record["optimizer"]["decoupled"][0]
+        decoupled = run.stage.decoupled(segment.stretch.first, 0)
         field = (rates * scale)[:, None] * hessian + torch.diag(rates * decay * (1 if decoupled else scale))
         # exp of a block matrix: its corner is ∫ exp(-s field) ds
         block = torch.zeros(2 * SIZE, 2 * SIZE).double()

@@ -111,7 +111,7 @@ class _Flow:
             decay = segment.stretch.weight_decay(block.group)
             eigenvalues = one.eigenvalues.clamp_min(0)
             rates[block.name] = torch.full_like(eigenvalues, rate) * scale.get(block.name, 1.0)
-            decoupled = stage.record["optimizer"]["decoupled"][block.group]
+            decoupled = stage.decoupled(segment.stretch.first, block.group)
             shifts[block.name] = decay * (torch.full_like(eigenvalues, rate) if decoupled else rates[block.name])
             if block.name in scale:
                 self.bases[block.name], curvature = IDENTITY, diagonal_of(one.basis, eigenvalues)

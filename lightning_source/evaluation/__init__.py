@@ -1,5 +1,11 @@
 """Counterfactual evaluation: retraining ground truth, and how well scores from anywhere predict it."""
 
+from lightning_source.evaluation.cosine import FinalModelCosine as FinalModelCosine
+from lightning_source.evaluation.curves import CosineCurve as CosineCurve
+from lightning_source.evaluation.curves import plot_curves as plot_curves
+from lightning_source.evaluation.curves import write_curves as write_curves
+from lightning_source.evaluation.further_training import FurtherTraining as FurtherTraining
+from lightning_source.evaluation.further_training import further_training as further_training
 from lightning_source.evaluation.lds import LinearDatamodelingScore as LinearDatamodelingScore
 from lightning_source.evaluation.lds import linear_datamodeling_score as linear_datamodeling_score
 from lightning_source.evaluation.leave_out import RemovalCorrelation as RemovalCorrelation

@@ -1,0 +1,203 @@
+"""A run made from a trained model alone: the final-model-only view (Wei et al., arXiv 2412.03906; method §6).
+
+Without a history of training there is one snapshot, the final model, and what is asked is the effect of an example on
+*further* training from it. With ``Λ`` the sum of that training's effective learning rates, SOURCE's ``F_r`` is
+``Λ · gradient dot product`` for ``Λ → 0`` and the influence function for ``Λ → ∞``.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from lightning_source._guards import parameters_kept, undisturbed
+from lightning_source.data import Examples, examples_of, to_module
+from lightning_source.layers import clean_name
+from lightning_source.objective import Objective
+from lightning_source.optimizers import Rule, preconditioners, rule_for
+from lightning_source.phases import Phase
+from lightning_source.recorder import Recorder, assemble
+from lightning_source.run import Run, fingerprint
+from lightning_source.segments import Stretch
+from lightning_source.store import RunStore
+from lightning_source.tracking import Coverage, find_blocks, probe
+
+STAGE = "further training"
+
+
+def open_final_model(
+    model: Any,
+    train: Any,
+    *,
+    rate: float | Sequence[float] | None = None,
+    batch_size: int | None = None,
+    optimizer: Optimizer | None = None,
+    dirpath: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    curvature: str = "ekfac",
+    factor_examples: int | None = 5000,
+    label_samples: int = 1,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    datamodule: Any = None,
+    seed: int = 0,
+) -> Run:
+    """A run of one segment whose only snapshot is the model as it is now; see :meth:`SourceScorer.from_model`."""
+    examples = examples_of(train, batch_size)
+    per_batch = _examples_per_batch(train, examples, batch_size)
+    groups = [g["params"] for g in optimizer.param_groups] if optimizer else [list(model.parameters())]
+    rule = rule_for(optimizer) if optimizer else None
+    decays, decoupled, maximize = [0.0], [False], False
+    if optimizer is not None and rule is not None:
+        steps = [rule(group) for group in optimizer.param_groups]
+        decays, decoupled = [s.weight_decay for s in steps], [s.decoupled for s in steps]
+        maximize = any(s.maximize for s in steps)
+    rates = _by_group(rate, len(groups))
+    names = {id(p): clean_name(name) for name, p in model.named_parameters()}
+    named = [[names[id(p)] for p in group if id(p) in names] for group in groups]
+    phase = Phase.after(None, 0, type(optimizer).__name__ if optimizer else "SGD", named, decoupled)
+    scales = _preconditioners(optimizer, rule, names) if optimizer and rule else {}
+    coverage = _covered(model, examples, groups, include, exclude, datamodule, seed)
+
+    temporary = None if dirpath is not None else tempfile.TemporaryDirectory(prefix="source-final-model-")
+    store = RunStore.create(temporary.name if temporary else str(dirpath), overwrite)
+    store.manifest |= {
+        "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
+        "settings": {
+            "segments": 1,
+            "snapshots_per_segment": 1,
+            "snapshots": "point",
+            "curvature": curvature,
+            "factor_examples": factor_examples,
+            "label_samples": label_samples,
+            "seed": seed,
+        },
+        "flags": {"history_incomplete": True, "final_model_only": True, "rate_unknown": rate is None},
+        "status": "finished",
+        "stages": [
+            {
+                "name": STAGE,
+                "examples": len(examples),
+                "batch_size": examples.batch_size,
+                "examples_per_batch": per_batch,
+                "objective": None,
+                "module": {"class": type(model).__name__, "parameters": fingerprint(model)},
+                "phases": [phase.to_json()],
+                "manual": None,
+                "maximize": maximize,
+                "reset": [],
+                "coverage": coverage.to_json(),
+            }
+        ],
+    }
+    # One stretch of training that stands at the final model throughout.
+    recorder = Recorder(store, model, bins=2, preconditioners=lambda: scales)
+    recorder.before_step()
+    recorder.after_step(rates, [1.0] * len(rates), decays, 1.0, None)
+    recorder.finish()
+    assemble(store, 1, 1)
+    run = Run(store, [model], {0: examples}, datamodule)
+    if temporary is not None:
+        weakref.finalize(run, temporary.cleanup)
+    return run
+
+
+def set_rate(run: Run, rate: float | Sequence[float]) -> None:
+    """Let a run of :func:`open_final_model` stand for another amount of further training; its factors stay.
+
+    Raises:
+        MisconfigurationException: the run has a history, whose rates are facts.
+    """
+    manifest = run.store.manifest
+    if not manifest["flags"].get("final_model_only"):
+        raise MisconfigurationException(
+            f"`{run.store.path}` was recorded while training, which fixed its rates. HINT: `SourceScorer.from_model`"
+            " looks at a final model under any amount of further training."
+        )
+    (snapshot,) = run.snapshots
+    rates = tuple(_by_group(rate, len(snapshot.rates)))
+    decays = tuple(r * snapshot.weight_decay(group) for group, r in enumerate(rates))
+    for records in (manifest["snapshots"], manifest["segments"]):
+        records[0] |= {"rates": list(rates), "decays": list(decays)}
+    manifest["flags"]["rate_unknown"] = False
+    run.snapshots = [Stretch.from_json(record) for record in manifest["snapshots"]]
+    run.store.commit()
+
+
+def _covered(
+    model: nn.Module,
+    examples: Examples,
+    groups: Sequence[Sequence[nn.Parameter]],
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    hooks: Any,
+    seed: int,
+) -> Coverage:
+    """What of a model can be attributed, checked on the first examples that give a finite loss.
+
+    Raises:
+        MisconfigurationException: no batch has a finite loss, or nothing can be attributed.
+    """
+    coverage = find_blocks(model, groups, include, exclude)
+    objective = Objective(model)
+    with undisturbed(model, seed), parameters_kept(model):
+        for index, batch in examples.batches(range(min(len(examples), 4 * examples.batch_size))):
+            moved = to_module(batch, model, hooks)
+            try:
+                losses = objective.evaluate(moved, len(index))
+            except ValueError:
+                continue  # no loss for this batch
+            if torch.isfinite(losses.loss):
+                return probe(model, objective, coverage, moved, len(index))
+    raise MisconfigurationException(
+        f"`{type(model).__name__}.training_step` gave no finite loss for the first training examples."
+    )
+
+
+def _examples_per_batch(train: Any, examples: Examples, batch_size: int | None) -> float:
+    """Mean size of a training batch, which a loss that is a sum is scaled by (method §4)."""
+    if batch_size is None and not isinstance(train, DataLoader):
+        raise MisconfigurationException(
+            "the batch size of the further training is not known. HINT: pass `batch_size=`, or a DataLoader as `train`."
+        )
+    if isinstance(train, DataLoader) and train.drop_last and batch_size is None:
+        return float(examples.batch_size)
+    batches = -(-len(examples) // examples.batch_size)
+    return len(examples) / batches
+
+
+def _by_group(rate: float | Sequence[float] | None, groups: int) -> list[float]:
+    rates = [1.0 if rate is None else float(rate)] * groups if isinstance(rate, (int, float, type(None))) else [*rate]
+    if len(rates) != groups or not all(0 < r < float("inf") for r in rates):
+        raise MisconfigurationException(
+            f"`rate={rate}` must be the sum of the further training's effective learning rates, above 0: one number,"
+            f" or one for each of the {groups} parameter groups."
+        )
+    return [float(r) for r in rates]
+
+
+def _preconditioners(optimizer: Optimizer, rule: Rule, names: Mapping[int, str]) -> dict[str, Tensor]:
+    """The optimizer's diagonal preconditioner by parameter.
+
+    Raises:
+        MisconfigurationException: the optimizer has one but has made no step yet, so it is not known.
+    """
+    found = preconditioners(optimizer, rule, names)
+    wanted = [names[id(p)] for g in optimizer.param_groups for p in g["params"] if p.requires_grad and id(p) in names]
+    adaptive = any(rule(group).preconditioner is not None for group in optimizer.param_groups)
+    if adaptive and not found and wanted:
+        raise MisconfigurationException(
+            f"`{type(optimizer).__name__}` scales gradients by moments that it does not hold yet. HINT: pass the"
+            " optimizer as training left it, or after a few steps of the further training."
+        )
+    return found
