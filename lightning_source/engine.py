@@ -6,6 +6,7 @@ Everything a pass needs is in a :class:`Workspace`; everything it computes is a 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from lightning_source.factors import (
     contract,
     eigenbasis,
     eigenvalue_sums,
+    gram,
     join,
     mean_covariances,
     rotated_matrices,
@@ -380,6 +382,45 @@ class Workspace:
             self.ranks.sum_([sums[block.name]])
             _require_finite(sums[block.name], block.name, "eigenvalues")
         return {name: total / (len(ids) * samples) for name, total in sums.items()}
+
+    def squared_traces(
+        self, state: State, data: Examples, ids: Tensor, bases: Mapping[str, Basis]
+    ) -> tuple[float, float]:
+        """``tr H²`` and ``Σ λ²``, what EK-FAC sees of it; their traces are the same.
+
+        ``tr H² = E[⟨g_m, g_n⟩²]`` over pairs of examples with labels sampled, their gradients over all blocks together;
+        the pairs are those of one batch, and batches are drawn at random. Both are estimated without bias.
+
+        Args:
+            state: the parameters.
+            data: training examples.
+            ids: those that are visited.
+            bases: the eigenbases in which the blocks' eigenvalues are taken.
+        """
+        order = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(self.seed))]
+        like = next(self.module.parameters()).detach()
+        empty = {b.name: like.new_zeros(b.shape, dtype=accumulator_dtype(like)) for b in self.blocks}
+        # Two halves of the batches: the product of two means of squares has no share of their noise.
+        halves = [empty, {name: total.clone() for name, total in empty.items()}]
+        sizes = torch.zeros(2, dtype=torch.float64, device=self.module.device)
+        pairs = torch.zeros(2, dtype=torch.float64, device=self.module.device)  # Σ ⟨g_m, g_n⟩², and how many
+
+        def own_part() -> None:
+            with self.at(state):
+                passes = self.captures(data, self.sampled(), self._share(data, order))
+                for half, (index, captured) in zip(itertools.cycle((0, 1)), passes, strict=False):
+                    sizes[half] += len(index)
+                    for name, one in captured.items():
+                        halves[half][name] += eigenvalue_sums(one, bases[name])
+                    products = sum((gram(one).double() for one in captured.values()), pairs.new_zeros(()))
+                    if products.dim():
+                        pairs[0] += products.square().sum() - products.diagonal().square().sum()
+                        pairs[1] += len(products) * (len(products) - 1)
+
+        self.ranks.together(own_part)
+        self.ranks.sum_([pairs, sizes, *(half[block.name] for half in halves for block in self.blocks)])
+        blocks = sum(float((halves[0][b.name].double() * halves[1][b.name]).sum()) for b in self.blocks)
+        return float(pairs[0] / pairs[1].clamp_min(1)), blocks / float(sizes.prod().clamp_min(1))
 
     # ---------------------------------------------------------------- scoring
 

@@ -291,6 +291,21 @@ def squared_norms(captured: Captured) -> Tensor:
     return torch.cat([chunk.per_example().square().sum((0, 2, 3)) for chunk in chunks(captured)])
 
 
+def gram(captured: Captured) -> Tensor:
+    """Inner products of all examples' gradients with each other, ``[B, B]``."""
+    if captured.vocabulary is not None:
+        rows = captured.rows()
+        tokens, where = rows.tokens.unique(return_inverse=True)
+        dense = rows.values.new_zeros(captured.shape[1], len(tokens), rows.values.shape[1])
+        dense[rows.examples, where] = rows.values
+        flat = dense.flatten(1)
+        return flat @ flat.T
+    if captured.shape[2] == 1:
+        a, g = (x.squeeze(2) for x in captured[:2])
+        return ((a @ a.mT) * (g @ g.mT)).sum(0)
+    return torch.cat([contract(captured, chunk.per_example().transpose(0, 1)) for chunk in chunks(captured)])
+
+
 def contract(captured: Captured, vectors: Tensor, columns: Tensor | None = None) -> Tensor:
     """Inner products ``[Q, B]`` of ``vectors [Q, P, O, I]`` with the examples' gradients in the same basis.
 

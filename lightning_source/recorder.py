@@ -372,6 +372,7 @@ def reopen(store: RunStore, limit: int, boundaries: Sequence[int]) -> dict[str, 
     manifest["snapshots"] = [s.to_json() for s in snapshots if s.stage != stage]
     manifest["segments"] = [s for s in manifest["segments"] if s["stage"] != stage]
     manifest["bins"] = bins
+    manifest.pop("couplings", None)
     gone = [name for name in manifest["files"] if _belongs_to_end(name, len(manifest["segments"]), start)]
     store.commit(remove=(record.pop("final"), record.pop("log"), *gone))
     return {

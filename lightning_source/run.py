@@ -30,6 +30,9 @@ from lightning_source.store import RunStore
 from lightning_source.tracking import Coverage
 from lightning_source.unroll import SegmentCurvature
 
+# Examples whose pairs are enough to tell one number.
+COUPLING_EXAMPLES = 1024
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -353,6 +356,30 @@ class Run:
         loads = [partial(self.state, s, which) for s in segment.snapshots]
         files = [s.file.replace(".safetensors", f"-{which}-covariances.safetensors") for s in segment.snapshots]
         return self._factors(self.stages[segment.stage], name, loads, segment.weights, files)
+
+    def coupled(self, segment: Segment, which: str) -> Factors:
+        """:meth:`snapshot_factors`, scaled by how much curvature the layers have together beyond their own.
+
+        EK-FAC keeps the blocks apart. Where a direction of much curvature runs through several layers, each of them
+        sees a part of it, and ``1/σ`` responds too much in all. One number, ``tr H² / Σ λ²`` over the segment's
+        snapshots, gives the spectrum its size back; the directions stay those of the blocks.
+        """
+        factors, stage = self.snapshot_factors(segment, which), self.stages[segment.stage]
+        names = "+".join(f"{s.last:06d}" for s in segment.snapshots)
+        known = self.store.manifest.setdefault("couplings", {})
+        key = f"{which}-{names}"
+        if key not in known:
+            limit = min(COUPLING_EXAMPLES, self.settings["factor_examples"] or COUPLING_EXAMPLES)
+            ids = factor_ids(len(stage.data), limit, self.settings["seed"])
+            bases = {name: one.basis for name, one in factors.items()}
+            traces = [
+                [w * x for x in stage.workspace.squared_traces(self.state(s, which), stage.data, ids, bases)]
+                for s, w in zip(segment.snapshots, segment.weights, strict=True)
+            ]
+            full, blocks = map(sum, zip(*traces, strict=True))
+            known[key] = max(1.0, full / blocks) if blocks > 0 else 1.0
+            self.store.commit()
+        return {name: BlockFactors(one.basis, known[key] * one.eigenvalues) for name, one in factors.items()}
 
     def mean_factors(self, segment: Segment) -> Factors:
         """A segment's factors at its averaged parameters (Fast-SOURCE)."""

@@ -21,7 +21,11 @@ Snapshots = Literal["mean", "point"]
 
 @estimates("source")
 def source(
-    query: Query, *, segments: int | Sequence[int] | None = None, snapshots: Snapshots | None = None
+    query: Query,
+    *,
+    segments: int | Sequence[int] | None = None,
+    snapshots: Snapshots | None = None,
+    cross_layer: bool = False,
 ) -> Iterator[Contraction]:
     """One train pass per snapshot, two factor passes per snapshot the first time.
 
@@ -30,11 +34,14 @@ def source(
         segments: cut the run's snapshots into other segments than those of the run.
         snapshots: ``"mean"`` takes gradients and curvature at each snapshot's running mean of the parameters,
             ``"point"`` at the parameters of one step in its middle; the run's own setting by default.
+        cross_layer: scale each segment's curvature by what its layers have together beyond their own, which brings the
+            size of scores near that of real changes (:meth:`Run.coupled`); one more short pass a snapshot.
     """
     run = query.run
     which = snapshots or run.settings["snapshots"]
     parts = run.segments(segments)
-    factors = [run.snapshot_factors(segment, which) for segment in [*parts, *run.later_segments()]]
+    load = run.coupled if cross_layer else run.snapshot_factors
+    factors = [load(segment, which) for segment in [*parts, *run.later_segments()]]
     yield from _walk(query, parts, factors, [[partial(run.state, s, which) for s in p.snapshots] for p in parts])
 
 

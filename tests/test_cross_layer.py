@@ -1,0 +1,75 @@
+"""The curvature that layers have together, against dense matrices."""
+
+import pytest
+import torch
+from helpers import Classifier, classes, fitted, mlp
+from torch import nn
+from torch.func import functional_call, jacrev, vmap
+
+from lightning_source.factors import Captured, gram
+
+
+def gauss_newton(module, state, inputs):
+    """``E[Jᵀ (diag p - p pᵀ) J]`` of cross entropy, dense."""
+    values = {name[4:]: value.double() for name, value in state.items()}
+    net = module.net.double()
+    jacobians = vmap(jacrev(lambda p, x: functional_call(net, p, (x[None],))[0]), (None, 0))(values, inputs)
+    rows = torch.cat([j.flatten(2) for j in jacobians.values()], 2)
+    probabilities = functional_call(net, values, (inputs,)).softmax(-1)
+    centred = rows - (probabilities[:, :, None] * rows).sum(1, keepdim=True)
+    scaled = (probabilities.sqrt()[:, :, None] * centred).flatten(0, 1)
+    return scaled.T @ scaled / len(inputs)
+
+
+@pytest.mark.parametrize("net", [mlp, lambda: nn.Sequential(nn.Linear(6, 3))], ids=["two layers", "one layer"])
+def test_squared_traces_are_those_of_dense_matrices(tmp_path, net):
+    """To 15 %: the labels of 4,000 examples, and pairs of examples, are drawn."""
+    data = classes(4000)
+    trainer = fitted(tmp_path, Classifier(net()), data, batch_size=100, max_epochs=1, factor_examples=4000)
+    with trainer.callbacks[0].scorer(trainer) as scorer:
+        run = scorer.run
+        (segment,) = run.segments()
+        factors = run.snapshot_factors(segment, "mean")
+        state = run.state(segment.snapshots[-1], "mean")
+        bases = {name: one.basis for name, one in factors.items()}
+        ids = torch.arange(4000)
+        full, blocks = run.workspace.squared_traces(state, run.data, ids, bases)
+        values = run.workspace.eigenvalues(state, run.data, ids, bases, 8)
+        dense = gauss_newton(trainer.lightning_module, state, data.tensors[0].double())
+    assert full == pytest.approx(float(dense.square().sum()), rel=0.15)
+    assert blocks == pytest.approx(sum(float(v.square().sum()) for v in values.values()), rel=0.15)
+
+
+def test_scores_are_those_of_scaled_eigenvalues(tmp_path, monkeypatch):
+    trainer = fitted(tmp_path, data=classes(200), segments=2)
+    query = [x[:4] for x in classes(8, seed=2).tensors]
+    plain = trainer.attribute(query).values
+    scores = trainer.attribute(query, cross_layer=True)
+    with trainer.callbacks[0].scorer(trainer) as scorer:
+        scales = [scorer.run.store.manifest["couplings"][f"mean-{names}"] for names in _names(scorer.run)]
+        assert all(scale >= 1 for scale in scales)
+        assert max(scales) > 1.2  # two layers share directions
+        monkeypatch.setattr(
+            type(scorer.run),
+            "coupled",
+            lambda run, segment, which: run.snapshot_factors(segment, which),
+        )
+        assert torch.equal(trainer.attribute(query, cross_layer=True).values, plain)
+    assert scores.values.norm() < plain.norm()  # more curvature, less response
+    monkeypatch.undo()
+    again = trainer.attribute(query, cross_layer=True)
+    assert torch.equal(again.values, scores.values)
+
+
+def _names(run):
+    return ["+".join(f"{s.last:06d}" for s in segment.snapshots) for segment in run.segments()]
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+def test_inner_products_of_all_pairs(positions):
+    one = Captured(torch.randn(2, 5, positions, 4), torch.randn(2, 5, positions, 3))
+    flat = one.per_example().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(gram(one), flat @ flat.T)
+    rows = Captured(torch.randint(7, (1, 5, positions)), torch.randn(1, 5, positions, 3), 7)
+    flat = rows.per_example().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(gram(rows), flat @ flat.T)
