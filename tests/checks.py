@@ -1,4 +1,4 @@
-"""Tables of what the tests check, subject by check, written from a run: ``python -m pytest --checks docs/checks.md``.
+"""Tables of what the tests check, subject by check, written from a run: ``python -m pytest --checks=docs/checks.md``.
 
 A test says what it checks by a mark, and what it measured by a call:
 
@@ -47,7 +47,7 @@ Key = tuple[str, str, str]  # table, row, column
 HEAD = """\
 # What the tests check
 
-Written by `python -m pytest --checks docs/checks.md` from the run's own outcomes; a test fails when a row here and the
+Written by `python -m pytest --checks=docs/checks.md` from the run's own outcomes; a test fails when a row here and the
 tests no longer agree. A figure beside ✓ is the largest that was measured, of the kind that its column names; figures
 differ in their last digits from machine to machine. An empty cell is not tested, or has no meaning.
 """

@@ -10,7 +10,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "checks.md"
 
 
 def test_the_page_shows_what_the_tests_declare(request):
-    """After adding or renaming one: ``python -m pytest --checks docs/checks.md``."""
+    """After adding or renaming one: ``python -m pytest --checks=docs/checks.md``."""
     if request.config.getoption("checks"):
         pytest.skip("this run writes the page")
     checks = request.config.pluginmanager.get_plugin("checks")
