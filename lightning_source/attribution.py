@@ -17,7 +17,7 @@ from lightning_source.ranks import Ranks
 from lightning_source.run import Run
 from lightning_source.scorer import SourceScorer
 from lightning_source.scores import InfluenceScores
-from lightning_source.store import MANIFEST, RunStore, SharedStore
+from lightning_source.store import MANIFEST, SharedStore, open_to_score
 
 
 class AttributingCallback(Callback):
@@ -49,8 +49,7 @@ class AttributingCallback(Callback):
                 "there is no finished segment: no optimizer step was recorded. HINT: call `fit` first, for at least one"
                 " step."
             )
-        # Read anew, since a scorer may have completed an interrupted run meanwhile.
-        store = RunStore.open(path) if ranks.world == 1 else SharedStore(path, ranks)
+        store = open_to_score(path) if ranks.world == 1 else SharedStore(path, ranks)
         count = len(store.manifest.get("stages", []))
         modules = [self._taught.get(index, (pl_module, None))[0] for index in range(count)]
         data = {index: examples for index, (_, examples) in self._taught.items()}

@@ -180,7 +180,8 @@ class SourceCallback(AttributingCallback):
         """A few primitives; what they stand for is a resume point in the run directory."""
         if self._store is None or self._recorder is None:
             return self._restored or {}
-        self._recorder.save_point()
+        if self._store.manifest["status"] == "running":  # the end needs no point: its snapshots can be taken up again
+            self._recorder.save_point()
         return {
             "schema": 1,
             "run_id": self._store.manifest["run_id"],
@@ -228,11 +229,16 @@ class SourceCallback(AttributingCallback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule, examples: Examples | None) -> int:
         """Start to record, on the rank that does; gives back the stage's index."""
         assert self._store is not None
+        if self._recorder is not None and (self._store.path / MANIFEST).exists():
+            self._store = RunStore.open(self._store.path)  # scorers may have added to it
         manifest = self._store.manifest
         point = self._resume_point(trainer)
         if point is None:
             if manifest.get("bins"):  # the stage before was interrupted
                 assemble(self._store, self.settings["segments"], self.settings["snapshots_per_segment"])
+            stages = manifest.setdefault("stages", [])
+            while stages and "final" not in stages[-1]:  # a fit that failed before its first step
+                del stages[-1]
             self._begin_stage(trainer, pl_module, examples)
         index = len(manifest["stages"]) - 1
         manifest["status"] = "running"

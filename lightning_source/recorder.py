@@ -374,8 +374,7 @@ def reopen(store: RunStore, limit: int, boundaries: Sequence[int]) -> dict[str, 
     manifest["bins"] = bins
     manifest.pop("couplings", None)
     gone = [name for name in manifest["files"] if _belongs_to_end(name, len(manifest["segments"]), start)]
-    store.commit(remove=(record.pop("final"), record.pop("log"), *gone))
-    return {
+    point = {
         "file": None,
         "bins": bins,
         "open": [],
@@ -388,6 +387,9 @@ def reopen(store: RunStore, limit: int, boundaries: Sequence[int]) -> dict[str, 
         "trained": [name for name in final if name in record["module"]["parameters"]],
         "stage": {key: record[key] for key in ("phases", "coverage", "seen") if key in record},
     }
+    manifest["resume"] = {str(point["steps"]): point}
+    store.commit(remove=(record.pop("final"), record.pop("log"), *gone))
+    return point
 
 
 def _belongs_to_end(name: str, segments: int, start: int) -> bool:

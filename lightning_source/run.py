@@ -388,8 +388,7 @@ class Run:
 
     def final_factors(self) -> Factors:
         """Factors of the asked stage's objective and examples at the final parameters (influence functions)."""
-        own = self.stage.index
-        name = "segments/final.safetensors" if own == len(self.stages) - 1 else f"segments/final-of-{own}.safetensors"
+        name = f"segments/final-of-{self.stage.index}-at-{len(self.stages) - 1}.safetensors"
         return self._factors(self.stage, name, [self.final_of_stage], [1.0], [None])
 
     def _factors(

@@ -19,7 +19,7 @@ from lightning_source.final_model import open_final_model, set_rate
 from lightning_source.objective import Measurement
 from lightning_source.run import Run
 from lightning_source.scores import SIGN, InfluenceScores
-from lightning_source.store import RunStore
+from lightning_source.store import open_to_score
 
 MEASUREMENTS = ("loss", "margin", "log-prob")
 
@@ -71,7 +71,7 @@ class SourceScorer:
             MisconfigurationException: no run, a damaged file, no finished segment, or a model that does not match.
         """
         return cls(
-            Run(RunStore.open(dirpath), stage_models or [model], hooks=datamodule, stage=stage), measurement, memory
+            Run(open_to_score(dirpath), stage_models or [model], hooks=datamodule, stage=stage), measurement, memory
         )
 
     @classmethod

@@ -6,6 +6,7 @@ belongs to the run, comes last. Reading checks the schema and each file's sha256
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from lightning_source.ranks import Ranks
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+PARTIAL = "partial"
 
 
 class RunStore:
@@ -131,6 +133,41 @@ class RunStore:
             (self.path / name).unlink(missing_ok=True)
 
 
+class PartialStore(RunStore):
+    """A run that has not ended, as a scorer may complete it: what is made of it goes into a folder of its own.
+
+    Whoever records the run, or resumes it one day, finds it as it was.
+
+    Args:
+        base: the run.
+    """
+
+    def __init__(self, base: RunStore) -> None:
+        manifest = copy.deepcopy(base.manifest)
+        manifest["partial_of"] = {"run_id": manifest["run_id"], "bins": manifest["bins"]}
+        super().__init__(base.path / PARTIAL, manifest)
+        self.base = base.path
+        if (self.path / MANIFEST).exists():
+            earlier = json.loads((self.path / MANIFEST).read_text())
+            if earlier.get("partial_of") == manifest["partial_of"]:
+                self.manifest = earlier
+            else:
+                _delete_run(self.path)
+        self.path.mkdir(exist_ok=True)
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """See :meth:`RunStore.read`."""
+        if (self.path / name).exists():
+            return super().read(name, device)
+        return RunStore(self.base, self.manifest).read(name, device)
+
+
+def open_to_score(path: str | os.PathLike[str]) -> RunStore:
+    """An existing run, finished or not; see :meth:`RunStore.open`."""
+    store = RunStore.open(path)
+    return PartialStore(store) if store.manifest.get("bins") else store
+
+
 class SharedStore(RunStore):
     """A run that several ranks work on together: rank 0 reads and writes, and all see the same. Calls are collective.
 
@@ -140,14 +177,27 @@ class SharedStore(RunStore):
     """
 
     def __init__(self, path: str | os.PathLike[str], ranks: Ranks) -> None:
-        super().__init__(Path(path), ranks.from_first(lambda: RunStore.open(path).manifest))
+        self._own: RunStore | None = None
+
+        def open_it() -> tuple[Path, dict[str, Any]]:
+            self._own = open_to_score(path)
+            return self._own.path, self._own.manifest
+
+        super().__init__(*ranks.from_first(open_it))
         self.ranks = ranks
+
+    @property
+    def own(self) -> RunStore:
+        """Rank 0's store, under the manifest that all share."""
+        assert self._own is not None
+        self._own.manifest = self.manifest
+        return self._own
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> str:
         """See :meth:`RunStore.write`."""
 
         def write() -> str:
-            super(SharedStore, self).write(name, tensors)
+            self.own.write(name, tensors)
             return self.manifest["files"][name]
 
         self.manifest["files"][name] = self.ranks.from_first(write)
@@ -155,14 +205,14 @@ class SharedStore(RunStore):
 
     def read(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """See :meth:`RunStore.read`."""
-        tensors = self.ranks.from_first(lambda: super(SharedStore, self).read(name))
+        tensors = self.ranks.from_first(lambda: self.own.read(name))
         return {key: value.to(device) for key, value in tensors.items()}
 
     def commit(self, remove: tuple[str, ...] = ()) -> None:
         """See :meth:`RunStore.commit`."""
         for name in remove:
             self.manifest["files"].pop(name, None)
-        self.ranks.from_first(lambda: super(SharedStore, self).commit(remove))
+        self.ranks.from_first(lambda: self.own.commit(remove))
 
 
 def _replace(temporary: Path, target: Path) -> None:
