@@ -36,7 +36,7 @@ Kind = Literal["mean", "sum", "examples"]
 
 
 class _LossTap(TorchFunctionMode):
-    def __init__(self, manual: ManualStep | None) -> None:
+    def __init__(self, manual: ManualStep | None = None) -> None:
         super().__init__()
         self.calls: list[LossCall] = []
         self.manual = manual
