@@ -1,0 +1,264 @@
+"""Study 1: the linear datamodeling score of every estimator on a task, single models and ensembles.
+
+    pip install ".[test]"
+    python benchmarks/lds_study.py --task concrete --data DATA --cache CACHE
+    python benchmarks/lds_study.py --quick
+
+``DATA`` holds the files that ``docs/results.md`` names; what needs hours to compute is kept in ``CACHE`` and taken from
+there in the next call. Each row is computed for several trainings of the full model; the ensemble averages their
+scores. The figures go to ``benchmarks/results/lds_TASK.json``, from which :mod:`make_results` makes the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from safetensors.torch import load_file, save_file
+from tasks import TASKS, Data, Task, Trained, fit, ground_truth, measure
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from lightning_source import SourceCallback, SourceScorer
+from lightning_source.evaluation import linear_datamodeling_score
+from lightning_source.evaluation.statistics import mean_interval
+
+RESULTS = Path(__file__).parent / "results"
+QUICK = "quick"
+
+
+@dataclass
+class Trial:
+    """One training of a task's full model, recorded in the cache, and what may be asked of it."""
+
+    name: str
+    task: Task
+    data: Data
+    seed: int
+    cache: Path
+    arguments: argparse.Namespace
+    opened: dict[str, SourceScorer] = field(default_factory=dict)
+
+    def scorer(self, **settings: Any) -> SourceScorer:
+        """The run recorded with these settings of :class:`SourceCallback`; trained the first time."""
+        key = "-".join(f"{k}={v}" for k, v in sorted(settings.items())) or "defaults"
+        if key not in self.opened:
+            path = self.cache / "runs" / self.name / f"{self.seed}-{key}"
+            if not (path / "manifest.json").exists():
+                callback = SourceCallback(str(path), mode="deferred", **settings)
+                fit(self.task, self.data, self.seed, callback)
+            module = Trained(self.task, len(self.data.train[0]))
+            self.opened[key] = SourceScorer.from_run(path, module, measurement=partial(measure, self.task))
+        return self.opened[key]
+
+    def score(self, method: str, settings: dict[str, Any] | None = None, **options: Any) -> Tensor:
+        """``[Q, N]`` of one of the package's estimators."""
+        scorer = self.scorer(**(settings or {}))
+        train = TensorDataset(*self.data.train)
+        return scorer.score(self.data.query, train, method=method, batch_size=256, **options).values
+
+    def network(self) -> dict[str, Tensor]:
+        """The trained network's parameters and buffers, by their names in the network."""
+        return {name.removeprefix("net."): value for name, value in self.scorer().run.final().items()}
+
+    def learning(self) -> float:
+        """``Λ`` of the whole training."""
+        return sum(segment.stretch.weight for segment in self.scorer().run.segments())
+
+    def peer(self, script: str, python: str, *options: str) -> Tensor:
+        """Scores that a script in another environment computes from the trained network and the data."""
+        with tempfile.TemporaryDirectory() as folder:
+            given, found = Path(folder) / "given.safetensors", Path(folder) / "found.safetensors"
+            tensors = {f"network.{name}": value for name, value in self.network().items()}
+            for part in ("train", "query"):
+                tensors |= {f"{part}.{i}": t for i, t in enumerate(getattr(self.data, part))}
+            save_file({k: v.contiguous() for k, v in tensors.items()}, given)
+            subprocess.run(
+                [python, str(Path(__file__).parent / script), str(given), str(found), *options],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+            return load_file(found)["scores"]
+
+
+Scores = Callable[[Trial], Tensor]  # [Q, N], positive = removing raises the measurement
+
+
+def by(method: str, settings: dict[str, Any] | None = None, **options: Any) -> Scores:
+    return lambda trial: trial.score(method, settings, **options)
+
+
+def random(trial: Trial) -> Tensor:
+    generator = torch.Generator().manual_seed(trial.seed)
+    return torch.randn(len(trial.data.query[0]), len(trial.data.train[0]), generator=generator)
+
+
+ROWS: dict[str, Scores] = {
+    "source": by("source"),
+    "source, L=3, points": by("source", segments=3, snapshots="point"),
+    "fast-source": by("fast-source"),
+    "influence": by("influence"),
+    "influence, damping 1/Λ": lambda trial: trial.score("influence", damping=1 / trial.learning()),
+    "tracin": by("tracin"),
+    "grad-dot": by("grad-dot"),
+    "grad-cos": by("grad-cos"),
+    "random": random,
+}
+
+
+def scores_of(trial: Trial, row: str, rows: dict[str, Scores]) -> tuple[Tensor, float]:
+    """A row's scores and the seconds that they took, from the cache if they were computed before."""
+    slug = re.sub(r"[^a-z0-9.=]+", "-", row.lower().replace("λ", "rate")).strip("-")
+    file = trial.cache / "scores" / trial.name / f"{slug}-{trial.seed}.safetensors"
+    if file.exists():
+        found = load_file(file)
+        return found["scores"], float(found["seconds"])
+    trial.scorer()  # training is no part of the time
+    start = time.perf_counter()
+    values = rows[row](trial).float()
+    seconds = time.perf_counter() - start
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"scores": values.contiguous(), "seconds": torch.tensor(seconds)}, file)
+    return values, seconds
+
+
+def figures(scores: Sequence[Tensor], kept: Tensor, measured: Tensor, reference: Tensor | None) -> dict[str, Any]:
+    """LDS of single models and of their ensemble, with 95 % intervals over queries.
+
+    Args:
+        scores: ``[Q, N]`` of each model.
+        kept: ``[S, N]``.
+        measured: ``[R, S, Q]``.
+        reference: the other row's LDS by query, ``[Q]``, that this one is compared with query by query.
+    """
+    results = [linear_datamodeling_score(s, kept, measured) for s in scores]
+    queries = torch.stack([r.per_query for r in results]).mean(0)
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, Any] = {
+        "single": rounded([r.lds for r in results]),
+        "mean": rounded(queries.mean()),
+        "interval": rounded(mean_interval(queries, generator)),
+        "subset_interval": rounded(torch.stack([r.subset_interval for r in results]).mean(0)),
+    }
+    if len(scores) > 1:
+        together = linear_datamodeling_score(torch.stack(list(scores)).mean(0), kept, measured)
+        found["ensemble"] = rounded(together.lds)
+        found["ensemble_interval"] = rounded(together.interval)
+    if reference is not None:
+        ahead = reference - queries
+        found["source_ahead"] = rounded(ahead.mean())
+        found["source_ahead_interval"] = rounded(mean_interval(ahead, generator))
+    return found
+
+
+def per_query(scores: Sequence[Tensor], kept: Tensor, measured: Tensor) -> Tensor:
+    return torch.stack([linear_datamodeling_score(s, kept, measured).per_query for s in scores]).mean(0)
+
+
+def rounded(values: Any) -> Any:
+    return [round(float(v), 4) for v in values] if isinstance(values, list) or values.dim() else round(float(values), 4)
+
+
+def study(
+    name: str, task: Task, arguments: argparse.Namespace, rows: dict[str, Scores], reference: str, stem: str
+) -> dict[str, Any]:
+    """Every row on one task, written to the results after each."""
+    data = task.load(arguments.data)
+    with tempfile.TemporaryDirectory() as temporary:
+        cache = arguments.cache or Path(temporary)
+        start = time.perf_counter()
+        kept, measured = ground_truth(name, task, data, arguments.share, cache)
+        retraining = time.perf_counter() - start
+        trials = [Trial(name, task, data, seed, cache, arguments) for seed in range(arguments.seeds)]
+        anchor, control, reliability = None, None, None
+        found: dict[str, Any] = {}
+        for row in rows:
+            scored = [scores_of(trial, row, rows) for trial in trials]
+            scores = [s for s, _ in scored]
+            found[row] = figures(scores, kept, measured, anchor if row != reference else None)
+            found[row]["seconds"] = round(sorted(t for _, t in scored)[len(scored) // 2], 2)
+            if row == reference:
+                anchor = per_query(scores, kept, measured)
+                result = linear_datamodeling_score(scores[0], kept, measured)
+                control = {"lds": rounded(result.control), "interval": rounded(result.control_interval)}
+                reliability = None if result.reliability is None else rounded(result.reliability)
+            print(f"{name:14s} {row:32s} {json.dumps(found[row], ensure_ascii=False)}", flush=True)
+            report = {
+                "task": name,
+                "note": task.note,
+                "command": "python benchmarks/" + Path(sys.argv[0]).name + f" --task {name}",
+                "versions": versions(),
+                "examples": len(data.train[0]),
+                "queries": len(data.query[0]),
+                "subsets": len(kept),
+                "share": arguments.share,
+                "retrainings": len(measured),
+                "training_seeds": list(range(arguments.seeds)),
+                "retraining_seconds": round(retraining, 1),
+                "reliability": reliability,
+                "control": control,
+                "lds": found,
+            }
+            if arguments.out is not None:
+                arguments.out.mkdir(parents=True, exist_ok=True)
+                path = arguments.out / f"{stem}_{name}.json"
+                path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    return report
+
+
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "lightning": lightning.__version__}
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that the studies share."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--task", nargs="*", default=[], choices=list(TASKS), help="tasks, in this order")
+    made.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
+    made.add_argument("--cache", type=Path, help="folder for ground truths, runs and scores")
+    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    made.add_argument("--seeds", type=int, default=5, help="trainings of the full model")
+    made.add_argument("--share", type=float, default=0.5, help="share of the examples in a subset")
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--quick", action="store_true", help="a tiny digits task; writes no results")
+    return made
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Quiet, and what ``--quick`` stands for."""
+    torch.set_num_threads(arguments.threads)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    if arguments.quick:
+        arguments.task, arguments.seeds, arguments.out = [QUICK], min(arguments.seeds, 2), None
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    options = parser(__doc__)
+    options.add_argument("--rows", nargs="*", help="only these rows")
+    options.add_argument("--kronfluence", metavar="PYTHON", help="interpreter of an environment with kronfluence")
+    arguments = options.parse_args(argv)
+    prepare(arguments)
+    reports = []
+    for name in arguments.task:
+        rows = {row: ROWS[row] for row in arguments.rows or ROWS}
+        reports.append(study(name, TASKS[name], arguments, rows, "source", "lds"))
+    return reports
+
+
+if __name__ == "__main__":
+    main()
