@@ -52,6 +52,7 @@ class Trial:
     cache: Path
     arguments: argparse.Namespace
     opened: dict[str, SourceScorer] = field(default_factory=dict)
+    peer_seconds: float | None = None  # as a peer measured itself, without the start of its interpreter
 
     def scorer(self, **settings: Any) -> SourceScorer:
         """The run recorded with these settings of :class:`SourceCallback`; trained the first time."""
@@ -92,7 +93,9 @@ class Trial:
                 check=True,
                 stdout=subprocess.DEVNULL,
             )
-            return load_file(found)["scores"]
+            result = load_file(found)
+        self.peer_seconds = float(result["seconds"])
+        return result["scores"]
 
 
 Scores = Callable[[Trial], Tensor]  # [Q, N], positive = removing raises the measurement
@@ -128,9 +131,10 @@ def scores_of(trial: Trial, row: str, rows: dict[str, Scores]) -> tuple[Tensor, 
         found = load_file(file)
         return found["scores"], float(found["seconds"])
     trial.scorer()  # training is no part of the time
+    trial.peer_seconds = None
     start = time.perf_counter()
     values = rows[row](trial).float()
-    seconds = time.perf_counter() - start
+    seconds = trial.peer_seconds or time.perf_counter() - start
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({"scores": values.contiguous(), "seconds": torch.tensor(seconds)}, file)
     return values, seconds
@@ -255,8 +259,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     prepare(arguments)
     reports = []
     for name in arguments.task:
-        rows = {row: ROWS[row] for row in arguments.rows or ROWS}
-        reports.append(study(name, TASKS[name], arguments, rows, "source", "lds"))
+        task = TASKS[name]
+        rows = dict(ROWS)
+        if arguments.kronfluence and "mlp" in task.tags:
+            rows["kronfluence EK-FAC"] = lambda trial: trial.peer("kronfluence_scores.py", arguments.kronfluence)
+        rows = {row: rows[row] for row in arguments.rows or rows}
+        reports.append(study(name, task, arguments, rows, "source", "lds"))
     return reports
 
 
