@@ -35,6 +35,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_source import SourceCallback, SourceScorer
 from lightning_source.evaluation import linear_datamodeling_score
+from lightning_source.evaluation.lds import DatamodelingResult
 from lightning_source.evaluation.statistics import mean_interval
 
 RESULTS = Path(__file__).parent / "results"
@@ -140,16 +141,21 @@ def scores_of(trial: Trial, row: str, rows: dict[str, Scores]) -> tuple[Tensor, 
     return values, seconds
 
 
-def figures(scores: Sequence[Tensor], kept: Tensor, measured: Tensor, reference: Tensor | None) -> dict[str, Any]:
+def figures(
+    scores: Sequence[Tensor], kept: Tensor, measured: Tensor, reference: Tensor | None
+) -> tuple[dict[str, Any], DatamodelingResult, Tensor]:
     """LDS of single models and of their ensemble, with 95 % intervals over queries.
 
     Args:
         scores: ``[Q, N]`` of each model.
         kept: ``[S, N]``.
         measured: ``[R, S, Q]``.
-        reference: the other row's LDS by query, ``[Q]``, that this one is compared with query by query.
+        reference: SOURCE's LDS by query, ``[Q]``, that this row's is compared with query by query.
+
+    Returns:
+        The figures, the first model's own result, and the LDS by query averaged over models, ``[Q]``.
     """
-    results = [linear_datamodeling_score(s, kept, measured) for s in scores]
+    results = [linear_datamodeling_score(s, kept, measured, resamples=200) for s in scores]
     queries = torch.stack([r.per_query for r in results]).mean(0)
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Any] = {
@@ -159,18 +165,14 @@ def figures(scores: Sequence[Tensor], kept: Tensor, measured: Tensor, reference:
         "subset_interval": rounded(torch.stack([r.subset_interval for r in results]).mean(0)),
     }
     if len(scores) > 1:
-        together = linear_datamodeling_score(torch.stack(list(scores)).mean(0), kept, measured)
+        together = linear_datamodeling_score(torch.stack(list(scores)).mean(0), kept, measured, resamples=200)
         found["ensemble"] = rounded(together.lds)
         found["ensemble_interval"] = rounded(together.interval)
     if reference is not None:
         ahead = reference - queries
         found["source_ahead"] = rounded(ahead.mean())
         found["source_ahead_interval"] = rounded(mean_interval(ahead, generator))
-    return found
-
-
-def per_query(scores: Sequence[Tensor], kept: Tensor, measured: Tensor) -> Tensor:
-    return torch.stack([linear_datamodeling_score(s, kept, measured).per_query for s in scores]).mean(0)
+    return found, results[0], queries
 
 
 def rounded(values: Any) -> Any:
@@ -193,13 +195,12 @@ def study(
         for row in rows:
             scored = [scores_of(trial, row, rows) for trial in trials]
             scores = [s for s, _ in scored]
-            found[row] = figures(scores, kept, measured, anchor if row != reference else None)
+            found[row], first, queries = figures(scores, kept, measured, anchor)
             found[row]["seconds"] = round(sorted(t for _, t in scored)[len(scored) // 2], 2)
             if row == reference:
-                anchor = per_query(scores, kept, measured)
-                result = linear_datamodeling_score(scores[0], kept, measured)
-                control = {"lds": rounded(result.control), "interval": rounded(result.control_interval)}
-                reliability = None if result.reliability is None else rounded(result.reliability)
+                anchor = queries
+                control = {"lds": rounded(first.control), "interval": rounded(first.control_interval)}
+                reliability = None if first.reliability is None else rounded(first.reliability)
             print(f"{name:14s} {row:32s} {json.dumps(found[row], ensure_ascii=False)}", flush=True)
             report = {
                 "task": name,
