@@ -4,7 +4,7 @@
     pip install --no-deps kronfluence==1.0.1 einconv opt_einsum
     python benchmarks/lds_study.py --task concrete --kronfluence path/to/that/python ...
 
-Reads ``network.*``, ``train.*`` and ``query.*`` and writes ``scores`` and ``seconds``: integer targets are classes under
+Reads ``network.*``, ``train.*`` and ``query.*``, writes ``scores`` and ``seconds``: integer targets are classes under
 cross entropy, measured by their margin; others are regressed under a squared error, measured by the absolute one.
 """
 
