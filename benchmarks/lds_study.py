@@ -55,15 +55,15 @@ class Trial:
     opened: dict[str, SourceScorer] = field(default_factory=dict)
     peer_seconds: float | None = None  # as a peer measured itself, without the start of its interpreter
 
-    def scorer(self, **settings: Any) -> SourceScorer:
-        """The run recorded with these settings of :class:`SourceCallback`; trained the first time."""
-        key = "-".join(f"{k}={v}" for k, v in sorted(settings.items())) or "defaults"
+    def scorer(self, kind: type[Trained] = Trained, **settings: Any) -> SourceScorer:
+        """The run of a module recorded with these settings of :class:`SourceCallback`; trained the first time."""
+        key = "-".join([kind.__name__, *(f"{k}={v}" for k, v in sorted(settings.items()))])
         if key not in self.opened:
             path = self.cache / "runs" / self.name / f"{self.seed}-{key}"
+            module = kind(self.task, len(self.data.train[0]))
             if not (path / "manifest.json").exists():
                 callback = SourceCallback(str(path), mode="deferred", **settings)
-                fit(self.task, self.data, self.seed, callback)
-            module = Trained(self.task, len(self.data.train[0]))
+                fit(self.task, self.data, self.seed, callback, kind)
             self.opened[key] = SourceScorer.from_run(path, module, measurement=partial(measure, self.task))
         return self.opened[key]
 
@@ -71,7 +71,7 @@ class Trial:
         """``[Q, N]`` of one of the package's estimators."""
         scorer = self.scorer(**(settings or {}))
         train = TensorDataset(*self.data.train)
-        return scorer.score(self.data.query, train, method=method, batch_size=256, **options).values
+        return scorer.score(self.data.query, train, method=method, batch_size=512, **options).values
 
     def network(self) -> dict[str, Tensor]:
         """The trained network's parameters and buffers, by their names in the network."""
@@ -205,7 +205,7 @@ def study(
             report = {
                 "task": name,
                 "note": task.note,
-                "command": "python benchmarks/" + Path(sys.argv[0]).name + f" --task {name}",
+                "command": command(name),
                 "versions": versions(),
                 "examples": len(data.train[0]),
                 "queries": len(data.query[0]),
@@ -218,11 +218,23 @@ def study(
                 "control": control,
                 "lds": found,
             }
-            if arguments.out is not None:
-                arguments.out.mkdir(parents=True, exist_ok=True)
-                path = arguments.out / f"{stem}_{name}.json"
-                path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+            write(report, arguments, f"{stem}_{name}")
     return report
+
+
+def write(report: dict[str, Any], arguments: argparse.Namespace, stem: str) -> None:
+    """Put a study's figures among the results."""
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(report, indent=1, ensure_ascii=False)
+        # Lists of numbers on one line each.
+        text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda found: "[" + re.sub(r"\s+", " ", found[1]) + "]", text)
+        (arguments.out / f"{stem}.json").write_text(text + "\n")
+
+
+def command(task: str) -> str:
+    """What makes these figures."""
+    return f"python benchmarks/{Path(sys.argv[0]).name} --task {task} --data DATA --cache CACHE"
 
 
 def versions() -> dict[str, str]:

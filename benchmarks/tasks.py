@@ -51,6 +51,7 @@ class Task:
     schedule: Callable[[torch.optim.Optimizer, int], LRScheduler] | None = None  # given the number of steps
     subsets: int = 100
     retrainings: int = 5
+    steps_at_most: int = -1  # of the full model, where it shall stop early; -1: all
     tags: frozenset[str] = field(default_factory=frozenset)  # what a study may ask for: "mlp", "lm"
 
     def steps(self, examples: int) -> int:
@@ -83,12 +84,15 @@ def measure(task: Task, module: Trained, batch: Sequence[Tensor]) -> Tensor:
     return task.measurement(module.net, *batch)
 
 
-def fit(task: Task, data: Data, seed: int, callback: L.Callback) -> tuple[Trained, L.Trainer]:
+def fit(
+    task: Task, data: Data, seed: int, callback: L.Callback, kind: type[Trained] = Trained
+) -> tuple[Trained, L.Trainer]:
     """Train one model on all examples."""
     L.seed_everything(seed, verbose=False)
-    module = Trained(task, len(data.train[0]))
+    module = kind(task, len(data.train[0]))
     trainer = L.Trainer(
         max_epochs=task.epochs,
+        max_steps=task.steps_at_most,
         accelerator="cpu",
         callbacks=[callback],
         logger=False,
@@ -404,6 +408,13 @@ TASKS: dict[str, Task] = {
         partial(fashion, 2048, 100),
         *(FASHION, classification, margin, sgd(3e-2, 1e-3), 20, 64),
         retrainings=3,
+        tags=_MLP,
+    ),
+    "fashion-small": Task(
+        "1,024 images of Fashion-MNIST, MLP 128: SGD 0.03, momentum 0.9, decay 1e-3, batch 64, 10 epochs",
+        partial(fashion, 1024, 100),
+        partial(mlp, 784, 128, 10),
+        *(classification, margin, sgd(3e-2, 1e-3), 10, 64),
         tags=_MLP,
     ),
     "fashion-noisy": Task(

@@ -1,0 +1,102 @@
+"""Study 2: what SOURCE's settings are worth: segments, snapshots, curvature, Fisher, preconditioner and subset share.
+
+    python benchmarks/ablations.py --task digits-20 --data DATA --cache CACHE
+    python benchmarks/ablations.py --task digits-20 --share 0.3 --data DATA --cache CACHE
+    python benchmarks/ablations.py --quick
+
+The reference row is the package's default; every other row changes what its name says. With ``--share`` other than a
+half, a few rows are compared on subsets of that share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lds_study import Scores, Trial, by, parser, prepare, study
+from tasks import TASKS, Trained
+from torch import Tensor
+
+REFERENCE = "source"
+
+
+class Empirical(Trained):
+    """Names the losses of the data's own labels, of which no other labels can be drawn: the empirical Fisher."""
+
+    def attribution_losses(self, batch: list[Tensor]) -> Tensor:
+        inputs, targets = batch
+        if targets.is_floating_point():
+            return F.mse_loss(self.net(inputs).squeeze(-1), targets, reduction="none")
+        return F.cross_entropy(self.net(inputs), targets, reduction="none")
+
+
+def as_sgd(trial: Trial) -> Tensor:
+    """The optimizer's preconditioner left out."""
+    trial.opened.clear()  # a run of its own, which nothing else shall see
+    trial.scorer().run.preconditioner = lambda snapshots: {}  # type: ignore[method-assign]
+    values = trial.score("source")
+    trial.opened.clear()
+    return values
+
+
+def as_long(trial: Trial) -> Tensor:
+    """SOURCE on a run that ends after as many steps as the retrainings on subsets take."""
+    count = len(trial.data.train[0])
+    steps = trial.task.steps(round(trial.arguments.share * count))
+    task = replace(trial.task, steps_at_most=steps)
+    return Trial(f"{trial.name}-{steps}", task, trial.data, trial.seed, trial.cache, trial.arguments).score("source")
+
+
+SEGMENTS: dict[str, Scores] = {
+    f"L={count}, {which}": by("source", segments=count, snapshots=which.removesuffix("s"))
+    for which in ("means", "points")
+    for count in (1, 2, 3, 6)
+}
+ROWS: dict[str, Scores] = {
+    REFERENCE: by("source"),
+    **{name: row for name, row in SEGMENTS.items() if name != "L=1, means"},
+    **{f"{count} snapshots": by("source", {"snapshots_per_segment": count}) for count in (1, 2, 3, 12)},
+    **{f"fast-source, L={count}": by("fast-source", segments=count) for count in (1, 2, 3, 6)},
+    "8 label draws": by("source", {"label_samples": 8}),
+    "K-FAC eigenvalues": by("source", {"curvature": "kfac"}),
+    "diagonal": by("source", {"curvature": "diagonal"}),
+    "empirical Fisher": by("source", {"kind": Empirical}),
+    "run as long as a retraining": as_long,
+}
+ADAM: dict[str, Scores] = {"preconditioner left out": as_sgd}
+SHARES: dict[str, Scores] = {
+    REFERENCE: by("source"),
+    "L=3, means": SEGMENTS["L=3, means"],
+    "fast-source": by("fast-source"),
+    "influence": by("influence"),
+    "tracin": by("tracin"),
+    "grad-dot": by("grad-dot"),
+    "grad-cos": by("grad-cos"),
+    "run as long as a retraining": as_long,
+}
+QUICK_ROWS = (REFERENCE, "L=3, points", "1 snapshots", "empirical Fisher", "run as long as a retraining")
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    arguments = parser(__doc__).parse_args(argv)
+    arguments.seeds = min(arguments.seeds, 3)
+    prepare(arguments)
+    reports = []
+    for name in arguments.task:
+        task, whole = TASKS[name], arguments.share == 0.5
+        rows = ROWS if whole else SHARES
+        if arguments.quick:
+            rows = {row: ROWS[row] for row in QUICK_ROWS}
+        preconditioned = not isinstance(task.optimizer(torch.nn.Linear(1, 1).parameters()), torch.optim.SGD)
+        if whole and preconditioned:
+            rows = rows | ADAM
+        stem = "ablations" if whole else f"share_{arguments.share:g}"
+        reports.append(study(name, task, arguments, rows, REFERENCE, stem))
+    return reports
+
+
+if __name__ == "__main__":
+    main()
