@@ -65,8 +65,9 @@ class GivenBatches:
         """In pieces of at most ``limit`` examples where the given batches allow it."""
         return [GivenBatches([batch]) for batch in self.given] if len(self) > limit else [self]
 
-    def batches(self, ids: None = None) -> Iterator[Batch]:
-        """The batches, empty ones left out."""
+    def batches(self, ids: Sequence[int] | Tensor | None = None) -> Iterator[Batch]:
+        """The batches, empty ones left out; some of their examples cannot be chosen."""
+        assert ids is None
         start = 0
         for batch in self.given:
             if size := count_examples(batch):

@@ -135,18 +135,25 @@ class Workspace:
         assert spec is not None
 
         def run(batch: Any, size: int, recording: Recording) -> Tensor:
-            losses = self.objective.evaluate(batch, size, recording)
+            losses = self.losses(batch, size, recording)
             if not torch.isfinite(losses.loss):
                 return losses.loss  # no label can be drawn from it; the caller names the examples
-            found, expected = [call.name for call in losses.calls], [call.name for call in spec.calls]
-            if spec.origin != "whole" and found != expected:
-                raise MisconfigurationException(
-                    f"`training_step` computed the losses {found} where calibration saw {expected}; their scales cannot"
-                    " be matched."
-                )
             return values(losses, spec)
 
         return run
+
+    def losses(self, batch: Any, size: int, recording: Recording | None = None) -> Losses:
+        """The training step's losses on a batch, which must be those that were calibrated where they are finite."""
+        spec = self.spec
+        assert spec is not None
+        losses = self.objective.evaluate(batch, size, recording)
+        found, expected = [call.name for call in losses.calls], [call.name for call in spec.calls]
+        if spec.origin != "whole" and found != expected and torch.isfinite(losses.loss):
+            raise MisconfigurationException(
+                f"`training_step` computed the losses {found} where calibration saw {expected}; their scales cannot"
+                " be matched."
+            )
+        return losses
 
     def trained(self) -> Target:
         """Gradients ``g(z)`` as training applied them (method §4)."""

@@ -2,18 +2,23 @@
 
 Each entry of the registry turns one call, as the user wrote it, into a :class:`LossCall`. Sampled elements have the
 Gauss-Newton matrix of the loss as second moment of their gradients (method §4): ``curvature`` carries what a class
-weight or ``pos_weight`` multiplies it by.
+weight or ``pos_weight`` multiplies it by. ``information`` is that second moment in closed form, as seen by what the
+network put into the call.
 """
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# ``(weights, tangents) -> products``: each tangent ``[Q, *output.shape]`` times the Fisher matrix ``E[∇ℓ ∇ℓᵀ]`` of the
+# sampled elements with respect to the outputs, each element weighted (``weights`` are shaped like ``elements``).
+Information = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
 
 
 @dataclass
@@ -32,6 +37,8 @@ class LossCall:
     sample: Callable[[torch.Generator], Tensor]  # elements with labels drawn from the model
     margin: Callable[[], Tensor] | None = None  # log(p / (1 - p)) of the target, if the target is a class
     log_prob: Callable[[], Tensor] | None = None  # log-likelihood of the target
+    outputs: tuple[Tensor, ...] = ()  # what the network put in, and all that elements depend on it by
+    information: Information | None = None  # of the outputs; None where it is only known by sampling
 
     @property
     def normalizer(self) -> Tensor:
@@ -86,12 +93,16 @@ def _cross_entropy(call: dict[str, Any]) -> LossCall:
         weights = torch.ones_like(elements)
         by_class = soft.new_ones(soft.shape[-1]) if weight is None else weight
         curvature = soft @ by_class * (1 - smoothing) + smoothing * by_class.mean()
-        return _categorical("cross_entropy", call, elements, lambda: rows.log_softmax(-1), None, weights, curvature)
+        return _categorical(
+            "cross_entropy", call, elements, lambda: rows.log_softmax(-1), None, weights, curvature, _of_logits
+        )
     hard, weights = _targets(target, call["ignore_index"], weight, elements)
     curvature = weights
     if weight is not None and smoothing:
         curvature = (weights * (1 - smoothing) + smoothing * weight.mean()) * (target != call["ignore_index"])
-    return _categorical("cross_entropy", call, elements, lambda: rows.log_softmax(-1), hard, weights, curvature)
+    return _categorical(
+        "cross_entropy", call, elements, lambda: rows.log_softmax(-1), hard, weights, curvature, _of_logits
+    )
 
 
 @reads(F.nll_loss)
@@ -100,7 +111,7 @@ def _nll_loss(call: dict[str, Any]) -> LossCall:
     elements = F.nll_loss(call["input"], target, weight=weight, ignore_index=ignored, reduction="none")
     rows = call["input"].movedim(1, -1) if call["input"].dim() > 1 else call["input"]
     hard, weights = _targets(target, ignored, weight, elements)
-    return _categorical("nll_loss", call, elements, lambda: rows, hard, weights, weights)
+    return _categorical("nll_loss", call, elements, lambda: rows, hard, weights, weights, _of_log_probs)
 
 
 def _targets(target: Tensor, ignored: int, weight: Tensor | None, elements: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,6 +130,7 @@ def _categorical(
     hard: Tensor | None,
     weights: Tensor,
     curvature: Tensor,
+    product: Callable[[Tensor, Tensor, int], Tensor],
 ) -> LossCall:
     def pick(rows: Tensor, index: Tensor) -> Tensor:
         return rows.gather(-1, index.unsqueeze(-1)).squeeze(-1)
@@ -137,6 +149,11 @@ def _categorical(
         assert hard is not None
         return pick(log_probs(), hard)
 
+    def information(weights: Tensor, tangents: Sequence[Tensor]) -> list[Tensor]:
+        classes = 1 if call["input"].dim() > 1 else 0
+        probabilities = log_probs().detach().exp().movedim(-1, classes)
+        return [weights.unsqueeze(classes) * product(probabilities, tangents[0], classes + 1)]
+
     known = hard is not None
     return LossCall(
         name,
@@ -147,7 +164,25 @@ def _categorical(
         sample,
         margin if known else None,
         log_prob if known else None,
+        (call["input"],),
+        information,
     )
+
+
+def _of_logits(probabilities: Tensor, tangents: Tensor, classes: int) -> Tensor:
+    """``(diag p - p pᵀ) u``."""
+    scaled = probabilities * tangents
+    return scaled - probabilities * scaled.sum(classes, keepdim=True)
+
+
+def _of_log_probs(probabilities: Tensor, tangents: Tensor, classes: int) -> Tensor:
+    """``diag(p) u``: the softmax before the logarithm is the network's."""
+    return probabilities * tangents
+
+
+def diagonal(information: Tensor | float) -> Information:
+    """Of one output that has its own information for each element."""
+    return lambda weights, tangents: [weights * information * tangents[0]]
 
 
 @reads(F.binary_cross_entropy_with_logits)
@@ -165,6 +200,7 @@ def _binary_with_logits(call: dict[str, Any]) -> LossCall:
         lambda labels: F.binary_cross_entropy_with_logits(logits, labels, reduction="none"),
         lambda: sign * logits,
         target,
+        lambda p: p * (1 - p),
     )
 
 
@@ -182,6 +218,7 @@ def _binary_cross_entropy(call: dict[str, Any]) -> LossCall:
         lambda labels: F.binary_cross_entropy(probability, labels, reduction="none"),
         lambda: (2 * target - 1) * (probability.log() - torch.log1p(-probability)),
         target,
+        lambda p: 1 / (p * (1 - p)).clamp_min(1e-12),
     )
 
 
@@ -194,6 +231,7 @@ def _binary(
     loss: Callable[[Tensor], Tensor],
     margin: Callable[[], Tensor],
     target: Tensor,
+    information: Callable[[Tensor], Tensor],
 ) -> LossCall:
     def sample(generator: torch.Generator) -> Tensor:
         return loss(torch.bernoulli(probability, generator=generator))
@@ -208,6 +246,8 @@ def _binary(
         sample,
         margin if hard else None,
         (lambda: -loss(target)) if hard else None,
+        (call["input"],),
+        diagonal(information(probability)),
     )
 
 
@@ -267,7 +307,18 @@ def _residual(
         signs = 2 * torch.bernoulli(torch.full_like(ones, 0.5), generator=generator) - 1
         return math.sqrt(information) * signs * (call["input"] - call["target"])
 
-    return LossCall(name, call["reduction"], elements * weight, weights, scale, sample, None, lambda: -elements)
+    return LossCall(
+        name,
+        call["reduction"],
+        elements * weight,
+        weights,
+        scale,
+        sample,
+        None,
+        lambda: -elements,
+        (call["input"] - call["target"],),
+        diagonal(information),
+    )
 
 
 @reads(F.gaussian_nll_loss)
@@ -275,13 +326,18 @@ def _gaussian_nll_loss(call: dict[str, Any]) -> LossCall:
     """Normal, whose Fisher over mean and variance ``v`` is ``diag(1 / v, 1 / (2 v²))``; ``v`` at least ``eps``."""
     options = {"full": call["full"], "eps": call["eps"]}
     elements = F.gaussian_nll_loss(call["input"], call["target"], call["var"], reduction="none", **options)
+    residual = call["input"] - call["target"]
+    var = call["var"] if isinstance(call["var"], Tensor) else torch.full_like(residual, call["var"]).detach()
+    if var.shape == residual.shape[:-1]:
+        var = var.unsqueeze(-1)
+    variance = var.detach().clamp_min(call["eps"])
+
+    def information(weights: Tensor, tangents: Sequence[Tensor]) -> list[Tensor]:
+        mean, spread = tangents
+        return [weights / variance * mean, weights / (2 * variance.square()) * spread]
 
     def sample(generator: torch.Generator) -> Tensor:
-        residual = call["input"] - call["target"]
-        var = call["var"] if isinstance(call["var"], Tensor) else torch.full_like(residual, call["var"])
-        if var.shape == residual.shape[:-1]:
-            var = var.unsqueeze(-1)
-        deviation = var.detach().clamp_min(call["eps"]).sqrt()
+        deviation = variance.sqrt()
         # Moments up to the fourth enter the Fisher. 0 and ±√3 at odds of 4 : 1 : 1 have those of the Normal, and a
         # square that varies far less.
         tails, signs = (
@@ -290,7 +346,7 @@ def _gaussian_nll_loss(call: dict[str, Any]) -> LossCall:
         noise = math.sqrt(3) * tails * (2 * signs - 1) * deviation
         return F.gaussian_nll_loss(residual - residual.detach(), noise, var, reduction="none", eps=call["eps"])
 
-    return _density("gaussian_nll_loss", call, elements, sample)
+    return _density("gaussian_nll_loss", call, elements, sample, (residual, var.expand_as(elements)), information)
 
 
 @reads(F.poisson_nll_loss)
@@ -298,20 +354,29 @@ def _poisson_nll_loss(call: dict[str, Any]) -> LossCall:
     """Poisson, with Fisher ``rate`` over the logarithm of the rate and ``1 / rate`` over the rate."""
     options = {"log_input": call["log_input"], "eps": call["eps"], "reduction": "none"}
     elements = F.poisson_nll_loss(call["input"], call["target"], full=call["full"], **options)
+    output = call["input"].expand_as(elements)
+    rate = output.detach().exp() if call["log_input"] else output.detach().clamp_min(0)
+    information = rate if call["log_input"] else rate / (rate + call["eps"]).square()
 
     def sample(generator: torch.Generator) -> Tensor:
-        output = call["input"].expand_as(elements)
         rate = output.detach().float().exp() if call["log_input"] else output.detach().float().clamp_min(0)
         return F.poisson_nll_loss(output, torch.poisson(rate, generator=generator).to(output.dtype), **options)
 
-    return _density("poisson_nll_loss", call, elements, sample)
+    return _density("poisson_nll_loss", call, elements, sample, (output,), diagonal(information))
 
 
 def _density(
-    name: str, call: dict[str, Any], elements: Tensor, sample: Callable[[torch.Generator], Tensor]
+    name: str,
+    call: dict[str, Any],
+    elements: Tensor,
+    sample: Callable[[torch.Generator], Tensor],
+    outputs: tuple[Tensor, ...],
+    information: Information,
 ) -> LossCall:
     ones = torch.ones_like(elements).detach()
-    return LossCall(name, call["reduction"], elements, ones, ones, sample, None, lambda: -elements)
+    return LossCall(
+        name, call["reduction"], elements, ones, ones, sample, None, lambda: -elements, outputs, information
+    )
 
 
 @reads(F.kl_div)
@@ -339,4 +404,14 @@ def _kl_div(call: dict[str, Any]) -> LossCall | None:
     batchmean = call["reduction"] == "batchmean"
     weights = torch.full_like(elements, rows.shape[0] / rows.numel() if batchmean else 1.0).detach()
     reduction = "mean" if batchmean else call["reduction"]
-    return LossCall("kl_div", reduction, elements, weights, mass.expand_as(elements).detach(), sample)
+    curvature = mass.expand_as(elements).detach()
+    return LossCall(
+        "kl_div",
+        reduction,
+        elements,
+        weights,
+        curvature,
+        sample,
+        outputs=(rows,),
+        information=diagonal(rows.detach().exp()),
+    )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_source.capture import Recording
-from lightning_source.losses import LossCall, read_call
+from lightning_source.losses import Information, LossCall, read_call
 
 Measurement = Callable[[Any, Any], Tensor]
 # What the user divides elements by: their weights in the batch, nothing, or the number of examples.
@@ -143,17 +143,32 @@ class Losses:
             # g gᵀ / (B s) with B s = 1 for a mean and B for a sum: the empirical Fisher.
             return self.data_target(spec) / (1 if scale.kind == "mean" else scale.factor) ** 0.5
         terms = []
+        for call, h in zip(self.calls, self.curvatures(spec), strict=True):
+            elements = call.sample(generator) if spec.fisher == "true" else call.elements
+            terms.append(h.sqrt() * elements)
+        return self.of_examples(terms)
+
+    def curvatures(self, spec: ObjectiveSpec) -> list[Tensor]:
+        """What multiplies each element's Fisher information in ``H``, by call, shaped like its elements.
+
+        ``H = (1/N) Σ_m Σ_{j∈m} curvature_j E[∇ℓ_j ∇ℓ_jᵀ]`` over examples ``m``.
+        """
+        found = []
         for i, scale in enumerate(spec.calls):
-            call = self.calls[i]
-            h = self.weights(i, scale.kind)[0] * scale.factor * call.curvature
+            h = self.weights(i, scale.kind)[0] * scale.factor * self.calls[i].curvature
             if (h < 0).any():
                 raise ValueError(
                     f"`{scale.name}` enters the training loss with a negative weight: a loss that is maximised has no"
                     " positive curvature to unroll"
                 )
-            elements = call.sample(generator) if spec.fisher == "true" else call.elements
-            terms.append(h.sqrt() * elements)
-        return self.of_examples(terms)
+            found.append(h)
+        return found
+
+    def multiplier(self, spec: ObjectiveSpec) -> float:
+        """``c`` in ``g(z) = c · ∇L(z)`` for an example's own loss ``L``: 1 under a mean, the batch size under a sum."""
+        trained, own = self.data_target(spec).detach(), self.measurement(spec, "loss").detach()
+        size = float(own.norm())
+        return float(trained.norm()) / size if size else 1.0
 
     def measurement(self, spec: ObjectiveSpec, measurement: str) -> Tensor:
         """``[B]``: the scalar that a query asks about, example by example.
@@ -256,6 +271,7 @@ class Objective:
                 -distribution.log_prob(targets),
                 lambda generator: -distribution.log_prob(distribution.sample()),
                 lambda: distribution.log_prob(targets),
+                *_information_of(distribution),
             )
         tap.calls.append(call)
         return call.value
@@ -266,6 +282,27 @@ def _plain_call(
     elements: Tensor,
     sample: Callable[[torch.Generator], Tensor],
     log_prob: Callable[[], Tensor] | None = None,
+    outputs: tuple[Tensor, ...] = (),
+    information: Information | None = None,
 ) -> LossCall:
     ones = torch.ones_like(elements).detach()
-    return LossCall(name, "mean", elements, ones, ones, sample, None, log_prob)
+    return LossCall(name, "mean", elements, ones, ones, sample, None, log_prob, outputs, information)
+
+
+def _information_of(distribution: Any) -> tuple[tuple[Tensor, ...], Information | None]:
+    """What a distribution's log-probabilities depend on and their Fisher information; ``None`` if only by sampling."""
+    if distribution.has_enumerate_support:
+        rows = distribution.log_prob(distribution.enumerate_support())
+        return (rows,), lambda weights, tangents: [weights * rows.detach().exp() * tangents[0]]
+    base, events = distribution, 0
+    while isinstance(base, torch.distributions.Independent):
+        base, events = base.base_dist, events + base.reinterpreted_batch_ndims
+    if not isinstance(base, torch.distributions.Normal):
+        return (), None
+    variance = base.scale.detach().square()
+
+    def information(weights: Tensor, tangents: Sequence[Tensor]) -> list[Tensor]:
+        each = weights.reshape(*weights.shape, *[1] * events) / variance
+        return [each * tangents[0], 2 * each * tangents[1]]
+
+    return (base.loc, base.scale), information

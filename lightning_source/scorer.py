@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_source.data import examples_of, query_of
-from lightning_source.estimators import Query, estimator_for
+from lightning_source.estimators import Contraction, Query, estimator_for, held_by, unit_of
 from lightning_source.estimators.source import self_influence
 from lightning_source.objective import Measurement
 from lightning_source.run import Run
@@ -114,13 +114,17 @@ class SourceScorer:
         total = torch.zeros(len(queries), len(data) if ids is None else len(ids))
         shares = torch.zeros(len(run.segments(options.get("segments"))), *total.shape) if per_segment else None
         start = 0
-        for piece in queries.split(self._queries_at_once()):
+        remarks: dict[str, Any] = {}
+        for piece in queries.split(self._queries_at_once(held_by(method, options))):
             rows = slice(start, start + len(piece))
-            asked = Query(run, piece, self.measurement)
+            asked = Query(run, piece, self.measurement, remarks=remarks)
             for term in estimator(asked, **options):
-                new = term.weight * run.workspace.inner_products(
-                    term.state(), data, ids, term.vectors, term.bases, term.normalize, asked.tokens
-                )
+                if isinstance(term, Contraction):
+                    new = term.weight * run.workspace.inner_products(
+                        term.state(), data, ids, term.vectors, term.bases, term.normalize, asked.tokens
+                    )
+                else:
+                    new = term.values(data, ids)
                 total[rows] += new
                 if shares is not None:
                     shares[term.segment, rows] += new
@@ -130,7 +134,7 @@ class SourceScorer:
             torch.arange(len(data)) if ids is None else ids,
             torch.arange(len(queries)),
             shares,
-            self._metadata(method, options),
+            self._metadata(method, options) | remarks,
         )
 
     def self_influence(self, train: Any = None, *, train_ids: Sequence[int] | Tensor | None = None) -> Tensor:
@@ -157,9 +161,9 @@ class SourceScorer:
             None if train is None else examples_of(train, self.run.stage.record["batch_size"], self.run.stage.examples)
         )
 
-    def _queries_at_once(self) -> int:
+    def _queries_at_once(self, held: float = 3) -> int:  # gradients, responses and one temporary
         scalars = sum(block.numel for block in self.run.coverage.blocks)
-        return max(1, int(self.memory / (4 * 3 * scalars)))  # gradients, responses and one temporary
+        return max(1, int(self.memory / (4 * held * scalars)))
 
     def _metadata(self, method: str, options: dict[str, Any]) -> dict[str, Any]:
         run = self.run
@@ -168,7 +172,7 @@ class SourceScorer:
             "options": {k: v if isinstance(v, (int, float, str, type(None))) else list(v) for k, v in options.items()},
             "measurement": self.measurement if isinstance(self.measurement, str) else _name(self.measurement),
             "sign": SIGN,
-            "unit": "cosine" if method == "grad-cos" else "change of the measurement on removing the example",
+            "unit": unit_of(method),
             "stage": run.stage.name,
             "examples": run.examples,
             "segments": [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lightning_source.estimators.registry import Contraction, Query, estimates
+from lightning_source.run import Run
 from lightning_source.unroll import damped_inverse
 
 
@@ -19,10 +20,17 @@ def influence(query: Query, *, damping: float | None = None) -> Iterator[Contrac
     run = query.run
     factors = run.final_factors()
     bases = {name: one.basis for name, one in factors.items()}
+    amounts = dampings(run, damping)
     vectors = query.gradients(run.final(), bases)
     for name, rows in vectors.items():
         values = factors[name].eigenvalues
-        amount = 0.1 * float(values.mean()) if damping is None else damping
         # A block that never saw a gradient has no curvature and no default damping; its gradients are 0 as well.
-        rows.mul_(damped_inverse(query.columns(name, values), max(amount, 1e-30)))
+        rows.mul_(damped_inverse(query.columns(name, values), max(amounts[name], 1e-30)))
     yield Contraction(run.final, vectors, 1 / run.examples, bases)
+
+
+def dampings(run: Run, damping: float | None) -> dict[str, float]:
+    """What is added to the curvature, by block: ``damping``, by default 0.1 times the block's mean eigenvalue."""
+    if damping is not None:
+        return dict.fromkeys((block.name for block in run.coverage.blocks), damping)
+    return {name: 0.1 * float(one.eigenvalues.mean()) for name, one in run.final_factors().items()}

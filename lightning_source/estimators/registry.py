@@ -14,6 +14,7 @@ from lightning_source.data import Examples, GivenBatches
 from lightning_source.engine import State
 from lightning_source.factors import Basis
 from lightning_source.objective import Measurement
+from lightning_source.products import Layout
 from lightning_source.run import Run
 
 
@@ -26,12 +27,21 @@ class Query:
     measurement: str | Measurement
     # What the columns of an embedding's gradients stand for, by block: the tokens that the queries use.
     tokens: dict[str, Tensor] = field(default_factory=dict)
+    # What the method has to say of these scores besides their values; goes into their metadata.
+    remarks: dict[str, Any] = field(default_factory=dict)
 
     def gradients(self, state: State, bases: Mapping[str, Basis] | None = None) -> dict[str, Tensor]:
         """Gradients of the measurement at some parameters, ``[Q, P, O, I]`` by block; in parameter space by default."""
         found, tokens = self.run.query_workspace.query_gradients(state, self.examples, self.measurement, bases)
         self.tokens.update(tokens)
         return found
+
+    def flat_gradients(self, state: State, layout: Layout) -> Tensor:
+        """The same over all blocks at once, ``[Q, D]``: columns that the queries leave at 0 are there as well."""
+        found = self.gradients(state)
+        flat = layout.flat(found, self.tokens)
+        self.tokens.clear()
+        return flat
 
     def columns(self, name: str, values: Tensor) -> Tensor:
         """A block's ``[P, O, I]`` (eigenvalues, a preconditioner) for the columns that its gradients have."""
@@ -50,18 +60,51 @@ class Contraction:
     normalize: bool = False  # divide by the norm of the example's gradient
 
 
-Estimator = Callable[..., Iterator[Contraction]]
+@dataclass(frozen=True)
+class Table:
+    """One term of a score that is no contraction: a function of the examples and ids (``None``: all), ``[Q, N]``."""
+
+    values: Callable[[Examples, Tensor | None], Tensor]
+    segment: int = 0
+
+
+Estimator = Callable[..., Iterator[Contraction | Table]]
 _ESTIMATORS: dict[str, Estimator] = {}
+_HELD: dict[str, Callable[[Mapping[str, Any]], float]] = {}
+
+CHANGE = "change of the measurement on removing the example"
+# The unit of the methods whose scores are not changes of the measurement.
+_UNITS: dict[str, str] = {}
 
 
-def estimates(name: str) -> Callable[[Estimator], Estimator]:
-    """Decorator: the function ``(query, **options)`` yields the contractions of ``method=name``."""
+def estimates(
+    name: str, *, unit: str = CHANGE, held: Callable[[Mapping[str, Any]], float] = lambda options: 3
+) -> Callable[[Estimator], Estimator]:
+    """Decorator: the function ``(query, **options)`` yields the terms of ``method=name``.
+
+    Args:
+        name: the method's name.
+        unit: of its scores.
+        held: how many numbers it holds at once for each query and attributed parameter, given its options.
+    """
 
     def enter(estimator: Estimator) -> Estimator:
         _ESTIMATORS[name] = estimator
+        _UNITS[name] = unit
+        _HELD[name] = held
         return estimator
 
     return enter
+
+
+def unit_of(method: str) -> str:
+    """The unit of a method's scores."""
+    return _UNITS[method]
+
+
+def held_by(method: str, options: Mapping[str, Any]) -> float:
+    """How many numbers a method holds at once for each query and attributed parameter."""
+    return _HELD[method](options)
 
 
 def estimator_for(method: str, options: Mapping[str, Any]) -> Estimator:

@@ -43,7 +43,7 @@ def grad_dot(query: Query) -> Iterator[Contraction]:
     yield Contraction(run.final, vectors, 1 / run.examples)
 
 
-@estimates("grad-cos")
+@estimates("grad-cos", unit="cosine")
 def grad_cos(query: Query) -> Iterator[Contraction]:
     """Cosine of the two gradients at the final model, in [-1, 1]: a similarity, not a change of ``f``."""
     run = query.run

@@ -1,0 +1,85 @@
+"""Representation similarity: the cosine of what a layer gets to see (Hanawa et al. 2021; Yeh et al. 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_source.data import Examples, GivenBatches, to_module
+from lightning_source.engine import State, Workspace
+from lightning_source.estimators.registry import Query, Table, estimates
+from lightning_source.layers import clean_name
+from lightning_source.scores import HIGHER_IS_BETTER
+
+
+@estimates("repsim", unit="cosine of representations")
+def repsim(query: Query, *, module: str | None = None) -> Iterator[Table]:
+    """Cosine of the query's and the example's input of one module at the final model, in [-1, 1].
+
+    No change of the measurement: labels and losses play no part. Like examples are taken to help, so the cosine is
+    positive for a loss and negative for a margin or log-probability. Costs a forward over queries and examples; holds
+    only the representations. Positions of an example (tokens, pixels) are averaged.
+
+    Args:
+        query: what is asked.
+        module: name of the module whose input is the representation; by default the last attributed linear layer.
+
+    Raises:
+        MisconfigurationException: no such module, or it was not called with one row for each example.
+    """
+    run = query.run
+    layer = _last_linear(run.workspace) if module is None else module
+    sign = -1.0 if query.measurement in HIGHER_IS_BETTER else 1.0
+    state = run.final()
+    asked = _representations(run.query_workspace, state, query.examples, None, layer)
+    query.remarks.update(module=layer)
+    yield Table(lambda data, ids: sign * asked @ _representations(run.workspace, state, data, ids, layer).T)
+
+
+def _last_linear(workspace: Workspace) -> str:
+    linear = [block.module for block in workspace.blocks if block.form == "LinearForm"]
+    if not linear:
+        raise MisconfigurationException(
+            'no linear layer is attributed whose input `method="repsim"` could compare. HINT: pass `module=` the'
+            " name of a module."
+        )
+    return linear[-1]
+
+
+def _representations(
+    workspace: Workspace, state: State, data: Examples | GivenBatches, ids: Tensor | None, name: str
+) -> Tensor:
+    """Unit vectors ``[examples, features]`` on the CPU."""
+    modules = {clean_name(key): child for key, child in workspace.module.named_modules()}
+    if name not in modules:
+        raise MisconfigurationException(f"`module={name!r}` is no module of `{type(workspace.module).__name__}`.")
+    first = {block.module: block.layout for block in workspace.blocks}.get(name, 0)
+    seen: list[Any] = []
+
+    def keep(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None))
+
+    rows = []
+    with workspace.at(state):
+        handle = modules[name].register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            for index, batch in data.batches(ids):
+                seen.clear()
+                workspace.losses(to_module(batch, workspace.module, workspace.hooks), len(index))
+                x = seen[-1] if seen else None  # of a module that is called several times, the last
+                if x is None or x.dim() <= first or x.shape[first] != len(index):
+                    raise MisconfigurationException(
+                        f"`{name}` was not called with a tensor of one row for each example. HINT: pass `module=` the"
+                        " name of a module that is."
+                    )
+                x = x.detach().float().movedim(first, 0)
+                x = x.flatten(1, -2).mean(1) if x.dim() > 2 else x.flatten(1)
+                rows.append(F.normalize(x, dim=1).cpu())
+        finally:
+            handle.remove()
+    return torch.cat(rows)

@@ -1,0 +1,282 @@
+"""Estimators beside SOURCE: closed forms, dense matrices, leave-one-out refits and what scores must not depend on."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import Classifier, classes, fitted, mlp
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from scipy.stats import pearsonr, spearmanr
+from sklearn.datasets import load_digits, make_regression
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+from torch.utils.data import TensorDataset
+
+QUERY = [x[:4] for x in classes(8, seed=2).tensors]
+
+
+def close(a, b, rtol=1e-5):
+    """Equal to ``rtol`` of the largest score: sums of float32 products in another order differ by about 1e-7 of it."""
+    torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=rtol * float(b.abs().max()))
+
+
+def standing(path, net, data, loss=F.cross_entropy, batch_size=8, **settings):
+    """A run that never moves: its final model is ``net`` as it is."""
+    module = Classifier(net, loss, lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    return fitted(path, module, data, batch_size, max_epochs=1, **settings)
+
+
+# ---------------------------------------------------------------- linear regression, all of it in closed form
+
+L2 = 1e-2
+
+
+def regression():
+    x, y = make_regression(n_samples=110, n_features=10, noise=1.0, random_state=0)
+    x, y = torch.tensor(x), torch.tensor((y - y.mean()) / y.std()).unsqueeze(1)
+    return x[:100], y[:100], x[100:], y[100:]
+
+
+def ridge(x, y, kept=slice(None), examples=100):
+    """Minimiser of ``Σ (w·x - y)² / examples + L2/2 |w|²`` over the kept rows, ``[D]``."""
+    x, y = x[kept], y[kept]
+    return torch.linalg.solve(2 / examples * x.T @ x + L2 * torch.eye(x.shape[1]), 2 / examples * x.T @ y).squeeze(1)
+
+
+def of_regression(path, loss=F.mse_loss):
+    """``(scorer of the ridge solution, exact influence, true change of each query's loss on leaving one out)``."""
+    x, y, query_x, query_y = regression()
+    w = ridge(x, y)
+    net = nn.Linear(10, 1, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(w)
+    trainer = standing(path, net, TensorDataset(x.float(), y.float()), loss, 20)
+    hessian = 2 / 100 * x.T @ x + L2 * torch.eye(10)
+    gradients = 2 * (x @ w - y.squeeze(1)).unsqueeze(1) * x
+    asked = 2 * (query_x @ w - query_y.squeeze(1)).unsqueeze(1) * query_x
+    exact = asked @ torch.linalg.solve(hessian, gradients.T) / 100
+    refits = torch.stack([ridge(x, y, torch.arange(100) != i) for i in range(100)])
+    losses = (query_x @ torch.cat([w.unsqueeze(0), refits]).T - query_y).square()
+    return trainer, [query_x.float(), query_y.float()], exact, losses[:, 1:] - losses[:, :1]
+
+
+# Tolerances relative to the largest score: solvers that converge, and a series of random batches.
+SOLVERS = {
+    "influence-cg": ({"iterations": 20}, 1e-3),
+    "influence-cg, preconditioned": ({"iterations": 20, "preconditioner": "ekfac"}, 1e-3),
+    "influence-lissa": ({"depth": 120, "examples_per_step": 100}, 0.015),
+    "influence-lissa, of random batches": ({"depth": 400}, 0.15),
+}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_linear_regression_has_the_closed_form_and_predicts_leaving_one_out(tmp_path, name):
+    options, tolerance = SOLVERS[name]
+    trainer, query, exact, actual = of_regression(tmp_path)
+    scores = trainer.attribute(query, method=name.split(",")[0], damping=L2, **options).values
+    close(scores, exact, tolerance)
+    for one, other in zip(scores.numpy(), actual.numpy(), strict=True):
+        assert pearsonr(one, other).statistic > 0.9
+        assert spearmanr(one, other).statistic > 0.9
+    assert 0.8 < np.polyfit(scores.double().flatten(), actual.flatten(), 1)[0] < 1.25  # leverage, of order 10 / 100
+
+
+# ---------------------------------------------------------------- logistic regression, refitted
+
+
+def test_digits_1_or_3_by_logistic_regression_predicts_leaving_one_out(tmp_path):
+    x, y = load_digits(return_X_y=True)
+    chosen = np.isin(y, [1, 3])
+    x, y = x[chosen] / 16, (y[chosen] == 3).astype(float)
+    x = np.concatenate([x, np.ones((len(x), 1))], 1)
+    x, y, query_x, query_y = x[:200], y[:200], x[200:203], y[200:203]
+    l2 = 2e-2
+
+    def refit(kept):
+        model = LogisticRegression(C=1 / (200 * l2), fit_intercept=False, tol=1e-8, max_iter=1000)
+        return model.fit(x[kept], y[kept]).coef_[0]
+
+    def losses(w):
+        margin = query_x @ w * (2 * query_y - 1)
+        return np.log1p(np.exp(-margin))
+
+    whole = refit(np.arange(200))
+    net = nn.Linear(65, 1, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor(whole))
+    data = TensorDataset(torch.tensor(x).float(), torch.tensor(y).float().unsqueeze(1))
+    trainer = standing(tmp_path, net, data, F.binary_cross_entropy_with_logits, 50)
+    query = [torch.tensor(query_x).float(), torch.tensor(query_y).float().unsqueeze(1)]
+    scores = trainer.attribute(query, method="influence-cg", damping=l2).values.numpy()
+    for q in range(3):
+        order = scores[q].argsort()
+        ends = np.concatenate([order[:20], order[-20:]])
+        actual = [(losses(refit(np.arange(200) != i)) - losses(whole))[q] for i in ends]
+        assert pearsonr(scores[q][ends], actual).statistic > 0.9
+        assert spearmanr(scores[q][ends], actual).statistic > 0.9
+
+
+# ---------------------------------------------------------------- dense references on a small network
+
+
+def per_example(module, data, measure):
+    """Gradients ``[B, D]`` of ``measure(outputs, targets)`` one example at a time, over all parameters."""
+    rows = []
+    for x, y in zip(*data, strict=True):
+        value = measure(module.net(x.unsqueeze(0)), y.unsqueeze(0))
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, list(module.net.parameters()))]))
+    return torch.stack(rows).double()
+
+
+def gauss_newton(module, inputs):
+    """Of the mean cross entropy over inputs, ``[D, D]``."""
+    total = 0
+    for x in inputs:
+        z = module.net(x.unsqueeze(0))[0]
+        rows = [
+            torch.cat(
+                [g.flatten() for g in torch.autograd.grad(value, list(module.net.parameters()), retain_graph=True)]
+            )
+            for value in z
+        ]
+        j, p = torch.stack(rows).double(), z.detach().softmax(0).double()
+        total = total + j.T @ (torch.diag(p) - torch.outer(p, p)) @ j
+    return total / len(inputs)
+
+
+def classifier(path, **settings):
+    """A trained classifier, its examples, and the dense influence with a damping."""
+    trainer = fitted(path, max_epochs=5, **settings)
+    module = trainer.lightning_module.eval()
+    data = classes().tensors
+    return trainer, module, data
+
+
+@pytest.mark.parametrize("preconditioner", [None, "ekfac"])
+def test_cg_is_the_dense_solution(tmp_path, preconditioner):
+    trainer, module, data = classifier(tmp_path)
+    h = gauss_newton(module, data[0]) + 0.01 * torch.eye(53)
+    g, asked = per_example(module, data, F.cross_entropy), per_example(module, QUERY, F.cross_entropy)
+    expected = asked @ torch.linalg.solve(h, g.T) / len(g)
+    scores = trainer.attribute(QUERY, method="influence-cg", damping=0.01, preconditioner=preconditioner)
+    close(scores.values, expected, 1e-3)
+    assert scores.metadata["curvature"] == "gauss-newton"
+    assert scores.metadata["residual"] <= 1e-4
+    assert "on removing" in scores.metadata["unit"]
+
+
+def test_cg_says_what_is_left(tmp_path):
+    trainer, *_ = classifier(tmp_path)
+    with pytest.warns(UserWarning, match=r"2 iterations with a residual of .* HINT: raise `iterations`"):
+        trainer.attribute(QUERY, method="influence-cg", damping=1e-5, iterations=2)
+
+
+def test_lissa_says_that_it_diverged(tmp_path):
+    trainer, *_ = classifier(tmp_path)
+    with pytest.raises(MisconfigurationException, match=r"diverged: after .* HINT: raise `scale=0.001`"):
+        trainer.attribute(QUERY, method="influence-lissa", scale=1e-3)
+
+
+def test_the_default_damping_is_that_of_influence(tmp_path):
+    """Where blocks are one number each and activations of equal size, EK-FAC is exact, and so both methods agree."""
+    x = torch.randint(2, (24, 1)).float() * 2 - 1
+    data = TensorDataset(x, x + torch.randn(24, 1))
+    trainer = standing(tmp_path, nn.Linear(1, 1, bias=False), data, F.mse_loss)
+    query = [data.tensors[0][:3], data.tensors[1][:3]]
+    close(
+        trainer.attribute(query, method="influence-cg").values,
+        trainer.attribute(query, method="influence").values,
+        1e-4,
+    )
+
+
+def test_datainf_is_its_closed_form(tmp_path):
+    """Layer by layer, ``λ = 0.1 Σ_i |∇L_i|² / (n d)``, each inverse formed."""
+    trainer, module, data = classifier(tmp_path)
+    g, asked = per_example(module, data, F.cross_entropy), per_example(module, QUERY, F.cross_entropy)
+    expected, start = 0, 0
+    for size in (35, 18):
+        a, b = asked[:, start : start + size], g[:, start : start + size]
+        amount = 0.1 * b.square().sum(1).mean() / size
+        inverse = sum(torch.linalg.inv(amount * torch.eye(size) + torch.outer(row, row)) for row in b) / len(b)
+        expected = expected + a @ inverse @ b.T / len(b)
+        start += size
+    scores = trainer.attribute(QUERY, method="datainf")
+    close(scores.values, expected, 1e-4)
+    assert scores.metadata["curvature"] == "empirical"
+
+
+def test_repsim_is_the_cosine_of_the_last_layers_inputs(tmp_path):
+    trainer, module, data = classifier(tmp_path)
+    features = [F.normalize(module.net[:2](x).double(), dim=1) for x in (QUERY[0], data[0])]
+    scores = trainer.attribute(QUERY, method="repsim")
+    close(scores.values, features[0] @ features[1].T)
+    assert scores.metadata["unit"] == "cosine of representations"
+    close(trainer.attribute(QUERY, method="repsim", measurement="margin").values, -scores.values)
+    inputs = [F.normalize(x, dim=1) for x in (QUERY[0], data[0])]
+    close(trainer.attribute(QUERY, method="repsim", module="net.0").values, inputs[0] @ inputs[1].T)
+    with pytest.raises(MisconfigurationException, match="no module of"):
+        trainer.attribute(QUERY, method="repsim", module="net.7")
+
+
+# ---------------------------------------------------------------- what scores do not depend on
+
+METHODS = {
+    "influence-cg": {"damping": 0.05},
+    "influence-lissa": {"damping": 0.05, "depth": 60},
+    "datainf": {},
+    "repsim": {},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batch_size_query_order_and_subsets(tmp_path, method):
+    trainer = fitted(tmp_path)
+    options = {"method": method} | METHODS[method]
+    whole = trainer.attribute(QUERY, **options).values
+    assert whole.shape == (4, 24)
+    assert whole.abs().max() > 0
+    close(trainer.attribute(QUERY, batch_size=3, **options).values, whole, 1e-4)
+    back = [x.flip(0) for x in QUERY]
+    close(trainer.attribute(back, **options).values, whole.flip(0), 1e-4)
+    close(trainer.attribute(QUERY, train_ids=[7, 2], **options).values, whole[:, [7, 2]])
+    with trainer.callbacks[0].scorer(trainer) as scorer:
+        scorer.memory = 1  # queries one by one
+        single = scorer.score(TensorDataset(*QUERY), **options).values
+    close(single, whole, 1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sum_loss_gives_the_scores_of_a_mean_loss(tmp_path, method):
+    """Learning rate η on the sum over batches of 8 is 8 η on their mean."""
+    found = []
+    for reduction, rate in (("mean", 0.1), ("sum", 0.1 / 8)):
+        torch.manual_seed(3)
+        module = Classifier(
+            mlp(),
+            lambda z, y, reduction=reduction: F.cross_entropy(z, y, reduction=reduction),
+            lambda parameters, rate=rate: torch.optim.SGD(parameters, lr=rate),
+        )
+        trainer = fitted(tmp_path / reduction, module)
+        options = dict(METHODS[method])
+        if "damping" in options and reduction == "sum":
+            options["damping"] *= 8  # it stands beside the curvature of the loss as trained
+        found.append(trainer.attribute(QUERY, method=method, **options).values)
+    close(*found, 1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_left_behind(tmp_path, method):
+    trainer = fitted(tmp_path)
+    module = trainer.lightning_module.train()
+    module.zero_grad()
+    module.net[0].weight.grad = torch.ones_like(module.net[0].weight)
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    rng = torch.get_rng_state()
+    trainer.attribute(QUERY, method=method, **METHODS[method])
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert all(child.training for child in module.modules())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+    assert torch.equal(module.net[0].weight.grad, torch.ones_like(module.net[0].weight))
+    assert module.net[2].weight.grad is None
