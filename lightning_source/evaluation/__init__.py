@@ -9,3 +9,5 @@ from lightning_source.evaluation.removal import SubsetRemoval as SubsetRemoval
 from lightning_source.evaluation.removal import own_query as own_query
 from lightning_source.evaluation.removal import without_proponents as without_proponents
 from lightning_source.evaluation.removal import without_random_same_label as without_random_same_label
+from lightning_source.evaluation.retraining import random_subsets as random_subsets
+from lightning_source.evaluation.retraining import retrain as retrain

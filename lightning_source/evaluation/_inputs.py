@@ -59,24 +59,35 @@ def score_matrix(scores: Any, examples: int, device: torch.device | None = None)
 
 
 def kept_masks(subsets: Any) -> Tensor:
-    """Subsets as a bool ``[M, N]`` tensor, true where the example was kept in training.
+    """Subsets as a bool ``[M, N]`` tensor, true where the example is kept in training.
 
     Raises:
-        ValueError: not a matrix of zeros and ones, or a subset that keeps everything or nothing.
+        ValueError: not a matrix of zeros and ones, or a subset that keeps nothing.
     """
     tensor = torch.as_tensor(subsets).detach().cpu()
-    if tensor.ndim != 2 or not bool(((tensor == 0) | (tensor == 1)).all()):
+    if tensor.ndim != 2 or not len(tensor) or not bool(((tensor == 0) | (tensor == 1)).all()):
         raise ValueError(
             f"`subsets` must be a [subsets, examples] matrix of 0 and 1 (1 = kept in training); got shape"
             f" {tuple(tensor.shape)} of {tensor.dtype}. HINT: lists of indices become a mask by `mask[row, ids] = 1`."
         )
     masks = tensor.bool()
-    for extreme, what in ((masks.all(1), "keeps every example"), (~masks.any(1), "keeps no example")):
-        if bool(extreme.any()):
-            raise ValueError(
-                f"subset {int(extreme.nonzero()[0])} {what}, so it tests no score. HINT: leave the row and"
-                " its measurements out."
-            )
+    if bool((empty := ~masks.any(1)).any()):
+        raise ValueError(f"subset {int(empty.nonzero()[0])} keeps no example: there is nothing to train on.")
+    return masks
+
+
+def proper_masks(subsets: Any) -> Tensor:
+    """:func:`kept_masks` that each leave something out.
+
+    Raises:
+        ValueError: as there, or a subset that keeps everything.
+    """
+    masks = kept_masks(subsets)
+    if bool((whole := masks.all(1)).any()):
+        raise ValueError(
+            f"subset {int(whole.nonzero()[0])} keeps every example, so it tests no score. HINT: leave the row and its"
+            " measurements out."
+        )
     return masks
 
 

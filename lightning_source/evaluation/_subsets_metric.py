@@ -9,7 +9,7 @@ from torchmetrics.utilities import rank_zero_warn
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_source.evaluation import statistics
-from lightning_source.evaluation._inputs import kept_masks, outcomes, score_matrix
+from lightning_source.evaluation._inputs import outcomes, proper_masks, score_matrix
 
 
 class SubsetsMetric(Metric):
@@ -35,7 +35,7 @@ class SubsetsMetric(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        masks = kept_masks(subsets)
+        masks = proper_masks(subsets)
         if len(masks) < 3:
             raise ValueError(f"`subsets` has {len(masks)} rows; a correlation over subsets needs at least 3.")
         if resamples < 1 or controls < 1:
