@@ -22,20 +22,25 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tasks import TASKS, Data, Task, Trained, fit, ground_truth, measurement_of
 from torch import Tensor
+from torch.func import grad, vmap
 from torch.utils.data import TensorDataset
 
 from lightning_source import SourceCallback, SourceScorer
 from lightning_source.evaluation import linear_datamodeling_score
+from lightning_source.evaluation.exact import flat_network
 from lightning_source.evaluation.lds import DatamodelingResult
 from lightning_source.evaluation.statistics import mean_interval
+from lightning_source.evaluation.unrolled import adam, batches, sgd, unrolled_scores
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = "quick"
@@ -105,6 +110,40 @@ def by(method: str, settings: dict[str, Any] | None = None, **options: Any) -> S
     return lambda trial: trial.score(method, settings, **options)
 
 
+def exact_unrolling(trial: Trial) -> Tensor:
+    """The exact derivative of one run of the recipe with respect to the examples' weights."""
+    task, (inputs, targets) = trial.task, trial.data.train
+    torch.manual_seed(trial.seed)
+    module = task.build()
+    vector, network = flat_network(module)
+    settings = task.optimizer(module.parameters()).defaults
+    elements = F.mse_loss if targets.is_floating_point() else F.cross_entropy
+
+    def losses(parameters: Tensor, ids: Tensor) -> Tensor:
+        outputs = network(parameters, inputs[ids])
+        return elements(outputs.squeeze(-1) if elements is F.mse_loss else outputs, targets[ids], reduction="none")
+
+    def measured(parameters: Tensor, *query: Tensor) -> Tensor:
+        return task.measurement(partial(network, parameters), *(t.unsqueeze(0) for t in query))[0]
+
+    if "betas" in settings:
+        decoupled = bool(settings["decoupled_weight_decay"])
+        start, step = adam(losses, settings["betas"], settings["eps"], settings["weight_decay"], decoupled)
+    else:
+        start, step = sgd(losses, settings["momentum"], weight_decay=settings["weight_decay"])
+    order = [torch.randperm(len(inputs)).split(task.batch_size) for _ in range(task.epochs)]
+    steps = batches([ids for epoch in order for ids in epoch if len(ids) == task.batch_size], settings["lr"])
+    queries = trial.data.query
+    return unrolled_scores(
+        step,
+        start(vector),
+        steps,
+        lambda parameters: vmap(grad(measured), in_dims=(None, *(0 for _ in queries)))(parameters, *queries),
+        len(inputs),
+        queries_at_once=25,
+    )
+
+
 def random(trial: Trial) -> Tensor:
     generator = torch.Generator().manual_seed(trial.seed)
     return torch.randn(len(trial.data.query[0]), len(trial.data.train[0]), generator=generator)
@@ -113,7 +152,7 @@ def random(trial: Trial) -> Tensor:
 # Products of the Gauss-Newton matrix with every query are what these cost; 512 examples and few steps bound them.
 ITERATIVE = {"influence-cg": {"iterations": 20, "factor_examples": 512}, "influence-lissa": {"depth": 500}}
 FEW = 3  # trainings of the full model for rows in SLOW
-SLOW = {*ITERATIVE, "datainf", "kronfluence EK-FAC"}
+SLOW = {*ITERATIVE, "datainf", "exact unrolling", "kronfluence EK-FAC"}
 ROWS: dict[str, Scores] = {
     "source": by("source"),
     "source, L=3, points": by("source", segments=3, snapshots="point"),
@@ -280,6 +319,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     for name in arguments.task:
         task = TASKS[name]
         rows = dict(ROWS)
+        if "mlp" in task.tags:
+            rows["exact unrolling"] = exact_unrolling
         if arguments.kronfluence and "mlp" in task.tags:
             rows["kronfluence EK-FAC"] = lambda trial: trial.peer("kronfluence_scores.py", arguments.kronfluence)
         rows = {row: rows[row] for row in arguments.rows or rows}
