@@ -68,7 +68,9 @@ class Trial:
             if not (path / "manifest.json").exists():
                 callback = SourceCallback(str(path), mode="deferred", **settings)
                 fit(self.task, self.data, self.seed, callback, kind)
-            self.opened[key] = SourceScorer.from_run(path, module, measurement=measurement_of(self.task))
+            self.opened[key] = SourceScorer.from_run(
+                path, module, measurement=measurement_of(self.task, kind is Trained)
+            )
         return self.opened[key]
 
     def score(self, method: str, settings: dict[str, Any] | None = None, **options: Any) -> Tensor:
@@ -150,7 +152,7 @@ def random(trial: Trial) -> Tensor:
 
 
 # Products of the Gauss-Newton matrix with every query are what these cost; 512 examples and few steps bound them.
-ITERATIVE = {"influence-cg": {"iterations": 20, "factor_examples": 512}, "influence-lissa": {"depth": 500}}
+ITERATIVE = {"influence-cg": {"iterations": 20, "factor_examples": 512}, "influence-lissa": {"depth": 200}}
 FEW = 3  # trainings of the full model for rows in SLOW
 SLOW = {*ITERATIVE, "datainf", "exact unrolling", "kronfluence EK-FAC"}
 ROWS: dict[str, Scores] = {

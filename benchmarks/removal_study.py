@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     arguments = options.parse_args(argv)
     prepare(arguments)
     if arguments.quick:
-        arguments.queries = 10
+        arguments.queries = min(arguments.queries, 10)
     return [study(name, TASKS[name], arguments) for name in arguments.task]
 
 
