@@ -129,7 +129,7 @@ class Workspace:
                 raise FloatingPointError(f"the objective is {total} on {what} {_shorten(index)}")
             yield index, recording.captured(values, len(index))
 
-    def _target(self, values: Callable[[Losses, ObjectiveSpec], Tensor]) -> Target:
+    def target(self, values: Callable[[Losses, ObjectiveSpec], Tensor]) -> Target:
         """A target made of the training step's losses, which must be those that were calibrated."""
         spec = self.spec
         assert spec is not None
@@ -157,17 +157,17 @@ class Workspace:
 
     def trained(self) -> Target:
         """Gradients ``g(z)`` as training applied them (method §4)."""
-        return self._target(lambda losses, spec: losses.data_target(spec))
+        return self.target(lambda losses, spec: losses.data_target(spec))
 
     def sampled(self, draw: int = 0) -> Target:
         """Gradients whose second moment is ``H``, with labels drawn from the model; ``draw`` numbers the draws."""
         generator = torch.Generator(self.module.device).manual_seed(self.seed + draw)
-        return self._target(lambda losses, spec: losses.fisher_target(spec, generator))
+        return self.target(lambda losses, spec: losses.fisher_target(spec, generator))
 
     def measured(self, measurement: str | Measurement) -> Target:
         """Gradients of a measurement of queries."""
         if not callable(measurement):
-            return self._target(lambda losses, spec: losses.measurement(spec, measurement))
+            return self.target(lambda losses, spec: losses.measurement(spec, measurement))
 
         def run(batch: Any, size: int, recording: Recording) -> Tensor:
             with recording.listening():

@@ -37,7 +37,7 @@ class LossCall:
     sample: Callable[[torch.Generator], Tensor]  # elements with labels drawn from the model
     margin: Callable[[], Tensor] | None = None  # log(p / (1 - p)) of the target, if the target is a class
     log_prob: Callable[[], Tensor] | None = None  # log-likelihood of the target
-    outputs: tuple[Tensor, ...] = ()  # what the network put in, and all that elements depend on it by
+    outputs: tuple[Tensor, ...] = ()  # what the network put in, up to a constant
     information: Information | None = None  # of the outputs; None where it is only known by sampling
 
     @property
@@ -307,6 +307,7 @@ def _residual(
         signs = 2 * torch.bernoulli(torch.full_like(ones, 0.5), generator=generator) - 1
         return math.sqrt(information) * signs * (call["input"] - call["target"])
 
+    plain = call["input"].shape == elements.shape and not call["target"].requires_grad
     return LossCall(
         name,
         call["reduction"],
@@ -316,7 +317,7 @@ def _residual(
         sample,
         None,
         lambda: -elements,
-        (call["input"] - call["target"],),
+        (call["input"] if plain else call["input"] - call["target"],),
         diagonal(information),
     )
 

@@ -141,12 +141,12 @@ class GaussNewton:
         ids = torch.arange(len(self.data)) if self.ids is None else self.ids
         generator = torch.Generator().manual_seed(seed)
         size = min(size, len(ids))
-        order = torch.cat([ids[torch.randperm(len(ids), generator=generator)[:size]] for _ in range(count)])
+        order = torch.stack([torch.randperm(len(ids), generator=generator)[:size] for _ in range(count + 1)])[:-1]
         batches = Examples(self.data.dataset, size, self.data.collate, self.data.workers)
         with self.workspace.at(self.state()):
             yield (
                 lambda vectors, index=index, batch=batch: self.on_batch(index, batch, vectors)  # type: ignore[misc]
-                for index, batch in batches.batches(order)
+                for index, batch in batches.batches(ids[order.flatten()])
             )
 
     def on_batch(self, index: Tensor, batch: Any, vectors: Tensor) -> Tensor:
@@ -235,15 +235,14 @@ class _Linearized:
 def _batched_grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], directions: Sequence[Tensor]) -> list[Tensor]:
     """Gradients for each of several directions ``[Q, *shape]``, the graph kept; 0 where nothing depends on an input."""
     options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    found: Sequence[Tensor | None]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an operation without a batching rule is slower, not wrong
             found = torch.autograd.grad(outputs, inputs, directions, is_grads_batched=True, **options)
     except RuntimeError:
-        rows: list[Any] = [
-            torch.autograd.grad(outputs, inputs, row, **options) for row in zip(*directions, strict=True)
-        ]
-        found = tuple(_stack(column) for column in zip(*rows, strict=True))
+        rows = [torch.autograd.grad(outputs, inputs, row, **options) for row in zip(*directions, strict=True)]
+        found = [_stack(column) for column in zip(*rows, strict=True)]
     count = len(directions[0])
     return [x.new_zeros(count, *x.shape) if g is None else g.to_dense() for x, g in zip(inputs, found, strict=True)]
 

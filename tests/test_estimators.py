@@ -12,6 +12,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from lightning_source.ensembling import ensemble
+
 QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 
 
@@ -171,6 +173,27 @@ def test_cg_says_what_is_left(tmp_path):
         trainer.attribute(QUERY, method="influence-cg", damping=1e-5, iterations=2)
 
 
+@pytest.mark.parametrize("options", [{"iterations": 100}, {"iterations": 400, "examples_per_step": 12}])
+def test_astra_goes_from_influence_to_the_dense_solution(tmp_path, options):
+    trainer, module, data = classifier(tmp_path)
+    h = gauss_newton(module, data[0]) + 0.05 * torch.eye(53)
+    g, asked = per_example(module, data, F.cross_entropy), per_example(module, QUERY, F.cross_entropy)
+    expected = asked @ torch.linalg.solve(h, g.T) / len(g)
+    scores = trainer.attribute(QUERY, method="astra", damping=0.05, **options).values
+    ekfac = trainer.attribute(QUERY, method="influence", damping=0.05).values
+    close(trainer.attribute(QUERY, method="astra", damping=0.05, iterations=1, step=1e-9).values, ekfac)
+    error, before = ((x - expected).abs().max() / expected.abs().max() for x in (scores, ekfac))
+    assert before > 0.02
+    # All examples at every step, or batches of half of them, whose mean of iterates has noise left.
+    assert error < (1e-3 if len(options) == 1 else 0.25 * before)
+
+
+def test_astra_says_that_it_diverged(tmp_path):
+    trainer, *_ = classifier(tmp_path)
+    with pytest.raises(MisconfigurationException, match=r"diverged: after .* HINT: lower `step=100`"):
+        trainer.attribute(QUERY, method="astra", step=100.0)
+
+
 def test_lissa_says_that_it_diverged(tmp_path):
     trainer, *_ = classifier(tmp_path)
     with pytest.raises(MisconfigurationException, match=r"diverged: after .* HINT: raise `scale=0.001`"):
@@ -206,6 +229,90 @@ def test_datainf_is_its_closed_form(tmp_path):
     assert scores.metadata["curvature"] == "empirical"
 
 
+def trak_parts(trainer, data, measure, k, seed=0):
+    """Kernel ``[Q, N]`` and weights ``[N]`` in numpy, the projection drawn as the estimator draws it."""
+    module = trainer.lightning_module.eval()
+    generator = torch.Generator().manual_seed(seed)
+    pieces = [torch.randint(2, (size, k), generator=generator, dtype=torch.int8) * 2.0 - 1 for size in (35, 18)]
+
+    def margin(z, y):
+        log_p = z.log_softmax(1)[0, y]
+        return log_p - torch.log1p(-log_p.exp())
+
+    def features(data, measure):
+        rows = per_example(module, data, measure)
+        # A block is a matrix with the bias as its last column.
+        w1, b1, w2, b2 = rows.split([30, 5, 15, 3], 1)
+        first = torch.cat([w1.view(-1, 5, 6), b1.unsqueeze(2)], 2).flatten(1)
+        second = torch.cat([w2.view(-1, 3, 5), b2.unsqueeze(2)], 2).flatten(1)
+        return (torch.cat([first, second], 1) @ torch.cat(pieces).double()).numpy() / np.sqrt(k)
+
+    phi, asked = features(data, margin), features(QUERY, measure or margin)
+    p = module.net(data[0]).softmax(1)[torch.arange(len(data[0])), data[1]].detach().double().numpy()
+    return asked @ np.linalg.pinv(phi.T @ phi, rcond=1e-6, hermitian=True) @ phi.T, 1 - p
+
+
+@pytest.mark.parametrize("measurement", ["margin", "loss"])
+def test_trak_is_a_plain_computation_with_the_same_projection(tmp_path, measurement):
+    trainer, _, data = classifier(tmp_path)
+    kernel, weights = trak_parts(trainer, data, None if measurement == "margin" else F.cross_entropy, 9)
+    scores = trainer.attribute(QUERY, method="trak", measurement=measurement, dimension=9)
+    close(scores.values, torch.tensor(-kernel * weights), 1e-4)
+    other = trainer.attribute(QUERY, method="trak", dimension=9, seed=1).values
+    assert (other - scores.values).abs().max() > 0.01 * other.abs().max()
+
+
+@pytest.mark.parametrize("projection", ["rademacher", "gaussian"])
+def test_trak_of_a_linear_regression_is_influence_whatever_the_projection(tmp_path, projection):
+    """A square projection drops out, and ``ΦᵀΦ`` is the Gauss-Newton matrix of half the squares."""
+    x, y, query_x, query_y = (v.float() for v in regression())
+    trainer = standing(tmp_path, nn.Linear(10, 1, bias=False), TensorDataset(x, y), F.mse_loss, 20)
+    exact = trainer.attribute([query_x, query_y], method="influence-cg", damping=0.0, iterations=30).values
+    scores = trainer.attribute([query_x, query_y], method="trak", dimension=10, projection=projection, seed=1)
+    close(scores.values, 2 * exact, 1e-3)
+
+
+def test_trak_names_what_it_needs(tmp_path):
+    trainer, *_ = classifier(tmp_path)
+    with pytest.raises(MisconfigurationException, match="24 training examples"):
+        trainer.attribute(QUERY, method="trak", dimension=25)
+    data = TensorDataset(torch.randn(24, 6), torch.randn(24, 2))
+    several = standing(tmp_path / "b", mlp(outputs=2), data, F.mse_loss)
+    with pytest.raises(MisconfigurationException, match=r"one output for each example.*`mse_loss`"):
+        several.attribute(list(data.tensors), method="trak")
+
+
+def test_ensembles_average_scores_and_trak_averages_its_parts(tmp_path):
+    trainers = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        trainers.append(fitted(tmp_path / str(seed), Classifier(mlp()), max_epochs=5))
+    members = [t.attribute(QUERY, per_segment=True) for t in trainers]
+    mean = ensemble(members)
+    close(mean.values, (members[0].values + members[1].values) / 2)
+    close(mean.by_segment.sum(0), mean.values)
+    assert mean.metadata["members"] == [m.metadata["run_id"] for m in members]
+    assert len(set(mean.metadata["members"])) == 2
+    assert mean.metadata["sign"] == members[0].metadata["sign"]
+    assert torch.equal(ensemble(members[:1]).values, members[0].values)
+
+    data = classes().tensors
+    parts = [trak_parts(t, data, F.cross_entropy, 9) for t in trainers]
+    expected = -np.mean([k for k, _ in parts], axis=0) * np.mean([w for _, w in parts], axis=0)
+    found = ensemble([t.attribute(QUERY, method="trak", dimension=9) for t in trainers]).values
+    close(found, torch.tensor(expected), 1e-4)
+
+    influence = trainers[1].attribute(QUERY, method="influence")
+    with pytest.raises(MisconfigurationException, match="method is 'source' and 'influence'"):
+        ensemble([members[0], influence])
+    with pytest.raises(MisconfigurationException, match="measurement is 'loss' and 'margin'"):
+        ensemble([members[0], trainers[1].attribute(QUERY, measurement="margin")])
+    with pytest.raises(MisconfigurationException, match="`train_ids`"):
+        ensemble([members[0], trainers[1].attribute(QUERY, train_ids=[1, 2])])
+    with pytest.raises(MisconfigurationException, match="at least one"):
+        ensemble([])
+
+
 def test_repsim_is_the_cosine_of_the_last_layers_inputs(tmp_path):
     trainer, module, data = classifier(tmp_path)
     features = [F.normalize(module.net[:2](x).double(), dim=1) for x in (QUERY[0], data[0])]
@@ -219,12 +326,59 @@ def test_repsim_is_the_cosine_of_the_last_layers_inputs(tmp_path):
         trainer.attribute(QUERY, method="repsim", module="net.7")
 
 
+# ---------------------------------------------------------------- another library
+
+
+def restored(net, path):
+    net.load_state_dict(torch.load(path))
+    return 1.0
+
+
+@pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients")
+def test_captum_gives_the_same_gradient_products(tmp_path):
+    influence = pytest.importorskip("captum.influence")
+    trainer, module, _ = classifier(tmp_path)
+    torch.save(module.net.state_dict(), tmp_path / "final.pt")
+    files, loss = [str(tmp_path / "final.pt")], nn.CrossEntropyLoss(reduction="none")
+    tracin = influence.TracInCP(module.net, classes(), files, restored, loss_fn=loss, batch_size=6)
+    scores = trainer.attribute(QUERY, method="grad-dot")
+    rate = sum(segment["rates"][0] for segment in scores.metadata["segments"])
+    close(tracin.influence(tuple(QUERY)) * rate / 24, scores.values)
+
+
+@pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_captum_gives_the_same_influence_of_a_linear_model(tmp_path, reduction):
+    """Its Hessian is that of the sum over examples, whatever the loss it is given, so its scores hold the same 1/N."""
+    influence = pytest.importorskip("captum.influence")
+    trainer, query, *_ = of_regression(tmp_path)
+    net = trainer.lightning_module.net
+    torch.save(net.state_dict(), tmp_path / "final.pt")
+    x, y, *_ = (v.float() for v in regression())
+    naive = influence.NaiveInfluenceFunction(
+        net,
+        TensorDataset(x, y),
+        str(tmp_path / "final.pt"),
+        restored,
+        loss_fn=nn.MSELoss(reduction=reduction),
+        batch_size=20,
+        hessian_reg=0.0,
+        projection_dim=10,
+        sample_wise_grads_per_batch=reduction != "none",
+    )
+    scores = trainer.attribute(query, method="influence-cg", damping=0.0)
+    close(naive.influence(tuple(query)), scores.values, 1e-3)
+
+
 # ---------------------------------------------------------------- what scores do not depend on
 
 METHODS = {
     "influence-cg": {"damping": 0.05},
     "influence-lissa": {"damping": 0.05, "depth": 60},
     "datainf": {},
+    "astra": {"damping": 0.05, "iterations": 20},
+    "astra-source": {},
+    "trak": {"dimension": 10},
     "repsim": {},
 }
 

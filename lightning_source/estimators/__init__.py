@@ -1,5 +1,7 @@
 """The estimators: one file each, entered under the name that ``method=`` takes."""
 
+from lightning_source.estimators import astra as astra
+from lightning_source.estimators import astra_source as astra_source
 from lightning_source.estimators import cg as cg
 from lightning_source.estimators import datainf as datainf
 from lightning_source.estimators import influence as influence
@@ -7,6 +9,7 @@ from lightning_source.estimators import lissa as lissa
 from lightning_source.estimators import repsim as repsim
 from lightning_source.estimators import source as source
 from lightning_source.estimators import tracin as tracin
+from lightning_source.estimators import trak as trak
 from lightning_source.estimators.registry import Contraction as Contraction
 from lightning_source.estimators.registry import Query as Query
 from lightning_source.estimators.registry import Table as Table

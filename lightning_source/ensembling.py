@@ -1,0 +1,61 @@
+"""Scores averaged over independently trained runs (Bae et al., NeurIPS 2024, Section 4; Park et al., ICML 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_source.scores import InfluenceScores
+
+_SHARED = ("method", "measurement", "sign", "unit", "examples")
+
+
+def ensemble(scores: Sequence[InfluenceScores]) -> InfluenceScores:
+    """The mean of the scores that one method gave on several runs, same queries and training examples in each.
+
+    Scores of ``"trak"`` are averaged as the paper does: the mean of the kernels ``φ(q)ᵀ (ΦᵀΦ)⁻¹ φ(z_n)`` times the mean
+    of the weights ``∂L/∂f(z_n)``. Segments' shares are averaged where every member has the same number of them.
+
+    Args:
+        scores: one result for each run; at least one.
+
+    Returns:
+        The mean, with sign and unit of its members, and their run ids in ``metadata["members"]``.
+
+    Raises:
+        MisconfigurationException: nothing to average, or results that do not belong together; the message says why.
+    """
+    if not scores:
+        raise MisconfigurationException("`ensemble` needs the scores of at least one run.")
+    first = scores[0]
+    for index, other in enumerate(scores[1:], start=1):
+        for name in ("train_ids", "query_ids"):
+            if not torch.equal(getattr(first, name), getattr(other, name)):
+                raise MisconfigurationException(f"the scores of members 0 and {index} have other `{name}`.")
+        for key in _SHARED:
+            one, two = first.metadata.get(key), other.metadata.get(key)
+            if one != two:
+                raise MisconfigurationException(
+                    f"the scores of members 0 and {index} do not belong together: {key} is {one!r} and {two!r}."
+                )
+    shares = [s.by_segment for s in scores]
+    together = None
+    if all(s is not None and first.by_segment is not None and len(s) == len(first.by_segment) for s in shares):
+        together = _mean([s for s in shares if s is not None])
+    metadata = {key: first.metadata[key] for key in _SHARED if key in first.metadata}
+    metadata["members"] = [s.metadata.get("run_id") for s in scores]
+    metadata["options"] = [s.metadata.get("options") for s in scores]
+    if first.metadata.get("method") == "trak":
+        weights = [torch.tensor(s.metadata["weights"], dtype=torch.float64) for s in scores]
+        kernels = [s.values.double() / w for s, w in zip(scores, weights, strict=True)]
+        values = (_mean(kernels) * _mean(weights)).float()
+    else:
+        values = _mean([s.values for s in scores])
+    return InfluenceScores(values, first.train_ids, first.query_ids, together, metadata)
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).mean(0)
