@@ -1,5 +1,7 @@
 """Metrics against scipy, scikit-learn and hand values; their states; what they refuse."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -322,6 +324,32 @@ def test_states(study, index):
     twice.reset()
     twice.update(*whole)
     assert_same(twice.compute(), result)
+
+
+def on_one_rank(
+    rank: int, store: str, subsets: Tensor, part: tuple[Tensor, Tensor], expected: list[np.ndarray]
+) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    metric = LinearDatamodelingScore(subsets)
+    metric.update(*part)
+    for found, value in zip(metric.compute()[:6], expected, strict=True):
+        np.testing.assert_allclose(found, value, rtol=1e-12, atol=1e-12)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_with_other_queries_find_what_one_finds(study, tmp_path):
+    expected = [value.numpy() for value in linear_datamodeling_score(**study)[:6]]
+    parts = metrics_and_updates(study)[0][2]  # three queries and four
+    fork = multiprocessing.get_context("fork")
+    ranks = [
+        fork.Process(target=on_one_rank, args=(rank, str(tmp_path / "store"), study["subsets"], part, expected))
+        for rank, part in enumerate(parts)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0]
 
 
 def test_results_and_numpy_arrays_go_in(study):

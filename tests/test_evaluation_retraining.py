@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Classifier, classes, mlp, quiet_trainer
+from helpers import Classifier, classes, fitted, mlp, quiet_trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from lightning_source.evaluation import random_subsets, retrain
+from lightning_source.evaluation import RemovalCorrelation, linear_datamodeling_score, random_subsets, retrain
 
 EXAMPLES = 24
 QUERIES = classes(5, seed=2).tensors
@@ -201,6 +201,30 @@ def test_manifest_says_what_was_asked(tmp_path, subsets):
     manifest = json.loads((tmp_path / "sweep.json").read_text())
     assert manifest["recipe"] == {"widths": [6, 5]}
     retrain(build, subsets, [0], query_losses, **options(tmp_path), recipe={"widths": (6, 5)})  # lists come back
+
+
+def test_scores_of_a_run_predict_its_retrainings(tmp_path):
+    """The whole way on softmax regression: sign, size and order of SOURCE's scores, on the measurement's own scale."""
+
+    def regression(kept, seed):
+        module = Classifier(torch.nn.Linear(6, 3), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.3))
+        loader = DataLoader(Subset(classes(EXAMPLES), kept), len(kept))
+        return module, loader, quiet_trainer(None, max_epochs=30)
+
+    def losses(module):
+        return F.cross_entropy(module.net(QUERIES[0]), QUERIES[1], reduction="none")
+
+    subsets = random_subsets(12, EXAMPLES, fraction=0.9, seed=0)
+    measured = retrain(regression, subsets, [0], losses, **options(tmp_path / "sweep"))
+    module, loader, _ = regression(list(range(EXAMPLES)), 0)
+    trainer = fitted(tmp_path, module, loader, max_epochs=30)
+    scores = trainer.attribute(QUERIES)
+    lds = linear_datamodeling_score(scores, subsets, measured)
+    assert lds.lds > 0.8
+    assert lds.control_interval[1] < lds.interval[0]
+    removal = RemovalCorrelation(subsets)
+    removal.update(scores, measured)
+    assert float(removal.compute().slope) == pytest.approx(1, abs=0.35)
 
 
 def test_random_subsets_keep_their_share():

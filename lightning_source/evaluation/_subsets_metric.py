@@ -102,6 +102,6 @@ def defined(correlations: Tensor, name: str) -> Tensor:
     return correlations.nan_to_num(0.0)
 
 
-def spread(values: Tensor) -> statistics.Estimate:
-    """Mean and central 95 % of control figures ``[C]``."""
-    return statistics.Estimate(values.mean(), statistics.interval_of(values))
+def mean_and_spread(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean, and central 95 % ``[2]``, of the control's figures ``[C]``."""
+    return values.mean(), statistics.interval_of(values)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_source.evaluation import statistics
-from lightning_source.evaluation._subsets_metric import SubsetsMetric, defined, spread
+from lightning_source.evaluation._subsets_metric import SubsetsMetric, defined, mean_and_spread
 
 
 class DatamodelingResult(NamedTuple):
@@ -58,14 +58,14 @@ class LinearDatamodelingScore(SubsetsMetric):
         outcome = measured.mean(1)
         per_query = defined(statistics.spearman(predicted, outcome), "LinearDatamodelingScore")
         dealt = statistics.spearman(control, outcome[:, None].expand_as(control)).nan_to_num(0.0).mean(0)
-        chance = spread(dealt)
+        chance, chance_interval = mean_and_spread(dealt)
         return DatamodelingResult(
             lds=per_query.mean(),
             interval=statistics.mean_interval(per_query, self._generator(), self.resamples),
             subset_interval=statistics.interval_of(self._by_resample(predicted, outcome, statistics.weighted_spearman)),
             per_query=per_query,
-            control=chance.value,
-            control_interval=chance.interval,
+            control=chance,
+            control_interval=chance_interval,
             reliability=statistics.split_half_reliability(measured, statistics.spearman, self._generator()),
         )
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_source.evaluation import statistics
-from lightning_source.evaluation._subsets_metric import SubsetsMetric, defined, spread
+from lightning_source.evaluation._subsets_metric import SubsetsMetric, defined, mean_and_spread
 
 
 class RemovalCorrelationResult(NamedTuple):
@@ -64,7 +64,9 @@ class RemovalCorrelation(SubsetsMetric):
         actual = measured.mean(1)
         linear = defined(statistics.pearson(predicted, actual), "RemovalCorrelation")
         ranked = statistics.spearman(predicted, actual).nan_to_num(0.0)
-        chance = spread(statistics.pearson(control, actual[:, None].expand_as(control)).nan_to_num(0.0).mean(0))
+        chance, chance_interval = mean_and_spread(
+            statistics.pearson(control, actual[:, None].expand_as(control)).nan_to_num(0.0).mean(0)
+        )
         by_query, by_group = self._slope_samples(predicted, actual)
         return RemovalCorrelationResult(
             pearson=linear.mean(),
@@ -82,8 +84,8 @@ class RemovalCorrelation(SubsetsMetric):
             slope_group_interval=statistics.interval_of(by_group),
             pearson_per_query=linear,
             spearman_per_query=ranked,
-            control=chance.value,
-            control_interval=chance.interval,
+            control=chance,
+            control_interval=chance_interval,
             reliability=statistics.split_half_reliability(measured, statistics.pearson, self._generator()),
         )
 

@@ -37,20 +37,20 @@ def without_proponents(
     Raises:
         ValueError: sizes that do not ascend or do not leave an example, or scores of the wrong shape or not finite.
     """
-    if isinstance(scores, InfluenceScores):
-        ids = scores.train_ids.cpu()
-        if examples is None and not torch.equal(ids, torch.arange(len(ids))):
-            raise ValueError("`scores` cover a part of the training set. HINT: pass its length as `examples`.")
-        lower = scores._lower_is_better if lower_is_better is None else lower_is_better
-        values = finite(scores.values, "scores").cpu()
-    else:
-        values = finite(scores, "scores").cpu()
-        if values.ndim != 2:
-            raise ValueError(f"`scores` has shape {tuple(values.shape)}; expected [queries, examples].")
-        ids = torch.arange(values.shape[1])
-        lower = lower_is_better is not False
+    values = finite(scores.values if isinstance(scores, InfluenceScores) else scores, "scores").cpu()
+    if values.ndim != 2:
+        raise ValueError(f"`scores` has shape {tuple(values.shape)}; expected [queries, examples].")
     _check_sizes(sizes, values.shape[1])
-    return _keep(ids[values.argsort(dim=1, descending=lower, stable=True)], sizes, examples or len(ids))
+    if not isinstance(scores, InfluenceScores):
+        order = values.argsort(dim=1, descending=lower_is_better is not False, stable=True)
+        return _keep(order, sizes, values.shape[1])
+    if examples is None and not torch.equal(scores.train_ids.cpu(), torch.arange(values.shape[1])):
+        raise ValueError("`scores` cover a part of the training set. HINT: pass its length as `examples`.")
+    if lower_is_better is None:
+        order = scores.proponents(sizes[-1])[1]
+    else:
+        order = scores.topk(sizes[-1], largest=lower_is_better)[1]
+    return _keep(order.cpu(), sizes, examples or values.shape[1])
 
 
 def without_random_same_label(labels: Any, query_labels: Any, sizes: Sequence[int], *, seed: int = 0) -> Tensor:

@@ -1,18 +1,10 @@
-"""Ground truth by retraining: subsets by seeds, in parallel, each finished run on disk at once.
+"""Ground truth by retraining: subsets by seeds, in parallel, each finished run on disk at once."""
 
-A sweep's directory holds ``sweep.json``, which says what was asked for, and one safetensors file a finished run. Files
-are written under a temporary name, flushed and moved into place: a sweep killed at any moment goes on where it was.
-"""
-
-import hashlib
-import json
 import logging
 import os
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,21 +13,18 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_source.evaluation._inputs import kept_masks
+from lightning_source.evaluation._sweep import Sweep
 
 Build = Callable[[list[int], int], tuple[pl.LightningModule, Any, pl.Trainer]]
 Measure = Callable[[pl.LightningModule], Tensor]
 
-SCHEMA = 1
-MANIFEST = "sweep.json"
 _SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 # The random generators, which decide initialisation and order, belong to the process: its threads take turns.
-_ONE_RUN_PER_PROCESS = threading.Lock()
+_ONE_RUN_PER_PROCESS = threading.RLock()
 
 
 def retrain(
@@ -54,8 +43,9 @@ def retrain(
 
     Runs are spread by joblib: over processes by default, elsewhere inside ``joblib.parallel_config(backend=...)``
     (``"dask"``, ``"ray"`` and ``"threading"`` too), where ``dirpath`` must be on a file system that the workers share.
-    A run is determined by its subset and seed, whatever runs beside it: torch, NumPy and Python are seeded before
-    ``build``, and ``threads`` fixes the order of sums. Threads of one process take turns, since they share generators.
+    A run is determined by its subset and seed, whatever runs beside it (on the CPU bit for bit): torch, NumPy and
+    Python are seeded before ``build``, and ``threads`` fixes the order of sums. Threads of one process take turns,
+    since they share the generators.
 
     Args:
         build: ``build(kept, seed) -> (module, data, trainer)``. ``kept`` are the positions of the training examples to
@@ -85,14 +75,14 @@ def retrain(
     seeds = [int(seed) for seed in seeds]
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"`seeds` must be different integers, at least one; got {seeds}.")
-    path = Path(dirpath).absolute()
-    sweep = _open_sweep(path, masks, {"build": _name(build), "measure": _name(measure)}, recipe or {})
+    settings = {"build": _name(build), "measure": _name(measure), "recipe": dict(recipe or {})}
+    sweep = Sweep.open(dirpath, masks, settings)
     runs = [(row, seed) for seed in seeds for row in range(len(masks))]
-    missing = [run for run in runs if not _file(path, *run).exists()]
+    missing = [run for run in runs if not sweep.holds(*run)]
     with tqdm(total=len(runs), initial=len(runs) - len(missing), unit="run", disable=not progress) as bar:
-        for _ in _spread(build, measure, masks, missing, path, sweep, n_jobs, threads):
+        for _ in _spread(build, measure, masks, missing, sweep, n_jobs, threads):
             bar.update()
-    return _gather(path, sweep, seeds, len(masks))
+    return _gather(sweep, seeds, len(masks))
 
 
 def random_subsets(count: int, examples: int, *, fraction: float = 0.5, seed: int = 0) -> Tensor:
@@ -113,8 +103,7 @@ def _spread(
     measure: Measure,
     masks: Tensor,
     runs: Sequence[tuple[int, int]],
-    path: Path,
-    sweep: str,
+    sweep: Sweep,
     n_jobs: int | None,
     threads: int,
 ) -> Iterator[None]:
@@ -127,7 +116,7 @@ def _spread(
             " 'lightning_source[evaluation]'`."
         ) from None
     tasks = [
-        delayed(_run)(build, measure, masks[row].nonzero().flatten().tolist(), row, seed, path, sweep, threads)
+        delayed(_run)(build, measure, masks[row].nonzero().flatten().tolist(), row, seed, sweep, threads)
         for row, seed in runs
     ]
     try:
@@ -137,9 +126,7 @@ def _spread(
     yield from parallel(tasks)
 
 
-def _run(
-    build: Build, measure: Measure, kept: list[int], row: int, seed: int, path: Path, sweep: str, threads: int
-) -> None:
+def _run(build: Build, measure: Measure, kept: list[int], row: int, seed: int, sweep: Sweep, threads: int) -> None:
     with _ONE_RUN_PER_PROCESS, _seeded(seed, threads), _quiet():
         module, data, trainer = build(kept, seed)
         trainer.fit(module, data)
@@ -153,7 +140,7 @@ def _run(
             f"`measure` gave a tensor of shape {tuple(values.shape)} for subset {row}; expected one value for each"
             " query, [queries]."
         )
-    _save(_file(path, row, seed), values, sweep)
+    sweep.save(row, seed, values)
 
 
 @contextmanager
@@ -188,84 +175,19 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _open_sweep(path: Path, masks: Tensor, names: Mapping[str, str], recipe: Mapping[str, Any]) -> str:
-    """The id of the sweep in the directory, a new one if it is empty."""
-    asked = {
-        "schema": SCHEMA,
-        "subsets": f"{tuple(masks.shape)}, sha256 {hashlib.sha256(masks.numpy().tobytes()).hexdigest()}",
-        **names,
-        "recipe": json.loads(json.dumps(recipe)),  # as it comes back from the file
-    }
-    manifest = path / MANIFEST
-    if manifest.exists():
-        found = json.loads(manifest.read_text())
-        for key, value in asked.items():
-            if found.get(key) != value:
-                raise MisconfigurationException(
-                    f"`{path}` holds another sweep: its {key} is {found.get(key)!r}, not {value!r}. HINT: give another"
-                    " `dirpath`, or delete the directory."
-                )
-        return str(found["sweep"])
-    if path.exists() and any(path.glob("*.safetensors")):
-        raise MisconfigurationException(
-            f"`{path}` holds safetensors files but no `{MANIFEST}`: not a sweep's directory."
-        )
-    path.mkdir(parents=True, exist_ok=True)
-    sweep = uuid.uuid4().hex
-    temporary = _temporary(manifest)
-    temporary.write_text(json.dumps({"sweep": sweep} | asked, indent=1) + "\n")
-    _into_place(temporary, manifest)
-    return sweep
-
-
-def _gather(path: Path, sweep: str, seeds: Sequence[int], rows: int) -> Tensor:
-    runs = [[_load(_file(path, row, seed), sweep) for row in range(rows)] for seed in seeds]
+def _gather(sweep: Sweep, seeds: Sequence[int], rows: int) -> Tensor:
+    runs = [[sweep.load(row, seed) for row in range(rows)] for seed in seeds]
     lengths = {len(values) for row in runs for values in row}
     if len(lengths) > 1:
-        raise MisconfigurationException(f"`measure` gave different numbers of queries in `{path}`: {sorted(lengths)}.")
+        raise MisconfigurationException(
+            f"`measure` gave different numbers of queries in `{sweep.path}`: {sorted(lengths)}."
+        )
     measurements = torch.stack([torch.stack(row) for row in runs])
-    if bad := int((~measurements.isfinite()).flatten(2).any(2).sum()):
-        rank_zero_warn(f"{bad} of {len(seeds) * rows} runs in `{path}` measured NaN or infinity: did they diverge?")
+    if bad := int((~measurements.isfinite()).any(2).sum()):
+        rank_zero_warn(
+            f"{bad} of {len(seeds) * rows} runs in `{sweep.path}` measured NaN or infinity: did they diverge?"
+        )
     return measurements
-
-
-def _file(path: Path, row: int, seed: int) -> Path:
-    return path / f"subset={row:05d}-seed={seed}.safetensors"
-
-
-def _save(target: Path, values: Tensor, sweep: str) -> None:
-    temporary = _temporary(target)
-    try:
-        save_file({"measurements": values.contiguous()}, temporary, {"sweep": sweep})
-        _into_place(temporary, target)
-    except FileNotFoundError:
-        raise MisconfigurationException(
-            f"`{target.parent}` does not exist where a run finished. HINT: on a cluster `dirpath` must be on a file"
-            " system that all workers share."
-        ) from None
-
-
-def _load(path: Path, sweep: str) -> Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            owner, values = (file.metadata() or {}).get("sweep"), file.get_tensor("measurements")
-    except Exception as error:  # safetensors has no one class for what can be wrong with a file
-        raise MisconfigurationException(
-            f"`{path}` is not a finished run: {error}. HINT: delete it to have the run repeated."
-        ) from error
-    if owner != sweep:
-        raise MisconfigurationException(f"`{path}` belongs to another sweep. HINT: delete it to have the run repeated.")
-    return values
-
-
-def _temporary(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-
-
-def _into_place(temporary: Path, target: Path) -> None:
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -6,7 +6,6 @@ resample is written as *weights*, how often it drew each item, so that resamplin
 
 from collections.abc import Callable
 from itertools import combinations
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +15,6 @@ CONTROLS = 20
 _SPLITS = 50  # of the retrainings into halves, when there are more ways than this
 
 Correlation = Callable[[Tensor, Tensor], Tensor]
-
-
-class Estimate(NamedTuple):
-    """A figure with its 95 % interval."""
-
-    value: Tensor  # [...]
-    interval: Tensor  # [..., 2], low and high
 
 
 def midranks(values: Tensor) -> Tensor:

@@ -1,0 +1,130 @@
+"""A sweep's directory: ``sweep.json``, which says what was asked for, and one safetensors file for each finished run.
+
+Files are written under a temporary name, flushed and moved into place, so that a sweep killed at any moment leaves
+whole runs only. Each names the sweep that it belongs to.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SCHEMA = 1
+MANIFEST = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """An open directory; it travels to the workers, which write their runs themselves.
+
+    Attributes:
+        path: the directory, absolute.
+        id: what its files carry.
+    """
+
+    path: Path
+    id: str
+
+    @classmethod
+    def open(cls, dirpath: str | os.PathLike[str], masks: Tensor, settings: Mapping[str, Any]) -> "Sweep":
+        """The sweep that the directory holds, or a new one in an empty directory.
+
+        Args:
+            dirpath: made if absent.
+            masks: ``[M, N]``, bool: its subsets.
+            settings: what else tells it from others, as JSON.
+
+        Raises:
+            MisconfigurationException: the directory holds another sweep, or something else.
+        """
+        path = Path(dirpath).absolute()
+        digest = hashlib.sha256(masks.numpy().tobytes()).hexdigest()
+        asked = {"schema": SCHEMA, "subsets": f"{tuple(masks.shape)}, sha256 {digest}", **settings}
+        asked = json.loads(json.dumps(asked))  # as it comes back from the file
+        manifest = path / MANIFEST
+        if manifest.exists():
+            found = json.loads(manifest.read_text())
+            for key, value in asked.items():
+                if found.get(key) != value:
+                    raise MisconfigurationException(
+                        f"`{path}` holds another sweep: its {key} is {found.get(key)!r}, not {value!r}. HINT: give"
+                        " another `dirpath`, or delete the directory."
+                    )
+            return cls(path, found["sweep"])
+        if path.exists() and any(path.glob("*.safetensors")):
+            raise MisconfigurationException(
+                f"`{path}` holds safetensors files but no `{MANIFEST}`: it is not a sweep's directory."
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        sweep = cls(path, uuid.uuid4().hex)
+        temporary = _temporary(manifest)
+        temporary.write_text(json.dumps({"sweep": sweep.id} | asked, indent=1) + "\n")
+        _into_place(temporary, manifest)
+        return sweep
+
+    def holds(self, subset: int, seed: int) -> bool:
+        """Whether the run is finished."""
+        return self._file(subset, seed).exists()
+
+    def save(self, subset: int, seed: int, measurements: Tensor) -> None:
+        """Enter a finished run.
+
+        Args:
+            subset: its row.
+            seed: its seed.
+            measurements: ``[Q]``.
+
+        Raises:
+            MisconfigurationException: the directory does not exist where the run was.
+        """
+        target = self._file(subset, seed)
+        if not self.path.exists():
+            raise MisconfigurationException(
+                f"`{self.path}` does not exist where a run finished. HINT: on a cluster `dirpath` must be on a file"
+                " system that all workers share."
+            )
+        temporary = _temporary(target)
+        save_file({"measurements": measurements.contiguous()}, temporary, {"sweep": self.id})
+        _into_place(temporary, target)
+
+    def load(self, subset: int, seed: int) -> Tensor:
+        """A finished run's measurements, ``[Q]``.
+
+        Raises:
+            MisconfigurationException: the file is damaged or of another sweep.
+        """
+        path = self._file(subset, seed)
+        try:
+            with safe_open(path, framework="pt") as file:
+                owner, values = (file.metadata() or {}).get("sweep"), file.get_tensor("measurements")
+        except Exception as error:  # safetensors has no one class for what can be wrong with a file
+            raise MisconfigurationException(
+                f"`{path}` is not a finished run: {error}. HINT: delete it to have the run repeated."
+            ) from error
+        if owner != self.id:
+            raise MisconfigurationException(
+                f"`{path}` belongs to another sweep. HINT: delete it to have the run repeated."
+            )
+        return values
+
+    def _file(self, subset: int, seed: int) -> Path:
+        return self.path / f"subset={subset:05d}-seed={seed}.safetensors"
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+
+
+def _into_place(temporary: Path, target: Path) -> None:
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
