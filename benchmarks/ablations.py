@@ -20,6 +20,8 @@ from lds_study import Scores, Trial, by, parser, prepare, study
 from tasks import TASKS, Trained
 from torch import Tensor
 
+from lightning_source import InfluenceScores
+
 REFERENCE = "source"
 
 
@@ -33,7 +35,7 @@ class Empirical(Trained):
         return F.cross_entropy(self.net(inputs), targets, reduction="none")
 
 
-def as_sgd(trial: Trial) -> Tensor:
+def as_sgd(trial: Trial) -> InfluenceScores:
     """The optimizer's preconditioner left out."""
     trial.opened.clear()  # a run of its own, which nothing else shall see
     trial.scorer().run.preconditioner = lambda snapshots: {}  # type: ignore[method-assign]
@@ -42,7 +44,7 @@ def as_sgd(trial: Trial) -> Tensor:
     return values
 
 
-def as_long(trial: Trial) -> Tensor:
+def as_long(trial: Trial) -> InfluenceScores:
     """SOURCE on a run that ends after as many steps as the retrainings on subsets take."""
     count = len(trial.data.train[0])
     steps = trial.task.steps(round(trial.arguments.share * count))

@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,13 +30,15 @@ from typing import Any
 import lightning
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
 from tasks import TASKS, Data, Task, Trained, fit, ground_truth, measurement_of
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.utils.data import TensorDataset
 
-from lightning_source import SourceCallback, SourceScorer
+from lightning_source import InfluenceScores, SourceCallback, SourceScorer
+from lightning_source.ensembling import ensemble
 from lightning_source.evaluation import linear_datamodeling_score
 from lightning_source.evaluation.exact import flat_network
 from lightning_source.evaluation.lds import DatamodelingResult
@@ -73,11 +76,11 @@ class Trial:
             )
         return self.opened[key]
 
-    def score(self, method: str, settings: dict[str, Any] | None = None, **options: Any) -> Tensor:
-        """``[Q, N]`` of one of the package's estimators."""
+    def score(self, method: str, settings: dict[str, Any] | None = None, **options: Any) -> InfluenceScores:
+        """Scores of one of the package's estimators."""
         scorer = self.scorer(**(settings or {}))
         train = TensorDataset(*self.data.train)
-        return scorer.score(self.data.query, train, method=method, batch_size=512, **options).values
+        return scorer.score(self.data.query, train, method=method, batch_size=512, **options)
 
     def network(self) -> dict[str, Tensor]:
         """The trained network's parameters and buffers, by their names in the network."""
@@ -105,7 +108,7 @@ class Trial:
         return result["scores"]
 
 
-Scores = Callable[[Trial], Tensor]  # [Q, N], positive = removing raises the measurement
+Scores = Callable[[Trial], Tensor | InfluenceScores]  # [Q, N], positive = removing raises the measurement
 
 
 def by(method: str, settings: dict[str, Any] | None = None, **options: Any) -> Scores:
@@ -151,8 +154,13 @@ def random(trial: Trial) -> Tensor:
     return torch.randn(len(trial.data.query[0]), len(trial.data.train[0]), generator=generator)
 
 
-# Products of the Gauss-Newton matrix with every query are what these cost; 512 examples and few steps bound them.
-ITERATIVE = {"influence-cg": {"iterations": 20, "factor_examples": 512}, "influence-lissa": {"depth": 200}}
+# Products of the Gauss-Newton matrix with every query are what these cost; few examples and steps bound them.
+ITERATIVE: dict[str, dict[str, int]] = {
+    "influence-cg": {"iterations": 20, "factor_examples": 512},
+    "influence-lissa": {"depth": 200},
+    "astra": {"iterations": 100},
+    "astra-source": {"factor_examples": 128},
+}
 FEW = 3  # trainings of the full model for rows in SLOW
 SLOW = {*ITERATIVE, "datainf", "exact unrolling", "kronfluence EK-FAC"}
 ROWS: dict[str, Scores] = {
@@ -166,35 +174,38 @@ ROWS: dict[str, Scores] = {
     "tracin": by("tracin"),
     "grad-dot": by("grad-dot"),
     "grad-cos": by("grad-cos"),
+    "trak": by("trak"),
     "repsim": by("repsim"),
     "random": random,
 }
 
 
-def scores_of(trial: Trial, row: str, rows: dict[str, Scores]) -> tuple[Tensor, float]:
-    """A row's scores and the seconds that they took, from the cache if they were computed before."""
+def scores_of(trial: Trial, row: str, rows: dict[str, Scores]) -> InfluenceScores:
+    """A row's scores and, in the metadata, the ``seconds`` that they took; from the cache if it has them."""
     slug = re.sub(r"[^a-z0-9.=]+", "-", row.lower().replace("λ", "rate")).strip("-")
     file = trial.cache / "scores" / trial.name / f"{slug}-{trial.seed}.safetensors"
     if file.exists():
-        found = load_file(file)
-        return found["scores"], float(found["seconds"])
+        return InfluenceScores.load(file)
     trial.scorer()  # training is no part of the time
     trial.peer_seconds = None
     start = time.perf_counter()
-    values = rows[row](trial).float()
+    found = rows[row](trial)
     seconds = trial.peer_seconds or time.perf_counter() - start
+    if isinstance(found, Tensor):
+        found = InfluenceScores(found.float(), torch.arange(found.shape[1]), torch.arange(len(found)))
+    found.metadata["seconds"] = seconds
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"scores": values.contiguous(), "seconds": torch.tensor(seconds)}, file)
-    return values, seconds
+    found.save(file)
+    return found
 
 
 def figures(
-    scores: Sequence[Tensor], kept: Tensor, measured: Tensor, reference: Tensor | None
+    scores: Sequence[InfluenceScores], kept: Tensor, measured: Tensor, reference: Tensor | None
 ) -> tuple[dict[str, Any], DatamodelingResult, Tensor]:
     """LDS of single models and of their ensemble, with 95 % intervals over queries.
 
     Args:
-        scores: ``[Q, N]`` of each model.
+        scores: of each model.
         kept: ``[S, N]``.
         measured: ``[R, S, Q]``.
         reference: SOURCE's LDS by query, ``[Q]``, that this row's is compared with query by query.
@@ -212,7 +223,7 @@ def figures(
         "subset_interval": rounded(torch.stack([r.subset_interval for r in results]).mean(0)),
     }
     if len(scores) > 1:
-        together = linear_datamodeling_score(torch.stack(list(scores)).mean(0), kept, measured, resamples=200)
+        together = linear_datamodeling_score(ensemble(scores), kept, measured, resamples=200)
         found["ensemble"] = rounded(together.lds)
         found["ensemble_interval"] = rounded(together.interval)
     if reference is not None:
@@ -239,11 +250,15 @@ def study(
         trials = [Trial(name, task, data, seed, cache, arguments) for seed in range(arguments.seeds)]
         anchor, control, reliability = None, None, None
         found: dict[str, Any] = {}
+        refused: dict[str, str] = {}  # rows that an estimator does not do on this task, and why
         for row in rows:
-            scored = [scores_of(trial, row, rows) for trial in (trials[:FEW] if row in SLOW else trials)]
-            scores = [s for s, _ in scored]
+            try:
+                scores = [scores_of(trial, row, rows) for trial in (trials[:FEW] if row in SLOW else trials)]
+            except MisconfigurationException as refusal:
+                refused[row] = str(refusal)
+                continue
             found[row], first, queries = figures(scores, kept, measured, anchor)
-            found[row]["seconds"] = round(sorted(t for _, t in scored)[len(scored) // 2], 2)
+            found[row]["seconds"] = round(statistics.median(s.metadata["seconds"] for s in scores), 2)
             if row == reference:
                 anchor = queries
                 control = {"lds": rounded(first.control), "interval": rounded(first.control_interval)}
@@ -264,6 +279,7 @@ def study(
                 "reliability": reliability,
                 "control": control,
                 "lds": found,
+                "refused": refused,
             }
             write(report, arguments, f"{stem}_{name}")
     return report
