@@ -9,7 +9,7 @@ from helpers import mlp
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_source.evaluation.batched import PerCopy, retrain_batched
+from lightning_source.evaluation.batched import PerCopy, measure_copies, retrain_batched, train_batched
 
 N, Q, CLASSES = 22, 5, 3
 
@@ -138,6 +138,30 @@ def test_labels_of_each_copy():
     for copy in range(3):
         alone = one_by_one(mlp, [train[0], own[copy]], query, kept[[copy]], [copy], **settings)
         torch.testing.assert_close(found[[copy]], alone, rtol=1e-8, atol=1e-8)
+
+
+def test_stages():
+    """A second training goes on from where the first ended, each copy from its own place."""
+    train, query = data("convolution")
+    kept, seeds = subsets(3), [5, 6, 7]
+    settings = {"optimizer": SGD, "epochs": 2, "batch_size": 4}
+    first = train_batched(convolutional, loss, train, kept, seeds, **settings)
+    before = {name: value.clone() for name, value in first.items()}
+    second = train_batched(convolutional, loss, train, kept, seeds, **settings, start=first, memory=1)
+    found = measure_copies(convolutional(), second, losses, query)
+    assert all(torch.equal(first[name], before[name]) for name in first)
+    for copy, seed in enumerate(seeds):
+        torch.manual_seed(seed)
+        network = convolutional()
+        ids = kept[copy].nonzero().flatten()
+        for _ in range(2):  # each stage with a new optimizer and the seed's order again
+            stepper, generator = SGD(list(network.parameters())), torch.Generator().manual_seed(seed)
+            for _ in range(2):
+                for batch in ids[torch.randperm(len(ids), generator=generator)].split(4):
+                    stepper.zero_grad()
+                    loss(network, *(t[batch] for t in train)).backward()
+                    stepper.step()
+        torch.testing.assert_close(found[copy], losses(network.eval(), *query).detach(), rtol=1e-8, atol=1e-8)
 
 
 def test_dropout_differs_between_copies():

@@ -84,32 +84,12 @@ def retrain_batched(
         MisconfigurationException: shapes that do not match, an empty subset, or an optimizer that would mix copies.
         FloatingPointError: copies that ended with non-finite measurements.
     """
-    examples = {len(t.values[0]) if isinstance(t, PerCopy) else len(t) for t in train}
-    if kept.dim() != 2 or examples != {kept.shape[1]} or len(seeds) != len(kept):
-        raise MisconfigurationException(
-            f"`kept` {list(kept.shape)} must be [copies, examples] for {len(seeds)} seeds and training data of"
-            f" {sorted(examples)} examples."
-        )
-    sizes = (kept != 0).sum(1)
-    if int(sizes.min()) < (batch_size if drop_last else 1):
-        raise MisconfigurationException(
-            f"a copy keeps {int(sizes.min())} examples, which leaves it no batch. HINT: lower `batch_size`={batch_size}"
-            " or set `drop_last=False`."
-        )
-    seeds = [int(seed) for seed in seeds]
-    template = _built(build, seeds[0])
-    template.train()
-    recipe = _Recipe(template, build, loss, optimizer, schedule, epochs, batch_size, drop_last)
+    recipe = _Recipe(_built(build, int(seeds[0])), build, loss, optimizer, schedule, epochs, batch_size, drop_last)
     found: Tensor | None = None
-    at_once = max(1, int(memory / recipe.bytes_per_copy(train)))
-    with tqdm(total=len(kept), desc="Retraining", unit="copy", disable=not progress) as bar:
-        for size in sizes.unique().tolist():  # copies with as many examples take the same steps
-            for chunk in (sizes == size).nonzero().flatten().split(at_once):
-                trained = recipe.train(train, kept[chunk], chunk, [seeds[c] for c in chunk.tolist()])
-                values = measure(template, trained, measurement, query)
-                found = values.new_empty(len(kept), values.shape[1]) if found is None else found
-                found[chunk] = values
-                bar.update(len(chunk))
+    for chunk, trained in recipe.chunks(train, kept, seeds, None, memory, progress):
+        values = measure_copies(recipe.template, trained, measurement, query)
+        found = values.new_empty(len(kept), values.shape[1]) if found is None else found
+        found[chunk] = values
     assert found is not None
     lost = (~torch.isfinite(found)).any(1)
     if lost.any():
@@ -117,8 +97,55 @@ def retrain_batched(
     return found
 
 
+def train_batched(
+    build: Callable[[], nn.Module],
+    loss: Callable[..., Tensor],
+    train: Sequence[Tensor | PerCopy],
+    kept: Tensor,
+    seeds: Sequence[int] | Tensor,
+    *,
+    optimizer: Callable[[list[Tensor]], Optimizer],
+    epochs: int,
+    batch_size: int,
+    drop_last: bool = False,
+    schedule: Callable[[Optimizer], LRScheduler] | None = None,
+    start: State | None = None,
+    memory: float = 1e9,
+    progress: bool = False,
+) -> State:
+    """The training of :func:`retrain_batched` alone, for what it does not do: stages, or several measurements.
+
+    Args:
+        build: as there, and so are the arguments that are not named here.
+        loss: as there.
+        train: as there.
+        kept: as there.
+        seeds: as there.
+        optimizer: as there.
+        epochs: as there.
+        batch_size: as there.
+        drop_last: as there.
+        schedule: as there.
+        start: the state that an earlier stage ended with, in place of new networks.
+        memory: as there.
+        progress: as there.
+
+    Returns:
+        Parameters and buffers of every copy by name, ``[C, ...]``, for :func:`measure_copies`.
+
+    Raises:
+        MisconfigurationException: as there.
+    """
+    recipe = _Recipe(_built(build, int(seeds[0])), build, loss, optimizer, schedule, epochs, batch_size, drop_last)
+    found: State = {}
+    for chunk, trained in recipe.chunks(train, kept, seeds, start, memory, progress):
+        for name, value in trained.items():
+            found.setdefault(name, value.new_empty(len(kept), *value.shape[1:]))[chunk] = value
+    return found
+
+
 @torch.no_grad()
-def measure(
+def measure_copies(
     template: nn.Module, state: State, measurement: Callable[..., Tensor], query: Sequence[Tensor], at_once: int = 32
 ) -> Tensor:
     """The measurement of every query on every copy, in eval mode.
@@ -156,9 +183,47 @@ class _Recipe:
     batch_size: int
     drop_last: bool
 
-    def train(self, data: Sequence[Tensor | PerCopy], kept: Tensor, copies: Tensor, seeds: Sequence[int]) -> State:
+    def chunks(
+        self,
+        data: Sequence[Tensor | PerCopy],
+        kept: Tensor,
+        seeds: Sequence[int] | Tensor,
+        start: State | None,
+        memory: float,
+        progress: bool,
+    ) -> Iterator[tuple[Tensor, State]]:
+        """Numbers of copies that were trained together, and their trained state."""
+        examples = {len(t.values[0]) if isinstance(t, PerCopy) else len(t) for t in data}
+        if kept.dim() != 2 or examples != {kept.shape[1]} or len(seeds) != len(kept):
+            raise MisconfigurationException(
+                f"`kept` {list(kept.shape)} must be [copies, examples] for {len(seeds)} seeds and training data of"
+                f" {sorted(examples)} examples."
+            )
+        sizes = (kept != 0).sum(1)
+        if int(sizes.min()) < (self.batch_size if self.drop_last else 1):
+            raise MisconfigurationException(
+                f"a copy keeps {int(sizes.min())} examples, which leaves it no batch. HINT: lower"
+                f" `batch_size`={self.batch_size} or set `drop_last=False`."
+            )
+        at_once = max(1, int(memory / self.bytes_per_copy(data)))
+        with tqdm(total=len(kept), desc="Retraining", unit="copy", disable=not progress) as bar:
+            for size in sizes.unique().tolist():  # copies with as many examples take the same steps
+                for chunk in (sizes == size).nonzero().flatten().split(at_once):
+                    own = [int(seeds[c]) for c in chunk.tolist()]
+                    before = self.initial(own) if start is None else self.continued(start, chunk)
+                    yield chunk, self.train(data, kept[chunk], chunk, own, *before)
+                    bar.update(len(chunk))
+
+    def train(
+        self,
+        data: Sequence[Tensor | PerCopy],
+        kept: Tensor,
+        copies: Tensor,
+        seeds: Sequence[int],
+        parameters: State,
+        buffers: State,
+    ) -> State:
         """The trained state of the copies numbered ``copies``, all of which keep as many examples."""
-        parameters, buffers = self.initial(seeds)
         stepper = self.optimizer(list(parameters.values()))
         if type(stepper).__name__ in NOT_ELEMENTWISE:
             raise MisconfigurationException(
@@ -166,6 +231,7 @@ class _Recipe:
                 " them one at a time."
             )
         scheduler = self.schedule(stepper) if self.schedule else None
+        self.template.train()
 
         def one(parameters: State, buffers: State, *batch: Tensor) -> Tensor:
             return self.loss(_network(self.template, parameters | buffers), *batch)
@@ -189,6 +255,15 @@ class _Recipe:
     def initial(self, seeds: Sequence[int]) -> tuple[State, State]:
         """Stacked parameters and buffers of networks built under each seed."""
         return torch.func.stack_module_state([_built(self.build, seed) for seed in seeds])
+
+    def continued(self, start: State, copies: Tensor) -> tuple[State, State]:
+        """Some copies of a state, parameters apart from buffers, with memory of their own."""
+        learnt = {name for name, _ in self.template.named_parameters()}
+        own = {name: value[copies].clone() for name, value in start.items()}
+        return (
+            {name: value.requires_grad_() for name, value in own.items() if name in learnt},
+            {name: value for name, value in own.items() if name not in learnt},
+        )
 
     def batches(self, kept: Tensor, seeds: Sequence[int]) -> Iterator[Tensor]:
         """``[C, B]``: which examples each copy takes at each step, every epoch in a new order of the copy's own."""
