@@ -10,7 +10,7 @@ half, a few rows are compared on subsets of that share.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,8 @@ from tasks import TASKS, Trained
 from torch import Tensor
 
 from lightning_source import InfluenceScores
+from lightning_source.run import Run
+from lightning_source.unroll import SegmentCurvature
 
 REFERENCE = "source"
 
@@ -35,13 +37,39 @@ class Empirical(Trained):
         return F.cross_entropy(self.net(inputs), targets, reduction="none")
 
 
-def as_sgd(trial: Trial) -> InfluenceScores:
+def altered(change: Callable[[Run], None]) -> Scores:
+    """SOURCE's defaults on a run that ``change`` alters in memory; nothing else sees the alteration."""
+
+    def scores(trial: Trial) -> InfluenceScores:
+        kept, trial.opened = trial.opened, {}
+        change(trial.scorer().run)
+        found = trial.score("source")
+        trial.opened = kept
+        return found
+
+    return scores
+
+
+def as_sgd(run: Run) -> None:
     """The optimizer's preconditioner left out."""
-    trial.opened.clear()  # a run of its own, which nothing else shall see
-    trial.scorer().run.preconditioner = lambda snapshots: {}  # type: ignore[method-assign]
-    values = trial.score("source")
-    trial.opened.clear()
-    return values
+    run.preconditioner = lambda snapshots: {}  # type: ignore[method-assign]
+
+
+def scaled(factor: float) -> Callable[[Run], None]:
+    """Every learning rate times a factor."""
+
+    def change(run: Run) -> None:
+        own = run.curvatures
+
+        def curvatures(*positional: Any, **named: Any) -> dict[str, list[SegmentCurvature]]:
+            return {
+                block: [one._replace(rate=factor * one.rate) for one in chain]
+                for block, chain in own(*positional, **named).items()
+            }
+
+        run.curvatures = curvatures  # type: ignore[method-assign]
+
+    return change
 
 
 def as_long(trial: Trial) -> InfluenceScores:
@@ -66,9 +94,10 @@ ROWS: dict[str, Scores] = {
     "K-FAC eigenvalues": by("source", {"curvature": "kfac"}),
     "diagonal": by("source", {"curvature": "diagonal"}),
     "empirical Fisher": by("source", {"kind": Empirical}),
+    **{f"Λ times {factor:g}": altered(scaled(factor)) for factor in (0.1, 0.3, 3, 10)},
     "run as long as a retraining": as_long,
 }
-ADAM: dict[str, Scores] = {"preconditioner left out": as_sgd}
+ADAM: dict[str, Scores] = {"preconditioner left out": altered(as_sgd)}
 SHARES: dict[str, Scores] = {
     REFERENCE: by("source"),
     "L=3, means": SEGMENTS["L=3, means"],
