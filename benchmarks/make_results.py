@@ -7,6 +7,7 @@ python benchmarks/make_results.py
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -199,9 +200,9 @@ def behind_section(found: dict[str, Report], ablations: dict[str, Report], share
 The ground truth is retrained on a part of the examples for as many epochs, hence for that part of the steps: it stops
 at an earlier point of training than the full model that the scores come from. Where training has not converged this
 matters more than anything else here. The last column shows it: SOURCE on a run of the full data that stops after as
-many steps as a retraining takes. It is the same reason for which one averaged snapshot (Fast-SOURCE), whose parameters lie
-where the retrainings end, is ahead of six on short runs, and for which normalised gradients (the cosine), blind to how
-far training got, come close.
+many steps as a retraining takes. It is the same reason for which one averaged snapshot (Fast-SOURCE), whose parameters
+lie where the retrainings end, is ahead of six on short runs, and for which normalised gradients (the cosine), blind to
+how far training got, come close.
 """
     if shares:
         text += "\nWith the subsets' share the gap changes as that says:\n\n"
@@ -214,6 +215,22 @@ far training got, come close.
             entries = [[row, *(cell(columns[s], row) for s in sorted(columns))] for row in rows]
             text += table([name, *(f"subsets of {float(s):.0%}" for s in sorted(columns))], entries) + "\n\n"
     return text
+
+
+def two_stage_section() -> str:
+    """The study of :mod:`lds_two_stage`, whose file has a form of its own; empty without it."""
+    file = RESULTS / "lds_two_stage.json"
+    if not file.exists():
+        return ""
+    report = json.loads(file.read_text())
+    kinds = list(next(iter(report["lds"].values())))
+    rows = [[row, *(number(statistics.mean(f[kind])) for kind in kinds)] for row, f in report["lds"].items()]
+    return (
+        "### Two stages\n\nDigits, then rotated digits: examples of the first stage, asked from the end of the second."
+        f" Mean of {report['seeds']} trainings. `python benchmarks/lds_two_stage.py`\n\n"
+        + table(["single model", *kinds], rows)
+        + "\n"
+    )
 
 
 def cell(report: Report, row: str) -> str:
@@ -362,6 +379,7 @@ def main() -> None:
             f"below write. {DATA}\n",
             lds_section(first),
             behind_section(first, second, {share: found for share, found in shares.items() if found}),
+            two_stage_section(),
             ablation_section(second),
             removal_section(removal),
             mislabel_section(mislabel),
