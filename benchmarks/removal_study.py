@@ -92,8 +92,8 @@ def study(name: str, task: Task, arguments: Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = parser(__doc__)
-    options.add_argument("--queries", type=int, default=20)
-    options.add_argument("--removed", type=float, nargs="+", default=[0.01, 0.02, 0.04, 0.08], help="shares")
+    options.add_argument("--queries", type=int, default=15)
+    options.add_argument("--removed", type=float, nargs="+", default=[0.02, 0.04, 0.08, 0.16], help="shares")
     arguments = options.parse_args(argv)
     prepare(arguments)
     if arguments.quick:

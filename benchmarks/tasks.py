@@ -423,10 +423,10 @@ TASKS: dict[str, Task] = {
         tags=_MLP,
     ),
     "fashion-small": Task(
-        "1,024 images of Fashion-MNIST at 14 x 14, MLP 64: SGD 0.03, momentum 0.9, decay 1e-3, batch 64, 10 epochs",
-        partial(fashion, 1024, 100),
+        "512 images of Fashion-MNIST at 14 x 14, MLP 64: SGD 0.03, momentum 0.9, decay 1e-3, batch 64, 15 epochs",
+        partial(fashion, 512, 100),
         partial(mlp, 196, 64, 10),
-        *(classification, margin, sgd(3e-2, 1e-3), 10, 64),
+        *(classification, margin, sgd(3e-2, 1e-3), 15, 64),
         tags=_MLP,
     ),
     "fashion-noisy": Task(
