@@ -72,12 +72,16 @@ def scaled(factor: float) -> Callable[[Run], None]:
     return change
 
 
-def as_long(trial: Trial) -> InfluenceScores:
-    """SOURCE on a run that ends after as many steps as the retrainings on subsets take."""
-    count = len(trial.data.train[0])
-    steps = trial.task.steps(round(trial.arguments.share * count))
-    task = replace(trial.task, steps_at_most=steps)
-    return Trial(f"{trial.name}-{steps}", task, trial.data, trial.seed, trial.cache, trial.arguments).score("source")
+def as_long(method: str) -> Scores:
+    """A method on a run that ends after as many steps as the retrainings on subsets take."""
+
+    def scores(trial: Trial) -> InfluenceScores:
+        steps = trial.task.steps(round(trial.arguments.share * len(trial.data.train[0])))
+        task = replace(trial.task, steps_at_most=steps)
+        short = Trial(f"{trial.name}-{steps}", task, trial.data, trial.seed, trial.cache, trial.arguments)
+        return short.score(method)
+
+    return scores
 
 
 SEGMENTS: dict[str, Scores] = {
@@ -95,7 +99,8 @@ ROWS: dict[str, Scores] = {
     "diagonal": by("source", {"curvature": "diagonal"}),
     "empirical Fisher": by("source", {"kind": Empirical}),
     **{f"Λ times {factor:g}": altered(scaled(factor)) for factor in (0.1, 0.3, 3, 10)},
-    "run as long as a retraining": as_long,
+    "run as long as a retraining": as_long("source"),
+    "grad-cos, run as long": as_long("grad-cos"),
 }
 ADAM: dict[str, Scores] = {"preconditioner left out": altered(as_sgd)}
 SHARES: dict[str, Scores] = {
@@ -106,7 +111,8 @@ SHARES: dict[str, Scores] = {
     "tracin": by("tracin"),
     "grad-dot": by("grad-dot"),
     "grad-cos": by("grad-cos"),
-    "run as long as a retraining": as_long,
+    "run as long as a retraining": as_long("source"),
+    "grad-cos, run as long": as_long("grad-cos"),
 }
 QUICK_ROWS = (REFERENCE, "L=3, points", "1 snapshots", "empirical Fisher", "run as long as a retraining")
 
