@@ -118,7 +118,9 @@ QUICK_ROWS = (REFERENCE, "L=3, points", "1 snapshots", "empirical Fisher", "run 
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    arguments = parser(__doc__).parse_args(argv)
+    options = parser(__doc__)
+    options.add_argument("--rows", nargs="*", help="only these rows")
+    arguments = options.parse_args(argv)
     arguments.seeds = min(arguments.seeds, 3)
     prepare(arguments)
     reports = []
@@ -130,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         preconditioned = not isinstance(task.optimizer(torch.nn.Linear(1, 1).parameters()), torch.optim.SGD)
         if whole and preconditioned:
             rows = rows | ADAM
+        rows = {row: rows[row] for row in arguments.rows or rows}
         stem = "ablations" if whole else f"share_{arguments.share:g}"
         reports.append(study(name, task, arguments, rows, REFERENCE, stem))
     return reports
