@@ -200,7 +200,7 @@ def behind_section(found: dict[str, Report], ablations: dict[str, Report], share
 Two reasons were found.
 
 *Steps.* The ground truth is retrained on a part of the examples for as many epochs, hence for that part of the steps:
-it stops at an earlier point of training than the full model that the scores come from. Far from convergence this matters
+it stops at an earlier point of training than the full model that the scores come from. Far from convergence this counts
 more than anything else: the last column is SOURCE on a run of the full data that stops after as many steps as a
 retraining takes. One averaged snapshot (Fast-SOURCE), whose parameters lie nearer to where the retrainings end, is
 ahead of six there for the same reason, and normalised gradients (the cosine), blind to how far training got, are too.
