@@ -175,7 +175,7 @@ def behind_section(found: dict[str, Report], ablations: dict[str, Report], share
     """Where another estimator is ahead of SOURCE's defaults, beside a run as long as a retraining."""
     lines = []
     for name, report in found.items():
-        shorter = ablations.get(name, {"lds": {}})["lds"].get("run as long as a retraining")
+        ablated = ablations.get(name, {"lds": {}})["lds"]
         for row, entry in report["lds"].items():
             if row.startswith(OWN) or entry.get("source_ahead", 0) >= 0:
                 continue
@@ -186,13 +186,24 @@ def behind_section(found: dict[str, Report], ablations: dict[str, Report], share
                     number(report["lds"]["source"]["mean"], 3),
                     number(entry["mean"], 3),
                     with_interval(entry["source_ahead"], entry["source_ahead_interval"]),
-                    "" if shorter is None else number(shorter["mean"], 3),
+                    *(
+                        number(ablated[own]["mean"], 3) if own in ablated else ""
+                        for own in ("run as long as a retraining", f"{row}, run as long")
+                    ),
                 ]
             )
     text = """### Where SOURCE is not ahead
 """
     if lines:
-        head = ["task", "row", "SOURCE", "the row", "SOURCE ahead by", "SOURCE, run as long as a retraining"]
+        head = [
+            "task",
+            "row",
+            "SOURCE",
+            "the row",
+            "SOURCE ahead by",
+            "SOURCE, run as long as a retraining",
+            "the row, too",
+        ]
         text += "\n" + table(head, lines) + "\n"
     else:
         text += "\nNowhere among these tasks.\n"
@@ -201,8 +212,8 @@ Two reasons were found.
 
 *Steps.* The ground truth is retrained on a part of the examples for as many epochs, hence for that part of the steps:
 it stops at an earlier point of training than the full model that the scores come from. Far from convergence this counts
-more than anything else: the last column is SOURCE on a run of the full data that stops after as many steps as a
-retraining takes. One averaged snapshot (Fast-SOURCE), whose parameters lie nearer to where the retrainings end, is
+more than anything else: in the last columns the run on the full data stops after as many steps as a retraining takes,
+and SOURCE is ahead. One averaged snapshot (Fast-SOURCE), whose parameters lie nearer to where the retrainings end, is
 ahead of six there for the same reason, and normalised gradients (the cosine), blind to how far training got, are too.
 With subsets of 70 %, whose retrainings end nearer to the full model, SOURCE on the whole run is ahead of the cosine and
 of the shorter run, and Fast-SOURCE's lead shrinks.
