@@ -281,8 +281,20 @@ def study(
                 "lds": found,
                 "refused": refused,
             }
-            write(report, arguments, f"{stem}_{name}")
+            write(with_earlier_rows(report, arguments, f"{stem}_{name}"), arguments, f"{stem}_{name}")
     return report
+
+
+def with_earlier_rows(report: dict[str, Any], arguments: argparse.Namespace, stem: str) -> dict[str, Any]:
+    """The report with the rows that an earlier call found on the same ground truth."""
+    file = None if arguments.out is None else arguments.out / f"{stem}.json"
+    if file is None or not file.exists():
+        return report
+    earlier = json.loads(file.read_text())
+    same = ("note", "examples", "queries", "subsets", "share", "retrainings")
+    if any(earlier[key] != report[key] for key in same):
+        return report
+    return report | {"lds": earlier["lds"] | report["lds"], "refused": earlier["refused"] | report["refused"]}
 
 
 def write(report: dict[str, Any], arguments: argparse.Namespace, stem: str) -> None:
