@@ -211,12 +211,13 @@ def behind_section(found: dict[str, Report], ablations: dict[str, Report], share
 Two reasons were found.
 
 *Steps.* The ground truth is retrained on a part of the examples for as many epochs, hence for that part of the steps:
-it stops at an earlier point of training than the full model that the scores come from. Far from convergence this counts
-more than anything else: in the last columns the run on the full data stops after as many steps as a retraining takes,
-and SOURCE is ahead. One averaged snapshot (Fast-SOURCE), whose parameters lie nearer to where the retrainings end, is
-ahead of six there for the same reason, and normalised gradients (the cosine), blind to how far training got, are too.
-With subsets of 70 %, whose retrainings end nearer to the full model, SOURCE on the whole run is ahead of the cosine and
-of the shorter run, and Fast-SOURCE's lead shrinks.
+it stops at an earlier point of training than the full model that the scores come from. On digits-3, whose model still
+changes fast when it stops, this counts more than anything else: in the last columns the run on the full data stops
+after as many steps as a retraining takes, and SOURCE is ahead. One averaged snapshot (Fast-SOURCE), whose parameters
+lie nearer to where the retrainings end, is ahead of six there for the same reason, and normalised gradients (the
+cosine), blind to how far training got, are too. With subsets of 70 %, whose retrainings end nearer to the full model,
+SOURCE on the whole run is ahead of the cosine and of the shorter run, and Fast-SOURCE's lead shrinks. On fashion-noisy,
+as short in epochs but with noisy labels and a lower rate, the shorter run is no better.
 
 *Small eigenvalues.* A larger Λ raises the score (rows "Λ times 3" and "10" of the ablations): directions of small
 curvature count for more than SOURCE lets them; on digits-20 K-FAC's eigenvalues, smaller there than EK-FAC's, do the
