@@ -1,0 +1,362 @@
+"""Study 1: the linear datamodeling score of every estimator on a task, single models and ensembles.
+
+    pip install ".[test]"
+    python benchmarks/lds_study.py --task concrete --data DATA --cache CACHE
+    python benchmarks/lds_study.py --quick
+
+``DATA`` holds the files that ``docs/results.md`` names; what needs hours to compute is kept in ``CACHE`` and taken from
+there in the next call. Each row is computed for several trainings of the full model; the ensemble averages their
+scores. The figures go to ``benchmarks/results/lds_TASK.json``, from which :mod:`make_results` makes the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors.torch import load_file, save_file
+from tasks import TASKS, Data, Task, Trained, fit, ground_truth, measurement_of
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.utils.data import TensorDataset
+
+from lightning_source import InfluenceScores, SourceCallback, SourceScorer
+from lightning_source.ensembling import ensemble
+from lightning_source.evaluation import linear_datamodeling_score
+from lightning_source.evaluation.exact import flat_network
+from lightning_source.evaluation.lds import DatamodelingResult
+from lightning_source.evaluation.statistics import mean_interval
+from lightning_source.evaluation.unrolled import adam, batches, sgd, unrolled_scores
+
+RESULTS = Path(__file__).parent / "results"
+QUICK = "quick"
+
+
+@dataclass
+class Trial:
+    """One training of a task's full model, recorded in the cache, and what may be asked of it."""
+
+    name: str
+    task: Task
+    data: Data
+    seed: int
+    cache: Path
+    arguments: argparse.Namespace
+    opened: dict[str, SourceScorer] = field(default_factory=dict)
+    peer_seconds: float | None = None  # as a peer measured itself, without the start of its interpreter
+
+    def scorer(self, kind: type[Trained] = Trained, **settings: Any) -> SourceScorer:
+        """The run of a module recorded with these settings of :class:`SourceCallback`; trained the first time."""
+        key = "-".join([kind.__name__, *(f"{k}={v}" for k, v in sorted(settings.items()))])
+        if key not in self.opened:
+            path = self.cache / "runs" / self.name / f"{self.seed}-{key}"
+            module = kind(self.task, len(self.data.train[0]))
+            if not (path / "manifest.json").exists():
+                callback = SourceCallback(str(path), mode="deferred", **settings)
+                fit(self.task, self.data, self.seed, callback, kind)
+            self.opened[key] = SourceScorer.from_run(
+                path, module, measurement=measurement_of(self.task, kind is Trained)
+            )
+        return self.opened[key]
+
+    def score(self, method: str, settings: dict[str, Any] | None = None, **options: Any) -> InfluenceScores:
+        """Scores of one of the package's estimators."""
+        scorer = self.scorer(**(settings or {}))
+        train = TensorDataset(*self.data.train)
+        return scorer.score(self.data.query, train, method=method, batch_size=512, **options)
+
+    def network(self) -> dict[str, Tensor]:
+        """The trained network's parameters and buffers, by their names in the network."""
+        return {name.removeprefix("net."): value for name, value in self.scorer().run.final().items()}
+
+    def learning(self) -> float:
+        """``Λ`` of the whole training."""
+        return sum(segment.stretch.weight for segment in self.scorer().run.segments())
+
+    def peer(self, script: str, python: str, *options: str) -> Tensor:
+        """Scores that a script in another environment computes from the trained network and the data."""
+        with tempfile.TemporaryDirectory() as folder:
+            given, found = Path(folder) / "given.safetensors", Path(folder) / "found.safetensors"
+            tensors = {f"network.{name}": value for name, value in self.network().items()}
+            for part in ("train", "query"):
+                tensors |= {f"{part}.{i}": t for i, t in enumerate(getattr(self.data, part))}
+            save_file({k: v.contiguous() for k, v in tensors.items()}, given)
+            subprocess.run(
+                [python, str(Path(__file__).parent / script), str(given), str(found), *options],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+            result = load_file(found)
+        self.peer_seconds = float(result["seconds"])
+        return result["scores"]
+
+
+Scores = Callable[[Trial], Tensor | InfluenceScores]  # [Q, N], positive = removing raises the measurement
+
+
+def by(method: str, settings: dict[str, Any] | None = None, **options: Any) -> Scores:
+    return lambda trial: trial.score(method, settings, **options)
+
+
+def exact_unrolling(trial: Trial) -> Tensor:
+    """The exact derivative of one run of the recipe with respect to the examples' weights."""
+    task, (inputs, targets) = trial.task, trial.data.train
+    torch.manual_seed(trial.seed)
+    module = task.build()
+    vector, network = flat_network(module)
+    settings = task.optimizer(module.parameters()).defaults
+    elements = F.mse_loss if targets.is_floating_point() else F.cross_entropy
+
+    def losses(parameters: Tensor, ids: Tensor) -> Tensor:
+        outputs = network(parameters, inputs[ids])
+        return elements(outputs.squeeze(-1) if elements is F.mse_loss else outputs, targets[ids], reduction="none")
+
+    def measured(parameters: Tensor, *query: Tensor) -> Tensor:
+        return task.measurement(partial(network, parameters), *(t.unsqueeze(0) for t in query))[0]
+
+    if "betas" in settings:
+        decoupled = bool(settings["decoupled_weight_decay"])
+        start, step = adam(losses, settings["betas"], settings["eps"], settings["weight_decay"], decoupled)
+    else:
+        start, step = sgd(losses, settings["momentum"], weight_decay=settings["weight_decay"])
+    order = [torch.randperm(len(inputs)).split(task.batch_size) for _ in range(task.epochs)]
+    steps = batches([ids for epoch in order for ids in epoch if len(ids) == task.batch_size], settings["lr"])
+    queries = trial.data.query
+    return unrolled_scores(
+        step,
+        start(vector),
+        steps,
+        lambda parameters: vmap(grad(measured), in_dims=(None, *(0 for _ in queries)))(parameters, *queries),
+        len(inputs),
+        queries_at_once=25,
+    )
+
+
+def random(trial: Trial) -> Tensor:
+    generator = torch.Generator().manual_seed(trial.seed)
+    return torch.randn(len(trial.data.query[0]), len(trial.data.train[0]), generator=generator)
+
+
+# Products of the Gauss-Newton matrix with every query are what these cost; few examples and steps bound them.
+ITERATIVE: dict[str, dict[str, Any]] = {
+    "influence-cg": {"iterations": 10, "factor_examples": 512, "preconditioner": "ekfac"},
+    "influence-lissa": {"depth": 100},
+    "astra": {"iterations": 40},
+    "astra-source": {"iterations": 10, "factor_examples": 128},
+}
+FEW = 3  # trainings of the full model for rows in SLOW
+SLOW = {*ITERATIVE, "datainf", "exact unrolling", "kronfluence EK-FAC"}
+ROWS: dict[str, Scores] = {
+    "source": by("source"),
+    "source, L=3, points": by("source", segments=3, snapshots="point"),
+    "fast-source": by("fast-source"),
+    "influence": by("influence"),
+    "influence, damping 1/Λ": lambda trial: trial.score("influence", damping=1 / trial.learning()),
+    **{method: by(method, **options) for method, options in ITERATIVE.items()},
+    "datainf": by("datainf"),
+    "tracin": by("tracin"),
+    "grad-dot": by("grad-dot"),
+    "grad-cos": by("grad-cos"),
+    "trak": by("trak"),
+    "repsim": by("repsim"),
+    "random": random,
+}
+
+
+def scores_of(trial: Trial, row: str, rows: dict[str, Scores]) -> InfluenceScores:
+    """A row's scores and, in the metadata, the ``seconds`` that they took; from the cache if it has them."""
+    slug = re.sub(r"[^a-z0-9.=]+", "-", row.lower().replace("λ", "rate")).strip("-")
+    file = trial.cache / "scores" / trial.name / f"{slug}-{trial.seed}.safetensors"
+    if file.exists():
+        return InfluenceScores.load(file)
+    trial.scorer()  # training is no part of the time
+    trial.peer_seconds = None
+    start = time.perf_counter()
+    found = rows[row](trial)
+    seconds = trial.peer_seconds or time.perf_counter() - start
+    if isinstance(found, Tensor):
+        found = InfluenceScores(found.float(), torch.arange(found.shape[1]), torch.arange(len(found)))
+    found.metadata["seconds"] = seconds
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found.save(file)
+    return found
+
+
+def figures(
+    scores: Sequence[InfluenceScores], kept: Tensor, measured: Tensor, reference: Tensor | None
+) -> tuple[dict[str, Any], DatamodelingResult, Tensor]:
+    """LDS of single models and of their ensemble, with 95 % intervals over queries.
+
+    Args:
+        scores: of each model.
+        kept: ``[S, N]``.
+        measured: ``[R, S, Q]``.
+        reference: SOURCE's LDS by query, ``[Q]``, that this row's is compared with query by query.
+
+    Returns:
+        The figures, the first model's own result, and the LDS by query averaged over models, ``[Q]``.
+    """
+    results = [linear_datamodeling_score(s, kept, measured, resamples=50) for s in scores]
+    queries = torch.stack([r.per_query for r in results]).mean(0)
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, Any] = {
+        "single": rounded([r.lds for r in results]),
+        "mean": rounded(queries.mean()),
+        "interval": rounded(mean_interval(queries, generator)),
+        "subset_interval": rounded(torch.stack([r.subset_interval for r in results]).mean(0)),
+    }
+    if len(scores) > 1:
+        together = linear_datamodeling_score(ensemble(scores), kept, measured, resamples=200)
+        found["ensemble"] = rounded(together.lds)
+        found["ensemble_interval"] = rounded(together.interval)
+    if reference is not None:
+        ahead = reference - queries
+        found["source_ahead"] = rounded(ahead.mean())
+        found["source_ahead_interval"] = rounded(mean_interval(ahead, generator))
+    return found, results[0], queries
+
+
+def rounded(values: Any) -> Any:
+    return [round(float(v), 4) for v in values] if isinstance(values, list) or values.dim() else round(float(values), 4)
+
+
+def study(
+    name: str, task: Task, arguments: argparse.Namespace, rows: dict[str, Scores], reference: str, stem: str
+) -> dict[str, Any]:
+    """Every row on one task, written to the results after each."""
+    data = task.load(arguments.data)
+    with tempfile.TemporaryDirectory() as temporary:
+        cache = arguments.cache or Path(temporary)
+        start = time.perf_counter()
+        kept, measured = ground_truth(name, task, data, arguments.share, cache)
+        retraining = time.perf_counter() - start
+        trials = [Trial(name, task, data, seed, cache, arguments) for seed in range(arguments.seeds)]
+        anchor, control, reliability = None, None, None
+        found: dict[str, Any] = {}
+        refused: dict[str, str] = {}  # rows that an estimator does not do on this task, and why
+        for row in rows:
+            try:
+                scores = [scores_of(trial, row, rows) for trial in (trials[:FEW] if row in SLOW else trials)]
+            except MisconfigurationException as refusal:
+                refused[row] = str(refusal)
+                continue
+            found[row], first, queries = figures(scores, kept, measured, anchor)
+            found[row]["seconds"] = round(statistics.median(s.metadata["seconds"] for s in scores), 2)
+            if row == reference:
+                anchor = queries
+                control = {"lds": rounded(first.control), "interval": rounded(first.control_interval)}
+                reliability = None if first.reliability is None else rounded(first.reliability)
+            print(f"{name:14s} {row:32s} {json.dumps(found[row], ensure_ascii=False)}", flush=True)
+            report = {
+                "task": name,
+                "note": task.note,
+                "command": command(name),
+                "versions": versions(),
+                "examples": len(data.train[0]),
+                "queries": len(data.query[0]),
+                "subsets": len(kept),
+                "share": arguments.share,
+                "retrainings": len(measured),
+                "training_seeds": list(range(arguments.seeds)),
+                "retraining_seconds": round(retraining, 1),
+                "reliability": reliability,
+                "control": control,
+                "lds": found,
+                "refused": refused,
+            }
+            write(with_earlier_rows(report, arguments, f"{stem}_{name}"), arguments, f"{stem}_{name}")
+    return report
+
+
+def with_earlier_rows(report: dict[str, Any], arguments: argparse.Namespace, stem: str) -> dict[str, Any]:
+    """The report with the rows that an earlier call found on the same ground truth."""
+    file = None if arguments.out is None else arguments.out / f"{stem}.json"
+    if file is None or not file.exists():
+        return report
+    earlier = json.loads(file.read_text())
+    same = ("note", "examples", "queries", "subsets", "share", "retrainings")
+    if any(earlier[key] != report[key] for key in same):
+        return report
+    return report | {"lds": earlier["lds"] | report["lds"], "refused": earlier["refused"] | report["refused"]}
+
+
+def write(report: dict[str, Any], arguments: argparse.Namespace, stem: str) -> None:
+    """Put a study's figures among the results."""
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(report, indent=1, ensure_ascii=False)
+        # Lists of numbers on one line each.
+        text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda found: "[" + re.sub(r"\s+", " ", found[1]) + "]", text)
+        (arguments.out / f"{stem}.json").write_text(text + "\n")
+
+
+def command(task: str) -> str:
+    """What makes these figures."""
+    return f"python benchmarks/{Path(sys.argv[0]).name} --task {task} --data DATA --cache CACHE"
+
+
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "lightning": lightning.__version__}
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that the studies share."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--task", nargs="*", default=[], choices=list(TASKS), help="tasks, in this order")
+    made.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
+    made.add_argument("--cache", type=Path, help="folder for ground truths, runs and scores")
+    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    made.add_argument("--seeds", type=int, default=5, help="trainings of the full model")
+    made.add_argument("--share", type=float, default=0.5, help="share of the examples in a subset")
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--quick", action="store_true", help="a tiny digits task; writes no results")
+    return made
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Quiet, and what ``--quick`` stands for."""
+    torch.set_num_threads(arguments.threads)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    if arguments.quick:
+        arguments.task, arguments.seeds, arguments.out = [QUICK], min(arguments.seeds, 2), None
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    options = parser(__doc__)
+    options.add_argument("--rows", nargs="*", help="only these rows")
+    options.add_argument("--kronfluence", metavar="PYTHON", help="interpreter of an environment with kronfluence")
+    arguments = options.parse_args(argv)
+    prepare(arguments)
+    reports = []
+    for name in arguments.task:
+        task = TASKS[name]
+        rows = dict(ROWS)
+        if "mlp" in task.tags:
+            rows["exact unrolling"] = exact_unrolling
+        if arguments.kronfluence and "mlp" in task.tags:
+            rows["kronfluence EK-FAC"] = lambda trial: trial.peer("kronfluence_scores.py", arguments.kronfluence)
+        rows = {row: rows[row] for row in arguments.rows or rows}
+        reports.append(study(name, task, arguments, rows, "source", "lds"))
+    return reports
+
+
+if __name__ == "__main__":
+    main()

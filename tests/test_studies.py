@@ -1,0 +1,75 @@
+"""The studies' quick versions: scikit-learn's digits, tiny sizes, and figures that must make sense."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One cache for all: the ground truth and the runs are made once."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield tmp_path_factory.mktemp("studies")
+    sys.path.remove(str(BENCHMARKS))
+
+
+def quick(folder, *more):
+    return ["--quick", "--cache", str(folder / "cache"), *more]
+
+
+def test_lds(folder):
+    """SOURCE is well ahead of random scores and of the gradient product at the final model."""
+    import lds_study
+
+    rows = ["source", "influence", "grad-dot", "exact unrolling", "random"]
+    (report,) = lds_study.main(quick(folder, "--rows", *rows))
+    found = report["lds"]
+    assert list(found) == rows
+    assert found["source"]["mean"] > 0.5
+    assert found["source"]["interval"][0] > report["control"]["interval"][1] + 0.2
+    assert abs(found["random"]["mean"]) < 0.1
+    assert found["grad-dot"]["source_ahead_interval"][0] > 0
+    assert found["exact unrolling"]["mean"] > 0.3
+    assert report["reliability"] > 0.3
+
+
+def test_ablations(folder):
+    import ablations
+
+    (report,) = ablations.main(quick(folder))
+    found = report["lds"]
+    assert set(found) == set(ablations.QUICK_ROWS)
+    assert all(entry["mean"] > 0.3 for entry in found.values())
+    assert len({entry["mean"] for entry in found.values()}) == len(found)  # every row did change something
+
+
+def test_subset_removal(folder):
+    """Without a twelfth of the data, the proponents, more queries flip than without random examples."""
+    import removal_study
+
+    (report,) = removal_study.main(quick(folder, "--removed", "0.04", "0.08", "--queries", "8"))
+    source, random = report["flipped"]["source"], report["flipped"]["random, same label"]
+    assert source["share"][1] >= source["share"][0]
+    assert source["share"][1] > random["share"][1]
+
+
+def test_mislabel_detection(folder):
+    import mislabel_study
+
+    (report,) = mislabel_study.main(quick(folder, "--seeds", "1"))
+    for rows in report["noise"].values():
+        assert all(entry["mean"] > 0.8 for entry in rows.values())
+        assert rows["source"]["found"] == sorted(rows["source"]["found"])
+
+
+def test_every_task_states_its_recipe():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import make_results
+        import tasks
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    assert {name for name in tasks.TASKS if name != "quick"} <= set(make_results.ORDER)
