@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from lightning_source.data import Examples, examples_of
+from lightning_source.ranks import ALONE, Ranks
 from lightning_source.store import MANIFEST
 
 
@@ -113,6 +114,11 @@ def _left_out(trainer: Any, loader: DataLoader) -> Sequence[str]:
     if loader.drop_last and isinstance(sampler, SequentialSampler) and len(loader.dataset) % (loader.batch_size or 1):  # type: ignore[arg-type]
         reasons.append("`drop_last` without shuffling never reaches the last examples")
     return reasons
+
+
+def ranks_of(trainer: Any) -> Ranks:
+    """The processes that train together; an earlier fit's process group may outlive it."""
+    return Ranks.current() if trainer.world_size > 1 else ALONE
 
 
 def averages_weights(trainer: Any) -> bool:

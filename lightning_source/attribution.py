@@ -10,10 +10,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_source._trainer import scoring_device
+from lightning_source._trainer import ranks_of, scoring_device
 from lightning_source.data import Examples
 from lightning_source.objective import Measurement
-from lightning_source.ranks import Ranks
 from lightning_source.run import Run
 from lightning_source.scorer import SourceScorer
 from lightning_source.scores import InfluenceScores
@@ -43,7 +42,7 @@ class AttributingCallback(Callback):
     def _open(self, trainer: Trainer, pl_module: LightningModule, stage: int | str | None = None) -> Run:
         # Where child processes trained (ddp_spawn, notebooks), this one knows only where the run must be.
         path = self._path or (Path(self.dirpath).resolve() if self.dirpath else None)
-        ranks = Ranks.current()
+        ranks = ranks_of(trainer)
         if path is None or not ranks.from_first((path / MANIFEST).exists):
             raise MisconfigurationException(
                 "there is no finished segment: no optimizer step was recorded. HINT: call `fit` first, for at least one"

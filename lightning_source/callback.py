@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from safetensors import SafetensorError
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -23,15 +24,16 @@ from lightning_source._trainer import (
     averages_weights,
     check_trainer,
     other_callbacks,
+    ranks_of,
     run_directory,
     training_examples,
 )
 from lightning_source.attribution import AttributingCallback
 from lightning_source.data import Examples, count_examples
 from lightning_source.layers import clean_name
+from lightning_source.manual import numbers_of
 from lightning_source.objective import Objective
 from lightning_source.phases import Phase
-from lightning_source.ranks import Ranks
 from lightning_source.recorder import Recorder, assemble, changed_between_stages, reopen, replace_final
 from lightning_source.run import fingerprint
 from lightning_source.scorer import MEASUREMENTS
@@ -39,6 +41,8 @@ from lightning_source.store import MANIFEST, RunStore
 from lightning_source.tracking import find_blocks, probe
 from lightning_source.watch import StepWatch
 
+# How Lightning's learning rate and batch size finders name their checkpoints.
+TUNERS = (".lr_find_", ".scale_batch_size_")
 # Bins kept while training, per snapshot: enough to cut a run of any length into nearly equal snapshots.
 BINS_PER_SNAPSHOT = 4
 
@@ -146,6 +150,7 @@ class SourceCallback(AttributingCallback):
         self._next_name: str | None = None
         self._watch: StepWatch | None = None
         self._probed = False
+        self._trains = False
         self._batches = 0
         self._batch_examples = 0
         self.seconds = {"recording": 0.0, "factors": 0.0}  # time spent by the callback
@@ -162,6 +167,21 @@ class SourceCallback(AttributingCallback):
             yield
         finally:
             self.seconds[what] += time.perf_counter() - start
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Where the disk fails, training goes on without its record; what is on disk stays valid."""
+        with self._timed("recording"):
+            try:
+                yield
+            except (OSError, SafetensorError) as error:
+                rank_zero_warn(
+                    f"SourceCallback stops recording, since it cannot write to `{self._path}`: {error} Scores can be"
+                    " had for the steps that are on disk."
+                )
+                self._recorder = None
+                if self._watch is not None:
+                    self._watch.detach()
 
     # ---------------------------------------------------------------- before training
 
@@ -181,7 +201,10 @@ class SourceCallback(AttributingCallback):
         if self._store is None or self._recorder is None:
             return self._restored or {}
         if self._store.manifest["status"] == "running":  # the end needs no point: its snapshots can be taken up again
-            self._recorder.save_point()
+            with self._recording():
+                self._recorder.save_point()
+        if self._recorder is None:
+            return {}
         return {
             "schema": 1,
             "run_id": self._store.manifest["run_id"],
@@ -199,10 +222,12 @@ class SourceCallback(AttributingCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_trainer(trainer, pl_module, self.optimizer)
         Objective(pl_module)
+        if self._recorder is not None and Path(str(trainer.ckpt_path)).name.startswith(TUNERS):
+            self._restored = None  # the tuner's own checkpoint, which it has put back
         self._watch = StepWatch(trainer, pl_module, self.optimizer or 0, partial(self._timed, "recording"))
         path = run_directory(trainer, self.dirpath)
         if self._path is None:
-            self._path = Ranks.current().from_first(lambda: self._open_store(trainer, path))
+            self._path = ranks_of(trainer).from_first(lambda: self._open_store(trainer, path))
 
     def _open_store(self, trainer: Trainer, path: Path) -> Path:
         """The directory of a new run, or that of the run which the checkpoint belongs to."""
@@ -223,7 +248,8 @@ class SourceCallback(AttributingCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         examples = training_examples(trainer)
-        index = Ranks.current().from_first(lambda: self._begin(trainer, pl_module, examples))
+        self._trains = True
+        index = ranks_of(trainer).from_first(lambda: self._begin(trainer, pl_module, examples))
         self._taught[index] = (pl_module, examples)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, examples: Examples | None) -> int:
@@ -303,6 +329,7 @@ class SourceCallback(AttributingCallback):
             "optimizers": len(trainer.optimizers),
             "schedulers": len(trainer.lr_scheduler_configs),
             "attributed": self.optimizer or 0,
+            "groups": [numbers_of(optimizer) for optimizer in trainer.optimizers],
         }
         stages.append(
             {
@@ -342,7 +369,7 @@ class SourceCallback(AttributingCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._recorder is None:
             return
-        with self._timed("recording"):
+        with self._recording():
             size = count_examples(batch)
             self._batches += 1
             self._batch_examples += size
@@ -353,21 +380,31 @@ class SourceCallback(AttributingCallback):
                 self._watch.find()
                 self._begin_phase()
             if not self._probed:
-                self._probe(pl_module, batch, size)
+                self._probe(trainer, pl_module, batch, size, batch_idx)
 
-    def _probe(self, pl_module: LightningModule, batch: Any, size: int) -> None:
+    def _probe(self, trainer: Trainer, pl_module: LightningModule, batch: Any, size: int, batch_idx: int) -> None:
         """Find out on a real batch what can be attributed, and say so once."""
         assert self._store is not None
+        assert self._watch is not None
         own = {clean_name(name): p for name, p in pl_module.named_parameters()}
         groups = [[own[name] for name in column] for column in self._stage["phases"][-1]["columns"]]
-        objective = Objective(pl_module, **(self._stage["manual"] or {}))
+        if (manual := self._stage["manual"]) is not None:
+            manual["batch_idx"] = batch_idx
+        objective = Objective(pl_module, **(manual or {}))
         everything = [p for group in groups for p in group]  # those that are frozen again by now, too
-        with undisturbed(pl_module, self.settings["seed"]), parameters_kept(pl_module), thawed(everything):
+        with (
+            self._watch.paused(),
+            undisturbed(pl_module, self.settings["seed"]),
+            parameters_kept(pl_module),
+            thawed(everything),
+        ):
             coverage = find_blocks(pl_module, groups, self.include, self.exclude)
             try:
                 losses = objective.evaluate(batch, size)
             except ValueError:
                 return  # no loss for this batch; ask the next one
+            if not objective.stepped and trainer.current_epoch == 0 and not trainer.is_last_batch:
+                return  # optimizers take turns; look for a batch on which the attributed one steps
             if not torch.isfinite(losses.loss):  # nothing can be told apart by comparing with it
                 self._stage.setdefault("coverage", coverage.to_json())
                 return
@@ -404,7 +441,7 @@ class SourceCallback(AttributingCallback):
     ) -> None:
         if self._recorder is None:
             return
-        with self._timed("recording"):
+        with self._recording():
             self._stage["examples_per_batch"] = self._batch_examples / self._batches
             self._stage["seen"] = [self._batches, self._batch_examples]
             self._recorder.flush()
@@ -420,12 +457,12 @@ class SourceCallback(AttributingCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._recorder is not None and averages_weights(trainer):
             # When training ends, the averaged weights may be in the module before this callback is asked.
-            with self._timed("recording"):
+            with self._recording():
                 self._recorder.flush(force=True)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ranks = Ranks.current()
+        ranks = ranks_of(trainer)
         recorded = ranks.from_first(lambda: self._close("finished"))
         index = max(self._taught, default=0)
         if not recorded or self.mode == "deferred" or self._taught[index][1] is None:
@@ -446,8 +483,9 @@ class SourceCallback(AttributingCallback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Queries are asked of the model that the user ends up with, which may be an average of the trained weights."""
-        if self._store is not None and self._recorder is not None and self._store.manifest.get("segments"):
-            with self._timed("recording"):
+        trained, self._trains = self._trains, False
+        if trained and self._store is not None and self._recorder is not None and self._store.manifest.get("segments"):
+            with self._recording():
                 replace_final(self._store, pl_module)
 
     @override
@@ -460,13 +498,15 @@ class SourceCallback(AttributingCallback):
             self._watch.detach()
         if self._recorder is None or self._store is None:
             return False
-        with self._timed("recording"):
+        with self._recording():
             self._store.manifest["status"] = status
             self._recorder.finish()
             if self._recorder.steps > self._recorder.start:
                 self._store.commit()
             if status == "finished":  # an interrupted run may be resumed, which needs its bins
                 assemble(self._store, self.settings["segments"], self.settings["snapshots_per_segment"])
+        if self._recorder is None:
+            return False
         return self._store.manifest.get("segments") is not None
 
     @override

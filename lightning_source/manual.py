@@ -7,8 +7,8 @@ a step of one optimizer follows the sum of the losses since its last ``zero_grad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -21,15 +21,24 @@ class ManualStep:
         optimizers: how many optimizers the module has.
         schedulers: how many learning rate schedulers.
         attributed: index of the optimizer whose parameters are attributed.
+        groups: the numbers in each optimizer's parameter groups, for steps that log them.
     """
 
-    def __init__(self, optimizers: int = 1, schedulers: int = 0, attributed: int = 0) -> None:
+    def __init__(
+        self,
+        optimizers: int = 1,
+        schedulers: int = 0,
+        attributed: int = 0,
+        groups: Sequence[Sequence[Mapping[str, Any]]] = (),
+    ) -> None:
         self.attributed = attributed
-        self.optimizers = [InertOptimizer(self, index) for index in range(optimizers)]
+        known = [*groups, *([{"lr": 0.0}] for _ in range(optimizers))]
+        self.optimizers = [InertOptimizer(self, index, known[index]) for index in range(optimizers)]
         self.schedulers = [InertScheduler() for _ in range(schedulers)]
         self.pending: list[list[Tensor]] = [[] for _ in range(optimizers)]
         self.toggled: int | None = None
         self._steps: list[list[Tensor]] = []
+        self._real: dict[int, int] = {}  # the Trainer's own optimizers: index by id
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """A backward adds to the gradients of every optimizer, or of the one that is toggled."""
@@ -42,9 +51,15 @@ class ManualStep:
         if index == self.attributed:
             self._steps.append(list(self.pending[index]))
 
+    @property
+    def stepped(self) -> bool:
+        """Whether the attributed optimizer made a step."""
+        return bool(self._steps)
+
     def toggle(self, optimizer: Any) -> None:
         """Only this optimizer's parameters get gradients from now on."""
-        self.toggled = optimizer.index
+        real = self._real.get(id(optimizer))
+        self.toggled = optimizer.index if real is None else real
 
     def untoggle(self, optimizer: Any = None) -> None:
         """All parameters get gradients again."""
@@ -74,23 +89,39 @@ class ManualStep:
             "untoggle_optimizer": self.untoggle,
             "clip_gradients": lambda *args, **kwargs: None,
         }
-        previous = {name: module.__dict__[name] for name in stand_ins if name in module.__dict__}
-        try:
-            module.__dict__.update(stand_ins)
+        with ExitStack() as stack:
+            stack.enter_context(_replaced(module, stand_ins))
+            trainer = getattr(module, "_trainer", None)
+            if trainer is not None:  # a step may hold on to the real ones
+                for real in (trainer.optimizers, trainer.strategy._lightning_optimizers):
+                    for inert, optimizer in zip(self.optimizers, real, strict=False):
+                        self._real[id(optimizer)] = inert.index
+                        names = ("step", "zero_grad", "toggle_model")
+                        has = {name: getattr(inert, name) for name in names if hasattr(optimizer, name)}
+                        stack.enter_context(_replaced(optimizer, has))
             yield
-        finally:
-            for name in stand_ins:
-                del module.__dict__[name]
-            module.__dict__.update(previous)
+
+
+@contextmanager
+def _replaced(owner: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
+    """The instance has these attributes inside, and its own again afterwards."""
+    previous = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
+    try:
+        vars(owner).update(attributes)
+        yield
+    finally:
+        for name in attributes:
+            del vars(owner)[name]
+        vars(owner).update(previous)
 
 
 class InertOptimizer:
     """Looks like a LightningOptimizer to a ``training_step`` and moves nothing."""
 
-    def __init__(self, owner: ManualStep, index: int) -> None:
+    def __init__(self, owner: ManualStep, index: int, groups: Sequence[Mapping[str, Any]]) -> None:
         self.owner = owner
         self.index = index
-        self.param_groups: list[dict[str, Any]] = [{"params": [], "lr": 0.0}]
+        self.param_groups: list[dict[str, Any]] = [{**group, "params": []} for group in groups]
         self.state: dict[Any, Any] = {}
 
     @property
@@ -129,3 +160,15 @@ class InertScheduler:
 
 def _one_or_all(items: list[Any]) -> Any:
     return items[0] if len(items) == 1 else items
+
+
+def numbers_of(optimizer: Any) -> list[dict[str, Any]]:
+    """What is plain in an optimizer's parameter groups, for :class:`ManualStep` in another process."""
+    return [
+        {
+            key: value.item() if isinstance(value, Tensor) else value
+            for key, value in group.items()
+            if isinstance(value, (int, float, str, bool)) or (isinstance(value, Tensor) and value.numel() == 1)
+        }
+        for group in optimizer.param_groups
+    ]

@@ -251,11 +251,23 @@ class Objective:
         optimizers: how many optimizers a manually optimizing module has.
         schedulers: how many learning rate schedulers.
         attributed: index of the optimizer whose loss is meant.
+        groups: the numbers in the optimizers' parameter groups.
+        batch_idx: what ``training_step`` is told; optimizers that take turns step at some indices only.
     """
 
-    def __init__(self, module: nn.Module, optimizers: int = 1, schedulers: int = 0, attributed: int = 0) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: int = 1,
+        schedulers: int = 0,
+        attributed: int = 0,
+        groups: Sequence[Any] = (),
+        batch_idx: int = 0,
+    ) -> None:
         self.module: Any = module
-        self._manual = partial(ManualStep, optimizers, schedulers, attributed)
+        self.batch_idx = batch_idx
+        self.stepped = True  # whether the attributed optimizer made a step when the module was last evaluated
+        self._manual = partial(ManualStep, optimizers, schedulers, attributed, groups)
         step: Any = module.training_step
         parameters = inspect.signature(step).parameters
         if "dataloader_iter" in parameters:
@@ -280,7 +292,7 @@ class Objective:
         Raises:
             ValueError: no loss came back, or it is not a scalar.
         """
-        manual = None if self.module.automatic_optimization else self._manual()
+        manual = None if getattr(self.module, "automatic_optimization", True) else self._manual()
         listening = recording.listening(size) if recording else nullcontext()
         with torch.enable_grad(), listening, _LossTap(manual) as tap:
             hook = self.hook if hooked else None
@@ -298,8 +310,10 @@ class Objective:
     def step(self, batch: Any, manual: ManualStep | None = None) -> Any:
         """The loss that the user's ``training_step`` returns for a batch, or gives to ``manual`` where it optimizes."""
         with nullcontext() if manual is None else manual.in_place_of(self.module):
-            output = self.module.training_step(batch, 0) if self._takes_index else self.module.training_step(batch)
+            arguments = (batch, self.batch_idx) if self._takes_index else (batch,)
+            output = self.module.training_step(*arguments)
         if manual is not None:
+            self.stepped = manual.stepped
             return manual.loss
         return output.get("loss") if isinstance(output, dict) else output
 

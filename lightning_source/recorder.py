@@ -18,6 +18,7 @@ STEPS = "steps.safetensors"
 RESUME_POINTS = 3  # how many of the last checkpoints can be resumed from without a gap
 FROZEN = "frozen.safetensors"
 FINAL = "final.safetensors"
+AVERAGED = "averaged.safetensors"
 
 
 class _Step(NamedTuple):
@@ -69,7 +70,12 @@ class Recorder:
         self.boundaries = sorted(self.start + boundary for boundary in boundaries)
         self._preconditioners = preconditioners
         persistent = set(module.state_dict())
-        self._buffers = {clean_name(n): b for n, b in module.named_buffers() if n in persistent}
+        owners = {name: child for name, child in module.named_modules()}
+        self._buffer_owners = {
+            clean_name(name): (owners[name.rpartition(".")[0]], name.rpartition(".")[2])
+            for name, _ in module.named_buffers()
+            if name in persistent
+        }
         parameters = {clean_name(name): p for name, p in module.named_parameters()}
         self._average([name for name, p in parameters.items() if p.requires_grad])
         self._sums: list[Tensor] = []
@@ -134,11 +140,11 @@ class Recorder:
             name: (total / self._summed).to(value.dtype)
             for (name, value), total in zip(self._averaged.items(), self._sums, strict=True)
         }
-        self._open, self._sums, self._summed = [], [], 0
         totals = (tuple(steps[:, columns : 2 * columns].sum(0).tolist()), tuple(map(sum, zip(*decay, strict=True))))
         stretch = Stretch(first, self.steps, *totals, stage=self.stage)
         scales = {name: 1 / value for name, value in self._preconditioners().items()}
         self._add_bin(stretch, steps, mean, self._trained | self._buffers, scales)
+        self._open, self._sums, self._summed = [], [], 0  # not before they are on disk
         if len(self.bins) > self.limit:
             self._halve()
         self._enter_bins()
@@ -166,7 +172,16 @@ class Recorder:
         """Whose running mean is kept: these parameters' and the buffers'."""
         parameters = {clean_name(name): p for name, p in self._module.named_parameters()}
         self._trained: dict[str, Tensor] = {name: parameters[name] for name in trained}
-        self._averaged = self._trained | {n: b for n, b in self._buffers.items() if b.is_floating_point()}
+
+    @property
+    def _buffers(self) -> dict[str, Tensor]:
+        """The buffers as they are now: a module may put another tensor in place of one."""
+        found = {name: owner._buffers[leaf] for name, (owner, leaf) in self._buffer_owners.items()}
+        return {name: buffer for name, buffer in found.items() if buffer is not None}
+
+    @property
+    def _averaged(self) -> dict[str, Tensor]:
+        return self._trained | {n: b for n, b in self._buffers.items() if b.is_floating_point()}
 
     # ---------------------------------------------------------------- resume
 
@@ -323,9 +338,10 @@ def replace_final(store: RunStore, module: nn.Module) -> None:
     own = {clean_name(name): value for name, value in named}
     if all(torch.equal(value, own[name].cpu()) for name, value in trained.items()):
         return
+    # Under another name, so that a kill before the manifest is written leaves the trained weights.
+    before, record["final"] = record["final"], _in_stage(len(store.manifest["stages"]) - 1, AVERAGED)
     store.write(record["final"], {name: own[name] for name in trained})
-    record["final_averaged"] = True
-    store.commit()
+    store.commit(remove=(before,))
 
 
 def _log(phases: Sequence[Phase], stretch: Stretch, file: Mapping[str, Tensor]) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -47,6 +48,9 @@ class StepWatch:
         self._recorder: Recorder | None = None
         self._columns: Phase | None = None
         self._window = 0
+        self._batch = self._counted = 0
+        self._witness: nn.Parameter | None = None
+        self._paused = False
         self._weight: float | None = None
         self._norm: Tensor | None = None
         self.find()
@@ -97,6 +101,9 @@ class StepWatch:
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
         ]
+        if self.by_hand:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+            self._handles += [p.register_hook(partial(self._on_gradient, p)) for p in parameters]
 
     def detach(self) -> None:
         """Leave the optimizer as it was."""
@@ -105,8 +112,28 @@ class StepWatch:
         self._handles = []
 
     def on_batch_start(self) -> None:
-        """By hand, where the other hooks are silent, batches count."""
-        self._window += self.by_hand
+        """By hand, where the other hooks are silent, batches that reach the optimizer's gradients count."""
+        self._batch += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Gradients inside are not training's."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def _on_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        if self._witness is None:  # one parameter that training reaches speaks for all
+            self._witness = parameter
+        if parameter is not self._witness or self._paused:
+            return
+        if parameter.grad is None:  # zeroed since
+            self._window = self._counted = 0
+        if self._counted != self._batch:
+            self._counted = self._batch
+            self._window += 1
 
     def on_zero_grad(self) -> None:
         """A window of micro-batches begins."""
@@ -142,14 +169,19 @@ class StepWatch:
                 self._columns.per_column([group["lr"] for group in optimizer.param_groups]),
                 self._columns.per_column([rule.rate_multiplier for rule in rules]),
                 self._columns.per_column([rule.weight_decay for rule in rules]),
-                self._close_window() if self._weight is None else self._weight,
+                self._loss_weight(),
                 self._coefficient(),
             )
             self._weight = self._norm = None
 
+    def _loss_weight(self) -> float:
+        weight = self._close_window() if self._weight is None else self._weight
+        reached = any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
+        return weight if reached else 0.0  # gradients were dropped, so the step follows none
+
     def _close_window(self) -> float:
         """What multiplies the mean loss of the micro-batches that a step saw."""
-        window, self._window = self._window, 0
+        window, self._window, self._counted = self._window, 0, 0
         if self.by_hand:
             return max(1, window)  # several steps on one batch each see its mean
         return window / max(1, self.trainer.accumulate_grad_batches)  # also where a last window is shorter
@@ -157,8 +189,11 @@ class StepWatch:
     def _coefficient(self) -> Tensor | None:
         """What multiplied the step's gradient: clipping, and 0 where a fused optimizer was told to skip."""
         found = None
-        if self._norm is not None:
-            found = torch.where(self._norm > 0, self._gradient_norm() / self._norm, 1.0)
+        # A fused optimizer that was given the loss scale has taken it out of the gradients meanwhile.
+        if self._norm is not None and getattr(self.optimizer, "grad_scale", None) is None:
+            after = self._gradient_norm()
+            dropped = (after == 0) & (self._norm != 0)  # what was not finite, or clipped to nothing
+            found = torch.where(self._norm > 0, after / self._norm, torch.where(dropped, 0.0, 1.0))
         overflow = getattr(self.optimizer, "found_inf", None)
         if overflow is not None:
             found = (1.0 if found is None else found) * (1 - overflow.reshape(()))

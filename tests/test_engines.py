@@ -259,3 +259,66 @@ def test_the_learning_rate_finder_leaves_the_recording_alone(tmp_path):
     assert steps(tmp_path / "run")[:, 0].tolist() == pytest.approx([0.1] * 6)
     run(tmp_path / "plain", Tuned())
     assert RunStore.open(tmp_path / "plain").manifest["snapshots"] == manifest["snapshots"]
+
+
+def test_the_finder_and_a_second_fit_of_the_same_trainer(tmp_path):
+    finder = LearningRateFinder(min_lr=1e-4, max_lr=1e-1, num_training_steps=3, update_attr=False)
+    source = SourceCallback(str(tmp_path / "run"))
+    trainer = quiet_trainer(tmp_path, finder, source, enable_checkpointing=True)
+
+    class Tuned(Classifier):
+        def __init__(self):
+            super().__init__(mlp())
+            self.lr = 0.1
+
+    module = Tuned()
+    for epochs in (2, 4):
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(module, DataLoader(classes(), 8))
+    stages = RunStore.open(tmp_path / "run").manifest["stages"]
+    assert [stage["name"] for stage in stages] == ["fit", "fit-1"]
+
+
+def test_gradients_that_the_user_drops_count_for_nothing(tmp_path):
+    class Drops(Classifier):
+        def on_after_backward(self):
+            if self.global_step == 1:
+                self.zero_grad()
+
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            if self.global_step == 2:
+                for p in self.parameters():
+                    p.grad.zero_()
+
+    torch.manual_seed(2)
+    run(tmp_path / "run", Drops(mlp()))
+    assert steps(tmp_path / "run")[:, 1].tolist() == pytest.approx([0.1, 0, 0, 0.1, 0.1, 0.1])
+
+
+def test_a_scaled_fused_step_with_the_users_own_clipping(tmp_path):
+    class Clips(Classifier):
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            pass
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    module = Clips(mlp(), optimizer=lambda p: torch.optim.SGD(p, 0.1, fused=True))
+    run(tmp_path / "run", module, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert steps(tmp_path / "run")[:, 1].tolist() == pytest.approx([0.1] * 6)
+
+
+def test_a_buffer_that_is_put_in_place_of_another_is_recorded(tmp_path):
+    class Centred(Classifier):
+        def __init__(self):
+            super().__init__(mlp())
+            self.register_buffer("center", torch.zeros(3))
+
+        def training_step(self, batch, batch_idx):
+            logits = self.net(batch[0])
+            self.center = 0.9 * self.center + 0.1 * logits.detach().mean(0)
+            return self.loss(logits, batch[1])
+
+    trainer = run(tmp_path / "run", Centred())
+    with trainer.callbacks[-1].scorer(trainer) as scorer:
+        final = scorer.run.final()
+        assert torch.equal(final["center"], trainer.lightning_module.center)
+        assert scorer.run.state(scorer.run.snapshots[-1], "mean")["center"].any()

@@ -176,3 +176,71 @@ def test_a_step_without_a_backward_has_no_loss():
     module = ByHand()
     Objective(module).evaluate([x[:4] for x in classes().tensors], 4)
     assert not {"optimizers", "manual_backward"} & vars(module).keys()
+
+
+class TakingTurns(Adversaries):
+    """The adversary's optimizer moves on even batches, the classifier's on odd ones."""
+
+    def __init__(self, every=2, keep=False):
+        super().__init__()
+        self.every, self.keep = every, keep
+
+    def on_train_start(self):
+        self.kept = (self.optimizers(), self.trainer.optimizers)
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.kept[batch_idx % 2] if self.keep else self.optimizers()
+        main, other = optimizers
+        inputs, targets = batch
+        if batch_idx % self.every != self.every - 1:
+            hidden = self.net[:2](inputs).detach()
+            loss, optimizer = F.cross_entropy(self.adversary(hidden), targets % 2), other
+        else:
+            loss, optimizer = F.cross_entropy(self.net(inputs), targets), main
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+
+@pytest.mark.check("engine", "optimizers that take turns", "the attributed one's loss and steps")
+@pytest.mark.parametrize("keep", [False, True], ids=["asked anew", "kept by the module"])
+@pytest.mark.parametrize("every", [2, 3])
+def test_optimizers_that_take_turns(tmp_path, every, keep):
+    """Batches of the other optimizer count for nothing, and no pass moves an optimizer that the module holds on to."""
+    trainer = run(tmp_path, TakingTurns(every, keep), {"optimizer": 0}, max_epochs=4)
+    module = trainer.lightning_module
+    stages = RunStore.open(tmp_path / "run").manifest["stages"]
+    assert stages[0]["manual"]["batch_idx"] == every - 1
+    steps = 4 * len([i for i in range(3) if i % every == every - 1])
+    segments = RunStore.open(tmp_path / "run").manifest["segments"]
+    assert sum(s["rates"][0] for s in segments) == pytest.approx(0.1 * steps)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    scores = trainer.attribute(QUERY).values
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    with trainer.callbacks[0].scorer(trainer) as scorer:
+        assert {block.name for block in scorer.run.coverage.blocks} == {"net.0", "net.2"}
+        losses = scorer.run.workspace.objective.evaluate(QUERY, 4)
+    assert float(losses.loss) == pytest.approx(float(F.cross_entropy(module.net(QUERY[0]), QUERY[1])), rel=1e-5)
+    assert scores.any()
+
+
+class AccumulatesAndLogs(Adversaries):
+    """The classifier's gradients gather over batches that its optimizer does not step on; both log what they like."""
+
+    def training_step(self, batch, batch_idx):
+        main, other = self.optimizers()
+        inputs, targets = batch
+        self.manual_backward(F.cross_entropy(self.net(inputs), targets) / 3)
+        self.manual_backward(F.cross_entropy(self.adversary(self.net[:2](inputs).detach()), targets % 2))
+        other.step()
+        other.zero_grad()
+        self.log("momentum", other.param_groups[0]["momentum"])
+        if batch_idx == 2:
+            main.step()
+            main.zero_grad()
+
+
+def test_batches_that_reach_the_gradient_count(tmp_path):
+    run(tmp_path, AccumulatesAndLogs(), {"optimizer": 0}, max_epochs=4)
+    (_, segment) = RunStore.open(tmp_path / "run").manifest["segments"]
+    assert segment["rates"] == pytest.approx([0.1 * 3 * 2])  # two steps in the second half, of three batches each

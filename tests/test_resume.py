@@ -166,3 +166,104 @@ def test_the_state_in_a_checkpoint_is_small_and_plain(tmp_path):
     (state,) = (v for k, v in checkpoint["callbacks"].items() if k.startswith("SourceCallback"))
     assert len(pickle.dumps(state)) < 4096
     assert all(isinstance(value, (int, str)) for value in state.values())
+
+
+def test_a_checkpoint_saved_after_the_fit_can_be_continued(tmp_path):
+    trainer = fit(tmp_path)
+    trainer.attribute(QUERY, method="influence")
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    before = RunStore.open(tmp_path / "run").manifest["files"]
+    assert "segments/0.safetensors" in before
+    resumed = fit(tmp_path, ckpt=tmp_path / "last.ckpt", epochs=8)
+    manifest = RunStore.open(tmp_path / "run").manifest
+    assert (len(manifest["stages"]), manifest["steps"]) == (1, 24)
+    assert resumed.attribute(QUERY).values.isfinite().all()
+
+
+def test_a_continued_run_that_dies_at_once_is_continued_again(tmp_path):
+    fit(tmp_path, saves(tmp_path, 18))
+    ckpt = tmp_path / "ckpt" / "step=18.ckpt"
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(tmp_path, Dies(20), ckpt=ckpt, epochs=8)
+    fit(tmp_path, ckpt=ckpt, epochs=8)
+    manifest = RunStore.open(tmp_path / "run").manifest
+    assert (len(manifest["stages"]), manifest["steps"]) == (1, 24)
+
+
+def test_a_run_asked_before_it_is_resumed_is_still_one_run(tmp_path):
+    """What a scorer makes of an unfinished run lies beside it, and is found again."""
+    whole = fit(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(tmp_path / "cut", saves(tmp_path, 3), Dies(8))
+    first = SourceScorer.from_run(tmp_path / "cut" / "run", Classifier(mlp())).score(QUERY, classes())
+    again = SourceScorer.from_run(tmp_path / "cut" / "run", Classifier(mlp())).score(QUERY, classes())
+    assert torch.equal(first.values, again.values)
+    assert (tmp_path / "cut" / "run" / "partial" / "manifest.json").exists()
+    resumed = fit(tmp_path / "cut", ckpt=tmp_path / "ckpt" / "step=6.ckpt", seed=9)
+    manifest = RunStore.open(tmp_path / "cut" / "run").manifest
+    assert (len(manifest["stages"]), manifest["steps"]) == (1, 18)
+    assert torch.equal(resumed.attribute(QUERY).values, whole.attribute(QUERY).values)
+
+
+class Asks(L.Callback):
+    """Scores the run from outside while it is being recorded."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == 7:
+            path = trainer.callbacks[0].dirpath
+            self.scores = SourceScorer.from_run(path, Classifier(mlp())).score(QUERY, classes())
+
+
+def test_a_run_may_be_asked_while_it_is_recorded(tmp_path):
+    asks = Asks()
+    trainer = fit(tmp_path / "a", asks)
+    expected = fit(tmp_path / "b")
+    assert asks.scores.metadata["segments"][-1]["last"] == 7
+    assert torch.equal(trainer.attribute(QUERY).values, expected.attribute(QUERY).values)
+
+
+def test_a_fit_that_fails_before_its_first_step_leaves_the_callback_usable(tmp_path):
+    class Fails(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            raise RuntimeError("at once")
+
+    source = SourceCallback(str(tmp_path / "run"))
+    loader = DataLoader(classes(), 8)
+    with pytest.raises(RuntimeError, match="at once"):
+        quiet_trainer(tmp_path, source, Fails()).fit(Classifier(mlp()), loader)
+    trainer = quiet_trainer(tmp_path, source)
+    trainer.fit(Classifier(mlp()), loader)
+    assert [stage["name"] for stage in RunStore.open(tmp_path / "run").manifest["stages"]] == ["fit"]
+    assert trainer.attribute(QUERY).values.isfinite().all()
+
+
+def test_influence_after_another_stage_is_that_of_the_new_final_model(tmp_path):
+    trainer = fit(tmp_path, saves(tmp_path, 9))
+    trainer.attribute(QUERY, method="influence")
+    with pytest.warns(UserWarning, match="as a stage of their own"):
+        later = fit(tmp_path, ckpt=tmp_path / "ckpt" / "step=9.ckpt", epochs=9)
+    found = later.attribute(QUERY, method="influence").values
+    with later.callbacks[0].scorer(later) as scorer:
+        run = scorer.run
+        for name in [n for n in run.store.manifest["files"] if "final-of" in n]:
+            del run.store.manifest["files"][name]
+        fresh = scorer.score(QUERY, method="influence").values
+    assert torch.equal(found, fresh)
+
+
+def test_a_full_disk_does_not_end_training(tmp_path, monkeypatch):
+    write, calls = RunStore.write, []
+
+    def full(self, name, tensors):
+        calls.append(name)
+        if len(calls) > 4:
+            raise OSError(28, "No space left on device")
+        return write(self, name, tensors)
+
+    monkeypatch.setattr(RunStore, "write", full)
+    with pytest.warns(UserWarning, match="stops recording"):
+        trainer = fit(tmp_path)
+    assert trainer.global_step == 18
+    monkeypatch.undo()
+    scores = SourceScorer.from_run(tmp_path / "run", Classifier(mlp())).score(QUERY, classes())
+    assert scores.values.isfinite().all()
