@@ -65,6 +65,22 @@ def test_mislabel_detection(folder):
         assert rows["source"]["found"] == sorted(rows["source"]["found"])
 
 
+def test_final_model_only(folder, monkeypatch):
+    """With the horizon known, SOURCE and influence follow the first steps of further training closely."""
+    import json
+
+    import final_model_only
+
+    arguments = ["final_model_only.py", "--quick", "--out", str(folder / "fimo.json")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    final_model_only.main()
+    (task,) = json.loads((folder / "fimo.json").read_text())["tasks"].values()
+    found = task["removal"]["downweight"]["adjustment 17"]
+    assert found["curves"]["source L=1, horizon"]["cosine"][0] > 0.9
+    assert abs(found["random"][0]) < 0.5
+    assert {"influence-cg", "datainf", "trak"} <= found["curves"].keys()
+
+
 def test_every_task_states_its_recipe():
     sys.path.insert(0, str(BENCHMARKS))
     try:

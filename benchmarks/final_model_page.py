@@ -1,0 +1,48 @@
+"""The final-model-only study as a section of the page of results, made from its committed figures alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+TASKS = ("energy", "energy_annealed", "concrete", "cancer")
+SHOWN = (1, 5, 30, 200, 500)  # epochs of further training
+
+
+def section(results: Path) -> str:
+    """A table for each task: cosine with further training by estimator and amount of it; empty without figures."""
+    files = [file for task in TASKS if (file := results / f"final_model_only_{task}.json").exists()]
+    if not files:
+        return ""
+    head = (
+        "## 3. The final model alone\n\n"
+        "Cosine between each estimate and what further training does without an example (mean over queries, ± its"
+        " standard error; difference to the run on all data, Eq. 17), by epochs of further training. *horizon*: the"
+        " estimator knows Λ of the further training, as SOURCE's segment or as damping 1/Λ. *exact*: the dense"
+        " Gauss-Newton matrix in place of EK-FAC. *recorded*: one further run was recorded, so that row is not"
+        " final-model-only.\n"
+    )
+    return "\n".join([head, *(table(json.loads(file.read_text())) for file in files)])
+
+
+def table(record: dict[str, Any]) -> str:
+    """One task's table, its set-up and the command that made it."""
+    parts = []
+    for name, task in record["tasks"].items():
+        recipe, measured = task["recipe"], task["removal"]["downweight"]
+        found = measured["adjustment 17"]
+        columns = [i for i, epoch in enumerate(measured["epochs"]) if epoch in SHOWN]
+        rows = {row: curve for row, curve in found["curves"].items()}
+        lines = [
+            f"**{name}**: {task['train']} training examples, {task['left_out']} left out, {record['seeds']} seeds; MLP 2 ×"
+            f" {recipe['hidden']}, trained {recipe['epochs']} epochs at {recipe['rate']}, further at"
+            f" {recipe['further_rate']}. `{record['command']}`\n",
+            "| epochs | " + " | ".join(str(measured["epochs"][i]) for i in columns) + " |",
+            "|---|" + "---|" * len(columns),
+        ]
+        for row, curve in rows.items():
+            cells = [f"{curve['cosine'][i]:.2f} ± {curve['sem'][i]:.2f}" for i in columns]
+            lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        halves = found["one half of the seeds to the other"]
+        lines.append("| *one half of the seeds to the other* | " + " | ".join(f"{halves[i]:.2f}" for i in columns) + " |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
