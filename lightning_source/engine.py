@@ -68,10 +68,6 @@ class BlockFactors:
 Factors = dict[str, BlockFactors]
 
 
-def _nothing() -> None:
-    """Outside of :meth:`Workspace.at` nothing is rewound."""
-
-
 @dataclass
 class Workspace:
     """A model under examination.
@@ -93,7 +89,7 @@ class Workspace:
     seed: int = 0
     hooks: Any = None
     ranks: Ranks = ALONE
-    _rewind: Callable[[], None] = field(default=_nothing, init=False, repr=False)
+    _rewind: Rewind | None = field(default=None, init=False, repr=False)  # inside :meth:`at`
 
     # ---------------------------------------------------------------- parameters
 
@@ -128,6 +124,10 @@ class Workspace:
                 with torch.no_grad():
                     for name, value in kept.items():
                         own[name].copy_(value)
+
+    def _begin_step(self) -> None:
+        if self._rewind is not None:
+            self._rewind()
 
     # ---------------------------------------------------------------- one pass
 
@@ -169,7 +169,7 @@ class Workspace:
         """The training step's losses on a batch, which must be those that were calibrated where they are finite."""
         spec = self.spec
         assert spec is not None
-        self._rewind()
+        self._begin_step()
         losses = self.objective.evaluate(batch, size, recording)
         found, expected = [call.name for call in losses.calls], [call.name for call in spec.calls]
         if spec.origin != "whole" and found != expected and torch.isfinite(losses.loss):
@@ -203,7 +203,7 @@ class Workspace:
 
         def run(batch: Any, ids: Tensor, recording: Recording) -> Tensor:
             size = len(ids)
-            self._rewind()
+            self._begin_step()
             with recording.listening(size):
                 values = measurement(self.module, batch)
             if not isinstance(values, Tensor) or values.shape != (size,):
@@ -264,7 +264,7 @@ class Workspace:
     def _evaluate(self, data: Examples, ids: Sequence[int], hooked: bool = True, recording: Any = None) -> Losses:
         batches = Examples(data.dataset, len(ids), data.collate)
         (_, batch), *_ = batches.batches(ids)
-        self._rewind()
+        self._begin_step()
         losses = self.objective.evaluate(to_module(batch, self.module, self.hooks), len(ids), recording, hooked)
         if not torch.isfinite(losses.loss):
             raise FloatingPointError(f"the objective is {losses.loss.item()} on examples {_shorten(torch.tensor(ids))}")
@@ -307,7 +307,7 @@ class Workspace:
             return float(weights[0])
         total, ids = 0.0, factor_ids(len(data), 4096, self.seed)
         for chosen, batch in data.batches(ids):
-            self._rewind()
+            self._begin_step()
             other = self.objective.evaluate(to_module(batch, self.module, self.hooks), len(chosen))
             total += float(other.weights(index, kind)[1].sum())
         return total / len(ids)
