@@ -1,6 +1,7 @@
 """Extra passes that leave no trace: modes, RNG, buffers, metrics, logged values and plain attributes come back.
 
-Each guard is there because a run without it differed: see the bit-identity tests.
+Nor do they wait for other processes, or see what an earlier batch of theirs left behind. Each guard is there because a
+run without it differed: see the bit-identity tests.
 """
 
 from __future__ import annotations
@@ -9,16 +10,21 @@ import copy
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from lightning.fabric.strategies import ParallelStrategy as FabricParallelStrategy
+from lightning.fabric.utilities.apply_func import convert_to_tensors
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 # A plain tensor attribute up to this many scalars (a running statistic) is kept by value, a larger one by reference,
@@ -49,13 +55,15 @@ def undisturbed(module: nn.Module, seed: int = 0) -> Iterator[None]:
     """Run passes of ``module`` in eval mode without disturbing it or the process.
 
     Inside: every submodule in eval mode (set one by one: a user's ``train()`` may freeze parts), gradients enabled,
-    ``log`` silent, hooks honoured under ``torch.compile``, global generators seeded with ``seed``.
+    ``log`` silent, ``all_gather`` of this process alone, hooks honoured under ``torch.compile``, global generators
+    seeded with ``seed``.
     """
     with ExitStack() as stack:
         stack.enter_context(isolated_rng(seed))
         stack.enter_context(_attributes_kept(module))
         stack.enter_context(_eval_mode(module))
         stack.enter_context(_silent_log(module))
+        stack.enter_context(_gathering_alone(module))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -93,6 +101,40 @@ def _silent_log(module: nn.Module) -> Iterator[None]:
         module.__dict__.update(previous)
         if loggers:
             trainer.loggers = loggers
+
+
+@contextmanager
+def _gathering_alone(module: nn.Module) -> Iterator[None]:
+    """``self.all_gather`` would wait for ranks that run no pass, or a shorter one: each gathers its own values alone.
+
+    As Lightning gives it, except that it stands for one rank: ``[1, *shape]`` where processes train together, without a
+    gradient unless ``sync_grads``; the values as they are on a single device.
+    """
+    if not isinstance(module, LightningModule):
+        yield
+        return
+
+    def all_gather(data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        def gather(values: Tensor) -> Tensor:
+            return (values if sync_grads else values.detach()).unsqueeze(0)
+
+        data = convert_to_tensors(data, device=module.device)
+        return apply_to_collection(data, Tensor, gather) if _gathers(module) else data
+
+    previous = {name: value for name, value in vars(module).items() if name == "all_gather"}
+    try:
+        vars(module)["all_gather"] = all_gather
+        yield
+    finally:
+        del vars(module)["all_gather"]
+        vars(module).update(previous)
+
+
+def _gathers(module: LightningModule) -> bool:
+    """Whether Lightning would gather from processes, even if there is only one, and so add a dimension."""
+    owner: Any = module.fabric if module.fabric is not None else getattr(module, "_trainer", None)
+    parallel = isinstance(getattr(owner, "strategy", None), (ParallelStrategy, FabricParallelStrategy))
+    return parallel and dist.is_available() and dist.is_initialized()
 
 
 @contextmanager
@@ -140,17 +182,77 @@ def _is_record(value: Any) -> bool:
     return type(own) is dict and bool(own) and all(isinstance(part, kinds) for part in own.values())
 
 
+class Rewind:
+    """What the calls of a ``training_step`` write is as it was before each of them.
+
+    A momentum encoder, a running centre or a counter would else drift from batch to batch, and an example's gradient
+    would depend on the batches before it. Generators go on: every batch draws its own noise.
+
+    Args:
+        module: the module, as every call is to find it.
+        values: the values of its parameters by ``id``, where others hold them already; the rest is copied.
+    """
+
+    def __init__(self, module: nn.Module, values: Mapping[int, Tensor]) -> None:
+        self._kept = _Kept()
+        for child in module.modules():
+            self._kept.add(child)
+        for p in module.parameters():
+            self._kept.tensors.append(_Values(p, values[id(p)] if id(p) in values else p.detach().clone()))
+        self._calls = 0
+
+    def __call__(self) -> None:
+        """To be called before each call of the step."""
+        if self._calls:
+            for restore in self._kept.contents:
+                restore()
+            for tensor in self._kept.tensors:
+                # Writes through ``.data`` count no version. What the first call wrote so, later ones will.
+                if self._calls == 1 or tensor.suspected():
+                    tensor.restore()
+        self._calls += 1
+
+
+class _Values:
+    """A tensor and the values that it is to have again."""
+
+    def __init__(self, tensor: Tensor, saved: Tensor) -> None:
+        self.tensor = tensor
+        self.saved = saved
+        self.written = False  # was found to have others, at least once
+        self.version = _version(tensor)
+
+    def suspected(self) -> bool:
+        return self.written or self.version is None or self.version != _version(self.tensor)
+
+    def restore(self) -> None:
+        saved = self.saved.to(self.tensor)
+        if not torch.equal(self.tensor, saved):
+            self.written, self.saved = True, saved
+            with torch.no_grad():
+                self.tensor.copy_(saved)
+        self.version = _version(self.tensor)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
 class _Kept:
     """The mutable objects that can be reached from some, each with its contents."""
 
     def __init__(self) -> None:
-        self.restores: list[Callable[[], Any]] = []
+        self.contents: list[Callable[[], Any]] = []
+        self.generators: list[Callable[[], Any]] = []
+        self.tensors: list[_Values] = []
         self.seen: dict[int, Any] = {}  # objects by id; held, so that no id is used twice
         self.left = _MOST
 
     def restore(self) -> None:
-        for restore in self.restores:
+        for restore in (*self.contents, *self.generators):
             restore()
+        for tensor in self.tensors:
+            tensor.restore()
 
     def add(self, value: Any) -> None:
         """Keep an object's contents and, in turn, what they refer to."""
@@ -165,11 +267,11 @@ class _Kept:
                 self.left -= math.prod(value.shape)
                 self._keep_values(value)
         elif isinstance(value, torch.Generator):
-            self.restores.append(partial(value.set_state, value.get_state()))
+            self.generators.append(partial(value.set_state, value.get_state()))
         elif isinstance(value, random.Random):
-            self.restores.append(partial(value.setstate, value.getstate()))
+            self.generators.append(partial(value.setstate, value.getstate()))
         elif isinstance(value, np.random.Generator):
-            self.restores.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+            self.generators.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
         elif isinstance(value, (list, set, dict, deque)):
             self.left -= len(value)
             self._keep_items(value, copy.copy(value))
@@ -188,7 +290,7 @@ class _Kept:
                 del vars(owner)[name]
             vars(owner).update(saved)
 
-        self.restores.append(restore)
+        self.contents.append(restore)
         for value in saved.values():
             self.add(value)
 
@@ -199,28 +301,22 @@ class _Kept:
             module._buffers.clear()
             module._buffers.update(saved)
 
-        self.restores.append(restore)
+        self.contents.append(restore)
         for buffer in saved.values():
             if buffer is not None:  # of any size
                 self._keep_values(buffer)
 
-    def _keep_values(self, tensor: Any) -> None:
-        saved = tensor.detach().clone() if isinstance(tensor, Tensor) else tensor.copy()
-
-        def restore() -> None:
-            with torch.no_grad():
-                if isinstance(tensor, np.ndarray):
-                    np.copyto(tensor, saved)
-                elif not torch.equal(tensor, saved):
-                    tensor.copy_(saved)
-
-        self.restores.append(restore)
+    def _keep_values(self, values: Any) -> None:
+        if isinstance(values, Tensor):
+            self.tensors.append(_Values(values, values.detach().clone()))
+        else:
+            self.contents.append(partial(np.copyto, values, values.copy()))
 
     def _keep_items(self, container: Any, saved: Any) -> None:
         def restore() -> None:
             container.clear()
             (container.extend if isinstance(container, (list, deque)) else container.update)(saved)
 
-        self.restores.append(restore)
+        self.contents.append(restore)
         for item in saved.values() if isinstance(saved, dict) else saved:
             self.add(item)

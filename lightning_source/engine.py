@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_source._guards import thawed, undisturbed
+from lightning_source._guards import Rewind, thawed, undisturbed
 from lightning_source.capture import Recording
 from lightning_source.data import Examples, GivenBatches, to_module
 from lightning_source.factors import (
@@ -89,12 +89,16 @@ class Workspace:
     seed: int = 0
     hooks: Any = None
     ranks: Ranks = ALONE
+    _rewind: Rewind | None = field(default=None, init=False, repr=False)  # inside :meth:`at`
 
     # ---------------------------------------------------------------- parameters
 
     @contextmanager
     def at(self, state: State) -> Iterator[None]:
-        """Passes inside run with these parameters and buffers, in eval mode; the model's own come back unchanged."""
+        """Passes inside run with these parameters and buffers, in eval mode; the model's own come back unchanged.
+
+        What ``training_step`` itself writes, a momentum encoder or a running centre, is back before its next call.
+        """
         own = _tensors_of(self.module)
         for name, value in state.items():
             if value.is_floating_point():
@@ -105,16 +109,25 @@ class Workspace:
         # Without a gradient a layer frozen since training would not be seen, and would silently count for nothing.
         trained: Any = [own[n] for block in self.blocks for n in block.parameters]
         with undisturbed(self.module, self.seed), thawed(trained):
-            kept = {name: own[name].detach().clone() for name in state}
+            kept = {n: x.detach().clone() for n, x in own.items() if n in state or isinstance(x, nn.Parameter)}
+            # A state may be the module's own tensors, which would follow its writes.
+            apart = {n: x for n, x in state.items() if x.data_ptr() != own[n].data_ptr()}
+            outer = self._rewind
             try:
                 with torch.no_grad():
                     for name, value in state.items():
                         own[name].copy_(value)
+                self._rewind = Rewind(self.module, {id(own[n]): x for n, x in (kept | apart).items()})
                 yield
             finally:
+                self._rewind = outer
                 with torch.no_grad():
                     for name, value in kept.items():
                         own[name].copy_(value)
+
+    def _begin_step(self) -> None:
+        if self._rewind is not None:
+            self._rewind()
 
     # ---------------------------------------------------------------- one pass
 
@@ -156,6 +169,7 @@ class Workspace:
         """The training step's losses on a batch, which must be those that were calibrated where they are finite."""
         spec = self.spec
         assert spec is not None
+        self._begin_step()
         losses = self.objective.evaluate(batch, size, recording)
         found, expected = [call.name for call in losses.calls], [call.name for call in spec.calls]
         if spec.origin != "whole" and found != expected and torch.isfinite(losses.loss):
@@ -189,6 +203,7 @@ class Workspace:
 
         def run(batch: Any, ids: Tensor, recording: Recording) -> Tensor:
             size = len(ids)
+            self._begin_step()
             with recording.listening(size):
                 values = measurement(self.module, batch)
             if not isinstance(values, Tensor) or values.shape != (size,):
@@ -249,6 +264,7 @@ class Workspace:
     def _evaluate(self, data: Examples, ids: Sequence[int], hooked: bool = True, recording: Any = None) -> Losses:
         batches = Examples(data.dataset, len(ids), data.collate)
         (_, batch), *_ = batches.batches(ids)
+        self._begin_step()
         losses = self.objective.evaluate(to_module(batch, self.module, self.hooks), len(ids), recording, hooked)
         if not torch.isfinite(losses.loss):
             raise FloatingPointError(f"the objective is {losses.loss.item()} on examples {_shorten(torch.tensor(ids))}")
@@ -291,6 +307,7 @@ class Workspace:
             return float(weights[0])
         total, ids = 0.0, factor_ids(len(data), 4096, self.seed)
         for chosen, batch in data.batches(ids):
+            self._begin_step()
             other = self.objective.evaluate(to_module(batch, self.module, self.hooks), len(chosen))
             total += float(other.weights(index, kind)[1].sum())
         return total / len(ids)
@@ -574,10 +591,14 @@ def fit_factors(
         ]
         decomposed, device = [], workspace.module.device
         exchange = device if workspace.ranks.world == 1 else torch.device("cpu")
-        for name in workspace.ranks.share(names):
-            mean = mean_covariances([sums[name] for sums in known], weights)
-            basis, kronecker = eigenbasis(*mean, dtype=known[0][name].activations.dtype)
-            decomposed.append((basis.to(exchange), kronecker.to(exchange)))
+
+        def own_part() -> None:
+            for name in workspace.ranks.share(names):
+                mean = mean_covariances([sums[name] for sums in known], weights)
+                basis, kronecker = eigenbasis(*mean, dtype=known[0][name].activations.dtype)
+                decomposed.append((basis.to(exchange), kronecker.to(exchange)))
+
+        workspace.ranks.together(own_part)
         for name, (basis, kronecker) in zip(names, workspace.ranks.collect(decomposed), strict=True):
             bases[name], values[name] = basis.to(device), kronecker.to(device)
     if curvature != "kfac":
