@@ -33,8 +33,8 @@ def table(record: dict[str, Any]) -> str:
         columns = [i for i, epoch in enumerate(measured["epochs"]) if epoch in SHOWN]
         rows = {row: curve for row, curve in found["curves"].items()}
         lines = [
-            f"**{name}**: {task['train']} training examples, {task['left_out']} left out, {record['seeds']} seeds; MLP 2 ×"
-            f" {recipe['hidden']}, trained {recipe['epochs']} epochs at {recipe['rate']}, further at"
+            f"**{name}**: {task['train']} training examples, {task['left_out']} left out, {record['seeds']} seeds; MLP"
+            f" 2 × {recipe['hidden']}, trained {recipe['epochs']} epochs at {recipe['rate']}, further at"
             f" {recipe['further_rate']}. `{record['command']}`\n",
             "| epochs | " + " | ".join(str(measured["epochs"][i]) for i in columns) + " |",
             "|---|" + "---|" * len(columns),
@@ -42,7 +42,7 @@ def table(record: dict[str, Any]) -> str:
         for row, curve in rows.items():
             cells = [f"{curve['cosine'][i]:.2f} ± {curve['sem'][i]:.2f}" for i in columns]
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
-        halves = found["one half of the seeds to the other"]
-        lines.append("| *one half of the seeds to the other* | " + " | ".join(f"{halves[i]:.2f}" for i in columns) + " |")
+        halves = [f"{found['one half of the seeds to the other'][i]:.2f}" for i in columns]
+        lines.append("| *one half of the seeds to the other* | " + " | ".join(halves) + " |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
