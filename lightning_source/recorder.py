@@ -81,10 +81,12 @@ class Recorder:
         self._sums: list[Tensor] = []
         self._summed = 0
         self._open: list[_Step] = []
+        self._frozen_sums: dict[str, float] = {}  # before the first step
         if point is not None:
             self._resume(point)
             return
         frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+        self._frozen_sums = {name: _sum(p) for name, p in frozen.items()}
         store.manifest["stages"][stage]["frozen"] = store.write(_in_stage(stage, FROZEN), frozen) if frozen else None
 
     @torch.no_grad()
@@ -148,7 +150,16 @@ class Recorder:
         if len(self.bins) > self.limit:
             self._halve()
         self._enter_bins()
+        self._follow_what_moves()
         self.store.commit(remove=self._unused())
+
+    def _follow_what_moves(self) -> None:
+        """A parameter without gradients that the user moves, a teacher's say, is recorded as the trained ones are."""
+        if self._frozen_sums:
+            parameters = {clean_name(name): p for name, p in self._module.named_parameters()}
+            moved = [name for name, total in self._frozen_sums.items() if _sum(parameters[name]) != total]
+            self._average([*dict.fromkeys([*self._trained, *moved])])
+            self._frozen_sums = {}  # what stands still in the first bin is taken to stand still
 
     def _enter_bins(self) -> None:
         self.store.manifest |= {"bins": [b.to_json() for b in self.bins], "steps": self.steps}
@@ -277,6 +288,11 @@ class Recorder:
     def finish(self) -> None:
         """Close the last bin."""
         self.flush(force=True)
+
+
+def _sum(parameter: Tensor) -> float:
+    """Tells a parameter that changed from one that did not, without a copy of it."""
+    return float(parameter.detach().sum(dtype=torch.float64))
 
 
 def _row(step: _Step) -> tuple[Tensor, list[float]]:

@@ -322,3 +322,26 @@ def test_a_buffer_that_is_put_in_place_of_another_is_recorded(tmp_path):
         final = scorer.run.final()
         assert torch.equal(final["center"], trainer.lightning_module.center)
         assert scorer.run.state(scorer.run.snapshots[-1], "mean")["center"].any()
+
+
+def test_a_teacher_that_the_step_moves_is_recorded(tmp_path):
+    class Taught(Classifier):
+        def __init__(self):
+            super().__init__(mlp())
+            self.teacher = mlp().requires_grad_(False)
+            self.still = nn.Linear(2, 2).requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            for mine, other in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                mine.data.lerp_(other.detach(), 0.2)
+            return self.loss(self.net(batch[0]) + self.teacher(batch[0]), batch[1])
+
+    trainer = run(tmp_path / "run", Taught())
+    module = trainer.lightning_module
+    with trainer.callbacks[-1].scorer(trainer) as scorer:
+        final, first = scorer.run.final(), scorer.run.state(scorer.run.snapshots[0], "mean")
+        names = set(load_file(tmp_path / "run" / "final.safetensors"))
+    assert torch.equal(final["teacher.0.weight"], module.teacher[0].weight)
+    assert not torch.equal(first["teacher.0.weight"], final["teacher.0.weight"])
+    assert "teacher.0.weight" in names
+    assert not any(name.startswith("still") for name in names)
