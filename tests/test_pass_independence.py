@@ -151,7 +151,10 @@ def test_every_batch_draws_its_own_noise(tmp_path):
 
 @pytest.fixture
 def _group():
+    before = dict(os.environ)  # where Lightning names the rank and the port
     yield
+    os.environ.clear()
+    os.environ.update(before)
     if dist.is_initialized():
         dist.destroy_process_group()
 
