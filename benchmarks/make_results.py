@@ -250,10 +250,13 @@ SOURCE on the whole run is ahead of the cosine and of the shorter run, and Fast-
 as short in epochs but with noisy labels and a lower rate, the shorter run is no better.
 
 *Small eigenvalues.* A larger Λ raises the score (rows "Λ times 3" and "10" of the ablations): directions of small
-curvature count for more than SOURCE lets them; on digits-20 K-FAC's eigenvalues, smaller there than EK-FAC's, do the
-same. Influence with its default damping, in inner layers far below 1/Λ, resolves these directions, which is how it
-comes close on Concrete, and is ahead in the ensemble, where their noise averages out. A run as short as a retraining
-is no better there. Why so few steps reach directions so flat is not known.
+curvature count for more than SOURCE's defaults let them; on digits-20 K-FAC's eigenvalues, smaller there than EK-FAC's,
+do the same. One reason is that EK-FAC keeps the layers apart and so understates the curvature of directions that run
+through several. With one segment of SGD, and but for weight decay, curvature times a factor orders examples just as
+that Λ times the factor does, and divides the scores by it. `cross_layer=True` measures the factor where the rows "Λ
+times" only try some; the next section has what it gains. Influence with its default damping, in inner layers far below
+1/Λ, resolves flat directions as well, which is how it comes close on Concrete, and is ahead in the ensemble, where
+their noise averages out. A run as short as a retraining is no better there.
 """
     if shares:
         text += "\nWith the subsets' share the gap changes as that says:\n\n"
