@@ -162,6 +162,9 @@ Measurements are the margin log p/(1-p) for classes, the absolute error for regr
 language. Where a recipe differs from the paper's, it says so.
 
 {recipes}
+
+Empty cells were not run. Nor was bergson, the other implementation of SOURCE for language models, on the model of
+WikiText-2.
 """
 
 
