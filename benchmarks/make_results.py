@@ -357,7 +357,8 @@ def ablation_section(found: dict[str, Report]) -> str:
     return f"""## 2. Ablations
 
 The first row is the default (L = 1, 6 averaged snapshots, EK-FAC on the true Fisher); each other row changes what it
-names. Three trainings each.
+names. Three trainings each. Rows of tasks trained by SGD were not all computed anew after section 1's, which drew
+other labels for the curvature.
 
 {body}
 
