@@ -32,14 +32,14 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
-from tasks import TASKS, Data, Task, Trained, fit, ground_truth, measurement_of
+from tasks import TASKS, Data, Task, Trained, fit, ground_truth, measurement_of, sequence_loss
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.utils.data import TensorDataset
 
 from lightning_source import InfluenceScores, SourceCallback, SourceScorer
 from lightning_source.ensembling import ensemble
-from lightning_source.evaluation import linear_datamodeling_score
+from lightning_source.evaluation import RemovalCorrelation, linear_datamodeling_score
 from lightning_source.evaluation.exact import flat_network
 from lightning_source.evaluation.lds import DatamodelingResult
 from lightning_source.evaluation.statistics import mean_interval
@@ -117,26 +117,32 @@ def by(method: str, settings: dict[str, Any] | None = None, **options: Any) -> S
 
 def exact_unrolling(trial: Trial) -> Tensor:
     """The exact derivative of one run of the recipe with respect to the examples' weights."""
-    task, (inputs, targets) = trial.task, trial.data.train
+    task, train = trial.task, trial.data.train
     torch.manual_seed(trial.seed)
     module = task.build()
     vector, network = flat_network(module)
     settings = task.optimizer(module.parameters()).defaults
-    elements = F.mse_loss if targets.is_floating_point() else F.cross_entropy
+
+    def called(parameters: Tensor, *inputs: Tensor, **named: Tensor) -> Any:
+        return network(parameters, *inputs, *named.values())
 
     def losses(parameters: Tensor, ids: Tensor) -> Tensor:
-        outputs = network(parameters, inputs[ids])
-        return elements(outputs.squeeze(-1) if elements is F.mse_loss else outputs, targets[ids], reduction="none")
+        if "lm" in task.tags:
+            return sequence_loss(partial(called, parameters), train[0][ids])
+        outputs, targets = network(parameters, train[0][ids]), train[1][ids]
+        if targets.is_floating_point():
+            return F.mse_loss(outputs.squeeze(-1), targets, reduction="none")
+        return F.cross_entropy(outputs, targets, reduction="none")
 
     def measured(parameters: Tensor, *query: Tensor) -> Tensor:
-        return task.measurement(partial(network, parameters), *(t.unsqueeze(0) for t in query))[0]
+        return task.measurement(partial(called, parameters), *(t.unsqueeze(0) for t in query))[0]
 
     if "betas" in settings:
         decoupled = bool(settings["decoupled_weight_decay"])
         start, step = adam(losses, settings["betas"], settings["eps"], settings["weight_decay"], decoupled)
     else:
         start, step = sgd(losses, settings["momentum"], weight_decay=settings["weight_decay"])
-    order = [torch.randperm(len(inputs)).split(task.batch_size) for _ in range(task.epochs)]
+    order = [torch.randperm(len(train[0])).split(task.batch_size) for _ in range(task.epochs)]
     steps = batches([ids for epoch in order for ids in epoch if len(ids) == task.batch_size], settings["lr"])
     queries = trial.data.query
     return unrolled_scores(
@@ -144,7 +150,7 @@ def exact_unrolling(trial: Trial) -> Tensor:
         start(vector),
         steps,
         lambda parameters: vmap(grad(measured), in_dims=(None, *(0 for _ in queries)))(parameters, *queries),
-        len(inputs),
+        len(train[0]),
         queries_at_once=25,
     )
 
@@ -165,6 +171,7 @@ FEW = 3  # trainings of the full model for rows in SLOW
 SLOW = {*ITERATIVE, "datainf", "exact unrolling", "kronfluence EK-FAC"}
 ROWS: dict[str, Scores] = {
     "source": by("source"),
+    "source, cross-layer": by("source", cross_layer=True),
     "source, L=3, points": by("source", segments=3, snapshots="point"),
     "fast-source": by("fast-source"),
     "influence": by("influence"),
@@ -178,6 +185,8 @@ ROWS: dict[str, Scores] = {
     "repsim": by("repsim"),
     "random": random,
 }
+# Rows whose scores have the size of the change that they predict.
+SIZED = {*(row for row in ROWS if row.startswith(("source", "fast-source", "influence", "astra"))), "exact unrolling"}
 
 
 def scores_of(trial: Trial, row: str, rows: dict[str, Scores]) -> InfluenceScores:
@@ -200,7 +209,7 @@ def scores_of(trial: Trial, row: str, rows: dict[str, Scores]) -> InfluenceScore
 
 
 def figures(
-    scores: Sequence[InfluenceScores], kept: Tensor, measured: Tensor, reference: Tensor | None
+    scores: Sequence[InfluenceScores], kept: Tensor, measured: Tensor, reference: Tensor | None, sized: bool
 ) -> tuple[dict[str, Any], DatamodelingResult, Tensor]:
     """LDS of single models and of their ensemble, with 95 % intervals over queries.
 
@@ -209,6 +218,7 @@ def figures(
         kept: ``[S, N]``.
         measured: ``[R, S, Q]``.
         reference: SOURCE's LDS by query, ``[Q]``, that this row's is compared with query by query.
+        sized: whether to give the slope of actual on predicted change as well, 1 where scores have the right size.
 
     Returns:
         The figures, the first model's own result, and the LDS by query averaged over models, ``[Q]``.
@@ -222,6 +232,10 @@ def figures(
         "interval": rounded(mean_interval(queries, generator)),
         "subset_interval": rounded(torch.stack([r.subset_interval for r in results]).mean(0)),
     }
+    if sized:
+        sizes = [size_of(one, kept, measured) for one in scores]
+        found["slope"] = rounded(torch.stack([slope for slope, _ in sizes]).mean())
+        found["slope_interval"] = rounded(torch.stack([interval for _, interval in sizes]).mean(0))
     if len(scores) > 1:
         together = linear_datamodeling_score(ensemble(scores), kept, measured, resamples=200)
         found["ensemble"] = rounded(together.lds)
@@ -231,6 +245,14 @@ def figures(
         found["source_ahead"] = rounded(ahead.mean())
         found["source_ahead_interval"] = rounded(mean_interval(ahead, generator))
     return found, results[0], queries
+
+
+def size_of(scores: InfluenceScores, kept: Tensor, measured: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope of actual on predicted change over subsets, queries pooled about their means, and its 95 % interval."""
+    metric = RemovalCorrelation(kept, resamples=100, controls=1)
+    metric.update(scores, measured)
+    result = metric.compute()
+    return result.slope, result.slope_interval
 
 
 def rounded(values: Any) -> Any:
@@ -257,7 +279,7 @@ def study(
             except MisconfigurationException as refusal:
                 refused[row] = str(refusal)
                 continue
-            found[row], first, queries = figures(scores, kept, measured, anchor)
+            found[row], first, queries = figures(scores, kept, measured, anchor, row in SIZED)
             found[row]["seconds"] = round(statistics.median(s.metadata["seconds"] for s in scores), 2)
             if row == reference:
                 anchor = queries
@@ -281,12 +303,18 @@ def study(
                 "lds": found,
                 "refused": refused,
             }
-            write(with_earlier_rows(report, arguments, f"{stem}_{name}"), arguments, f"{stem}_{name}")
+            write(with_earlier_rows(report, arguments, f"{stem}_{name}", reference), arguments, f"{stem}_{name}")
     return report
 
 
-def with_earlier_rows(report: dict[str, Any], arguments: argparse.Namespace, stem: str) -> dict[str, Any]:
-    """The report with the rows that an earlier call found on the same ground truth."""
+def with_earlier_rows(
+    report: dict[str, Any], arguments: argparse.Namespace, stem: str, reference: str
+) -> dict[str, Any]:
+    """The report with the rows that an earlier call found on the same ground truth.
+
+    Where this call has found the reference anew, an earlier row's distance from it is the difference of the two means;
+    its interval over queries is not known any more.
+    """
     file = None if arguments.out is None else arguments.out / f"{stem}.json"
     if file is None or not file.exists():
         return report
@@ -294,7 +322,14 @@ def with_earlier_rows(report: dict[str, Any], arguments: argparse.Namespace, ste
     same = ("note", "examples", "queries", "subsets", "share", "retrainings")
     if any(earlier[key] != report[key] for key in same):
         return report
-    return report | {"lds": earlier["lds"] | report["lds"], "refused": earlier["refused"] | report["refused"]}
+    rows = {row: dict(entry) for row, entry in earlier["lds"].items() if row not in report["lds"]}
+    before, now = (found["lds"].get(reference, {}).get("mean") for found in (earlier, report))
+    if now is not None and now != before:
+        for entry in rows.values():
+            if "source_ahead" in entry:
+                entry["source_ahead"] = round(now - entry["mean"], 4)
+                entry.pop("source_ahead_interval", None)
+    return report | {"lds": rows | report["lds"], "refused": earlier["refused"] | report["refused"]}
 
 
 def write(report: dict[str, Any], arguments: argparse.Namespace, stem: str) -> None:
@@ -349,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     for name in arguments.task:
         task = TASKS[name]
         rows = dict(ROWS)
-        if "mlp" in task.tags:
+        if task.tags & {"mlp", "lm"}:
             rows["exact unrolling"] = exact_unrolling
         if arguments.kronfluence and "mlp" in task.tags:
             rows["kronfluence EK-FAC"] = lambda trial: trial.peer("kronfluence_scores.py", arguments.kronfluence)
