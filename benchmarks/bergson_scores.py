@@ -7,9 +7,10 @@ It runs in an environment of its own:
     python benchmarks/lds_study.py --task wikitext --bergson path/to/that/python ...
 
 Reads ``network.*``, ``train.0`` and ``query.0`` (token blocks of equal length) and, for SOURCE, ``checkpoint.K.*`` and
-``square.K.*`` (the parameters and Adam's bias-corrected second moments after K steps) with ``rates`` and ``steps`` of
-the segments; writes ``scores`` and ``seconds``. Loss and measurement are the mean loss of a sequence's tokens. Bergson
-follows the linear layers of the network's body, neither embeddings, norms nor the head.
+``square.K.*`` (parameters and Adam's bias-corrected second moments of the snapshot that ends after K steps) with
+``rates`` and ``steps`` of the segments; writes ``scores`` and ``seconds``. Loss and measurement are the mean of a
+sequence's tokens, or their sum. Bergson follows the linear layers of the network's body, neither embeddings, norms nor
+the head, and in its SOURCE for Adam no biases.
 """
 
 import json

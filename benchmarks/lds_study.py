@@ -92,12 +92,16 @@ class Trial:
         return sum(segment.stretch.weight for segment in self.scorer().run.segments())
 
     def checkpoints(self, count: int) -> dict[str, Tensor]:
-        """Each snapshot's parameters and second moments, and the segments' mean learning rates and steps."""
+        """Each snapshot's parameters and second moments, the segments' mean learning rates and steps.
+
+        The parameters are those in its middle, but the last one's are the trained network's: the query is taken there.
+        """
         run = self.scorer().run
         segments, found = run.segments(count), {}
         for segment in segments:
             for snapshot in segment.snapshots:
-                for name, value in run.state(snapshot, "point").items():
+                last = snapshot.last == segments[-1].stretch.last
+                for name, value in (run.final() if last else run.state(snapshot, "point")).items():
                     found[f"checkpoint.{snapshot.last}.{name.removeprefix('net.')}"] = value
                 for name, value in mean_preconditioner(run.store, [snapshot]).items():
                     found[f"square.{snapshot.last}.{name.removeprefix('net.')}"] = value**-2
@@ -107,8 +111,7 @@ class Trial:
         return found
 
     def peer(self, script: str, python: str, *options: str, further: dict[str, Tensor] | None = None) -> Tensor:
-        """Scores that a script in another environment computes from the trained network, the data and what is further
-        given to it."""
+        """Scores that a script in another environment computes from the trained network, the data and ``further``."""
         with tempfile.TemporaryDirectory() as folder:
             given, found = Path(folder) / "given.safetensors", Path(folder) / "found.safetensors"
             tensors = {f"network.{name}": value for name, value in self.network().items()} | (further or {})
