@@ -44,6 +44,7 @@ from lightning_source.evaluation.exact import flat_network
 from lightning_source.evaluation.lds import DatamodelingResult
 from lightning_source.evaluation.statistics import mean_interval
 from lightning_source.evaluation.unrolled import adam, batches, sgd, unrolled_scores
+from lightning_source.recorder import mean_preconditioner
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = "quick"
@@ -90,11 +91,30 @@ class Trial:
         """``Λ`` of the whole training."""
         return sum(segment.stretch.weight for segment in self.scorer().run.segments())
 
-    def peer(self, script: str, python: str, *options: str) -> Tensor:
-        """Scores that a script in another environment computes from the trained network and the data."""
+    def checkpoints(self, count: int) -> dict[str, Tensor]:
+        """Each snapshot's parameters and second moments, the segments' mean learning rates and steps.
+
+        The parameters are those in its middle, but the last one's are the trained network's: the query is taken there.
+        """
+        run = self.scorer().run
+        segments, found = run.segments(count), {}
+        for segment in segments:
+            for snapshot in segment.snapshots:
+                last = snapshot.last == segments[-1].stretch.last
+                for name, value in (run.final() if last else run.state(snapshot, "point")).items():
+                    found[f"checkpoint.{snapshot.last}.{name.removeprefix('net.')}"] = value
+                for name, value in mean_preconditioner(run.store, [snapshot]).items():
+                    found[f"square.{snapshot.last}.{name.removeprefix('net.')}"] = value**-2
+        stretches = [segment.stretch for segment in segments]
+        found["rates"] = torch.tensor([s.weight / s.steps for s in stretches], dtype=torch.float64)
+        found["steps"] = torch.tensor([s.steps for s in stretches])
+        return found
+
+    def peer(self, script: str, python: str, *options: str, further: dict[str, Tensor] | None = None) -> Tensor:
+        """Scores that a script in another environment computes from the trained network, the data and ``further``."""
         with tempfile.TemporaryDirectory() as folder:
             given, found = Path(folder) / "given.safetensors", Path(folder) / "found.safetensors"
-            tensors = {f"network.{name}": value for name, value in self.network().items()}
+            tensors = {f"network.{name}": value for name, value in self.network().items()} | (further or {})
             for part in ("train", "query"):
                 tensors |= {f"{part}.{i}": t for i, t in enumerate(getattr(self.data, part))}
             save_file({k: v.contiguous() for k, v in tensors.items()}, given)
@@ -155,6 +175,15 @@ def exact_unrolling(trial: Trial) -> Tensor:
     )
 
 
+def bergson(python: str, method: str, reduction: str = "mean", segments: int = 0) -> Scores:
+    def scores(trial: Trial) -> Tensor:
+        config = trial.task.build().config.to_json_string()
+        further = trial.checkpoints(segments) if segments else None
+        return trial.peer("bergson_scores.py", python, method, reduction, config, further=further)
+
+    return scores
+
+
 def random(trial: Trial) -> Tensor:
     generator = torch.Generator().manual_seed(trial.seed)
     return torch.randn(len(trial.data.query[0]), len(trial.data.train[0]), generator=generator)
@@ -169,6 +198,9 @@ ITERATIVE: dict[str, dict[str, Any]] = {
 }
 FEW = 3  # trainings of the full model for rows in SLOW
 SLOW = {*ITERATIVE, "datainf", "exact unrolling", "kronfluence EK-FAC"}
+# The modules that bergson follows, for a comparison on equal terms.
+BODY = ["*.attn.*", "*.mlp.*"]
+IN_BODY = {"source, linear layers of the body": "source", "influence, linear layers of the body": "influence"}
 ROWS: dict[str, Scores] = {
     "source": by("source"),
     "source, cross-layer": by("source", cross_layer=True),
@@ -378,6 +410,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = parser(__doc__)
     options.add_argument("--rows", nargs="*", help="only these rows")
     options.add_argument("--kronfluence", metavar="PYTHON", help="interpreter of an environment with kronfluence")
+    options.add_argument("--bergson", metavar="PYTHON", help="interpreter of an environment with bergson")
     arguments = options.parse_args(argv)
     prepare(arguments)
     reports = []
@@ -388,6 +421,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             rows["exact unrolling"] = exact_unrolling
         if arguments.kronfluence and "mlp" in task.tags:
             rows["kronfluence EK-FAC"] = lambda trial: trial.peer("kronfluence_scores.py", arguments.kronfluence)
+        if arguments.bergson and "lm" in task.tags:
+            rows |= {row: by(method, {"include": BODY}) for row, method in IN_BODY.items()}
+            rows["bergson EK-FAC"] = bergson(arguments.bergson, "ekfac")
+            rows["bergson SOURCE"] = bergson(arguments.bergson, "source", segments=1)
+            rows["bergson SOURCE, L=3"] = bergson(arguments.bergson, "source", segments=3)
+            rows["bergson SOURCE, summed tokens"] = bergson(arguments.bergson, "source", "sum", segments=1)
         rows = {row: rows[row] for row in arguments.rows or rows}
         reports.append(study(name, task, arguments, rows, "source", "lds"))
     return reports

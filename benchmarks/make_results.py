@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+import final_model_page
 import matplotlib.pyplot as plt
 from lds_study import RESULTS, ROWS
 
@@ -497,6 +498,7 @@ def main() -> None:
             cross_layer_section(first),
             two_stage_section(),
             ablation_section(second),
+            final_model_page.section(RESULTS),
             removal_section(removal),
             mislabel_section(mislabel),
         ]
