@@ -204,6 +204,8 @@ IN_BODY = {"source, linear layers of the body": "source", "influence, linear lay
 ROWS: dict[str, Scores] = {
     "source": by("source"),
     "source, cross-layer": by("source", cross_layer=True),
+    "source, symmetric": by("source", adaptive="symmetric"),
+    "source, symmetric, cross-layer": by("source", adaptive="symmetric", cross_layer=True),
     "source, L=3, points": by("source", segments=3, snapshots="point"),
     "fast-source": by("fast-source"),
     "influence": by("influence"),

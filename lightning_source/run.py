@@ -238,6 +238,7 @@ class Run:
         factors: Sequence[Factors],
         blocks: Sequence[Block],
         columns: Callable[[str, Tensor], Tensor] = lambda name, values: values,
+        symmetric: bool = False,
     ) -> dict[str, list[SegmentCurvature]]:
         """What the walk needs to know of each block in each segment; ``columns`` takes what the walked vectors have.
 
@@ -269,6 +270,7 @@ class Run:
                         columns(block.name, scale[block.name]) if block.name in scale else None,
                         stage.decoupled(segment.stretch.first, group),
                         float(one[block.name].eigenvalues.clamp_min(0).mean()) if block.name in scale else None,
+                        symmetric,
                     )
                 )
         return found

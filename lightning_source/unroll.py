@@ -74,6 +74,7 @@ class SegmentCurvature(NamedTuple):
     preconditioner: Tensor | None = None  # P̄ [P, O, I], in parameter space; None: plain gradient steps
     decoupled: bool = False  # the decay is not preconditioned
     mean: float | None = None  # mean eigenvalue of the whole block, where those here are of some columns
+    symmetric: bool = False  # under a preconditioner: one symmetric operator in place of the hybrid
 
 
 def diagonal_of(basis: Basis, eigenvalues: Tensor) -> Tensor:
@@ -97,7 +98,9 @@ def reverse_walk(query: Tensor, basis: Basis, segments: Sequence[SegmentCurvatur
     vector, here = query, basis
     for index in range(len(segments) - 1, -1, -1):
         segment = segments[index]
-        step = _gradient_segment if segment.preconditioner is None else _preconditioned_segment
+        step = _gradient_segment
+        if segment.preconditioner is not None:
+            step = _symmetric_segment if segment.symmetric else _preconditioned_segment
         response, vector, here = step(vector, here, segment, index == 0)
         yield response
 
@@ -126,3 +129,29 @@ def _preconditioned_segment(vector: Tensor, here: Basis, segment: SegmentCurvatu
     mean = float(values.mean()) if segment.mean is None else segment.mean
     response = damped_inverse(values, max(0.1 * mean + decay, 1e-30)) * moved
     return response, vector if first else torch.exp(-exponent) * vector, IDENTITY
+
+
+def _symmetric_segment(vector: Tensor, here: Basis, segment: SegmentCurvature, first: bool) -> _Step:
+    """Adam and its like by one operator, ``M = P^½ H P^½`` (Eq. 39, 43), in the eigenbasis ``Q`` of ``H``.
+
+    What ``P`` does to an eigenvalue ``σ`` is taken as ``p̂σ`` with ``p̂ = diag(Qᵀ P Q)``. So ``r = P^½ F_r(M) P^½ g``
+    and ``S = P^½ exp(-ΛM) P^-½`` are exact where ``P`` is a multiple of the identity, tend to ``ΛP g`` where the
+    curvature is small, and need no damping.
+    """
+    assert segment.preconditioner is not None
+    root, basis = segment.preconditioner.sqrt(), segment.basis
+    scale = _diagonal_in(basis, segment.preconditioner)
+    decay = segment.weight_decay / scale if segment.decoupled else segment.weight_decay
+    values = scale * (segment.eigenvalues.clamp_min(0) + decay)
+    rotated = basis.rotate_from(IDENTITY, root * IDENTITY.rotate_from(here, vector))
+    back = IDENTITY.rotate_from(basis, segment_response(values, segment.rate) * rotated)
+    response = basis.rotate_from(IDENTITY, root * back)
+    if first:
+        return response, vector, IDENTITY
+    return response, IDENTITY.rotate_from(basis, segment_decay(values, segment.rate) * rotated) / root, IDENTITY
+
+
+def _diagonal_in(basis: Basis, values: Tensor) -> Tensor:
+    """Diagonal of ``Qᵀ diag(values) Q``, ``(Q_G∘Q_G)ᵀ values (Q_A∘Q_A)``, ``[P, O, I]``."""
+    found = values if basis.gradients is None else basis.gradients.square().mT @ values
+    return found if basis.activations is None else found @ basis.activations.square()

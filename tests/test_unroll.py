@@ -169,3 +169,53 @@ def test_the_walk_leaves_the_query_alone():
     before = query.clone()
     list(reverse_walk(query, segments[-1].basis, segments))
     assert torch.equal(query, before)
+
+
+def _adaptive(values, scale, rate=0.7, decay=0.0, decoupled=False):
+    generator = torch.Generator().manual_seed(5)
+    basis = Basis(*(torch.linalg.qr(torch.randn(1, n, n, generator=generator).double())[0] for n in (4, 3)))
+    return SegmentCurvature(basis, values, rate, decay, scale, decoupled, symmetric=True)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_preconditioner_that_is_one_number_is_a_learning_rate(decoupled):
+    """Two segments of the symmetric operator against gradient steps at ``p`` times the rate."""
+    torch.manual_seed(0)
+    values, p, decay = torch.rand(1, 3, 4).double() * 3, 0.25, 0.3
+    adaptive = _adaptive(values, torch.full((1, 3, 4), p).double(), decay=decay, decoupled=decoupled)
+    # A decoupled decay is not scaled by p, so at p times the rate it is 1/p times as large.
+    plain = SegmentCurvature(adaptive.basis, values, 0.7 * p, decay / p if decoupled else decay)
+    query = torch.randn(2, 1, 3, 4).double()
+    identity = Basis(None, None)
+    for one, other in zip(
+        reverse_walk(query, identity, [adaptive] * 2), reverse_walk(query, identity, [plain] * 2), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_without_curvature_a_preconditioned_step_is_the_scaled_gradient():
+    torch.manual_seed(0)
+    scale = torch.rand(1, 3, 4).double() + 0.1
+    segment = _adaptive(torch.zeros(1, 3, 4).double(), scale)
+    query = torch.randn(2, 1, 3, 4).double()
+    found = list(reverse_walk(query, Basis(None, None), [segment] * 2))
+    expected = segment.basis.rotate_from(Basis(None, None), 0.7 * scale * query)
+    for response in found:  # nothing decays either
+        torch.testing.assert_close(response, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_symmetric_operator_is_its_own_dense_form():
+    """``r`` and ``S`` of one matrix ``M`` whose eigenvalues are ``p̂σ`` in the basis of ``H``."""
+    torch.manual_seed(0)
+    values, scale = torch.rand(1, 3, 4).double(), torch.rand(1, 3, 4).double() + 0.1
+    segment = _adaptive(values, scale)
+    q = torch.kron(segment.basis.gradients[0], segment.basis.activations[0])
+    root = torch.diag(scale.flatten().sqrt())
+    spectrum = torch.diag(q.T @ torch.diag(scale.flatten()) @ q) * values.flatten()
+    operator = q @ torch.diag(spectrum) @ q.T
+    decay = torch.linalg.inv(root) @ torch.matrix_exp(-0.7 * operator) @ root
+    response = root @ q @ torch.diag(segment_response(spectrum, 0.7)) @ q.T @ root
+    query = torch.randn(12).double()
+    last, first = reverse_walk(query.view(1, 1, 3, 4), Basis(None, None), [segment] * 2)
+    torch.testing.assert_close(last.flatten(), q.T @ response @ query, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(first.flatten(), q.T @ response @ decay @ query, rtol=1e-10, atol=1e-12)

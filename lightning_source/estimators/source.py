@@ -7,6 +7,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_source.engine import Factors, State
@@ -26,6 +27,7 @@ def source(
     segments: int | Sequence[int] | None = None,
     snapshots: Snapshots | None = None,
     cross_layer: bool = False,
+    adaptive: Literal["hybrid", "symmetric"] = "hybrid",
 ) -> Iterator[Contraction]:
     """One train pass per snapshot, two factor passes per snapshot the first time.
 
@@ -36,13 +38,18 @@ def source(
             ``"point"`` at the parameters of one step in its middle; the run's own setting by default.
         cross_layer: scale each segment's curvature by what its layers have together beyond their own, which brings the
             size of scores near that of real changes (:meth:`Run.coupled`); one more short pass a snapshot.
+        adaptive: how Adam and its like are unrolled: the paper's App. D ``"hybrid"``, or one ``"symmetric"`` operator,
+            which has the right limit where the curvature is small (:mod:`lightning_source.unroll`).
     """
     run = query.run
     which = snapshots or run.settings["snapshots"]
     parts = run.segments(segments)
     load = run.coupled if cross_layer else run.snapshot_factors
     factors = [load(segment, which) for segment in [*parts, *run.later_segments()]]
-    yield from _walk(query, parts, factors, [[partial(run.state, s, which) for s in p.snapshots] for p in parts])
+    if adaptive not in ("hybrid", "symmetric"):
+        raise MisconfigurationException(f'`adaptive="{adaptive}"` is not known. HINT: "hybrid" or "symmetric".')
+    states = [[partial(run.state, s, which) for s in p.snapshots] for p in parts]
+    yield from _walk(query, parts, factors, states, adaptive == "symmetric")
 
 
 @estimates("fast-source")
@@ -64,6 +71,7 @@ def _walk(
     segments: Sequence[Segment],
     factors: Sequence[Factors],
     states: Sequence[Sequence[Callable[[], State]]],
+    symmetric: bool = False,
 ) -> Iterator[Contraction]:
     run = query.run
     later = [*segments, *run.later_segments()]
@@ -73,7 +81,7 @@ def _walk(
     gradients = query.gradients(run.final(), bases)
     blocks = [block for block in run.unbroken() if block.name in gradients]
     walks = {}
-    for name, chain in run.curvatures(later, factors, blocks, query.columns).items():
+    for name, chain in run.curvatures(later, factors, blocks, query.columns, symmetric).items():
         walks[name] = reverse_walk(gradients.pop(name), chain[-1].basis, chain)
         for _ in chain[len(segments) :]:  # later stages only carry the query back to the asked one
             next(walks[name])
