@@ -269,7 +269,8 @@ whole one. Nor is it too much curvature: with a tenth of Λ, where SOURCE should
 falls. The hybrid for Adam (App. D of the paper: a diagonal curvature inside the exponential, the damped inverse of
 EK-FAC's outside) does not tend to the product ΛP where ΛPσ is small, since the two curvatures do not cancel there and a
 factor of their ratio is left. SOURCE without the preconditioner, which has the right limit, is ahead of SOURCE with it;
-on digits-adam, where the curvature is large, it is the other way round.
+on digits-adam, where the curvature is large, it is the other way round. One symmetric operator in place of the hybrid
+(`adaptive="symmetric"`, the rows "source, symmetric") has the right limit on both sides.
 
 *Noise.* On SST-2 and CIFAR-10, whose ground truths are the least reliable, SOURCE and influence cannot be told apart.
 """
