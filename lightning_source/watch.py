@@ -102,6 +102,7 @@ class StepWatch:
             self.optimizer.register_step_post_hook(self._after_step),
         ]
         if self.by_hand:
+            self._witness = None
             parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
             self._handles += [p.register_hook(partial(self._on_gradient, p)) for p in parameters]
 
