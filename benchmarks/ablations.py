@@ -21,8 +21,8 @@ from tasks import TASKS, Trained
 from torch import Tensor
 
 from lightning_source import InfluenceScores
-from lightning_source.run import Run
-from lightning_source.unroll import SegmentCurvature
+from lightning_source.curvature.unroll import SegmentCurvature
+from lightning_source.runs.run import Run
 
 REFERENCE = "source"
 

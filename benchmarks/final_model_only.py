@@ -45,11 +45,11 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_source import SourceCallback, SourceScorer, attribute
+from lightning_source.curvature.unroll import damped_inverse, segment_response
 from lightning_source.estimators import estimator_for
 from lightning_source.evaluation.cosine import FinalModelCosine
 from lightning_source.evaluation.curves import CosineCurve, plot_curves
 from lightning_source.evaluation.further_training import FurtherTraining, further_training
-from lightning_source.unroll import damped_inverse, segment_response
 
 EPOCHS = (1, 2, 3, 5, 8, 12, 20, 30, 50, 80, 125, 200, 300, 500)
 # Label -> (method, what it is told of the horizon). Methods that this version does not know are skipped with a note.

@@ -44,7 +44,7 @@ from lightning_source.evaluation.exact import flat_network
 from lightning_source.evaluation.lds import DatamodelingResult
 from lightning_source.evaluation.statistics import mean_interval
 from lightning_source.evaluation.unrolled import adam, batches, sgd, unrolled_scores
-from lightning_source.recorder import mean_preconditioner
+from lightning_source.recording.snapshots import mean_preconditioner
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = "quick"

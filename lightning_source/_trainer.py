@@ -15,9 +15,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
-from lightning_source.data import Examples, examples_of
-from lightning_source.ranks import ALONE, Ranks
-from lightning_source.store import MANIFEST
+from lightning_source.capture.data import Examples, examples_of
+from lightning_source.distributed import SINGLE_PROCESS, Ranks
+from lightning_source.recording.store import MANIFEST
 
 
 def check_trainer(trainer: Any, module: Any, optimizer: int | None) -> None:
@@ -118,7 +118,7 @@ def _left_out(trainer: Any, loader: DataLoader) -> Sequence[str]:
 
 def ranks_of(trainer: Any) -> Ranks:
     """The processes that train together; an earlier fit's process group may outlive it."""
-    return Ranks.current() if trainer.world_size > 1 else ALONE
+    return Ranks.current() if trainer.world_size > 1 else SINGLE_PROCESS
 
 
 def averages_weights(trainer: Any) -> bool:

@@ -11,12 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_source._trainer import ranks_of, scoring_device
-from lightning_source.data import Examples
-from lightning_source.objective import Measurement
-from lightning_source.run import Run
+from lightning_source.capture.data import Examples
+from lightning_source.capture.objective import Measurement
+from lightning_source.recording.store import MANIFEST, SharedStore, open_to_score
+from lightning_source.runs.run import Run
 from lightning_source.scorer import SourceScorer
 from lightning_source.scores import InfluenceScores
-from lightning_source.store import MANIFEST, SharedStore, open_to_score
 
 
 class AttributingCallback(Callback):
@@ -32,7 +32,7 @@ class AttributingCallback(Callback):
         self.dirpath = dirpath
         self.measurement = measurement
         self._path: Path | None = None  # of the run that was recorded here
-        self._taught: dict[int, tuple[LightningModule, Examples | None]] = {}  # by stage
+        self._stage_data: dict[int, tuple[LightningModule, Examples | None]] = {}  # by stage
 
     def _bind(self, trainer: Trainer) -> None:
         """Make it ``trainer.attribute``."""
@@ -43,15 +43,15 @@ class AttributingCallback(Callback):
         # Where child processes trained (ddp_spawn, notebooks), this one knows only where the run must be.
         path = self._path or (Path(self.dirpath).resolve() if self.dirpath else None)
         ranks = ranks_of(trainer)
-        if path is None or not ranks.from_first((path / MANIFEST).exists):
+        if path is None or not ranks.on_rank_zero((path / MANIFEST).exists):
             raise MisconfigurationException(
                 "there is no finished segment: no optimizer step was recorded. HINT: call `fit` first, for at least one"
                 " step."
             )
         store = open_to_score(path) if ranks.world == 1 else SharedStore(path, ranks)
         count = len(store.manifest.get("stages", []))
-        modules = [self._taught.get(index, (pl_module, None))[0] for index in range(count)]
-        data = {index: examples for index, (_, examples) in self._taught.items()}
+        modules = [self._stage_data.get(index, (pl_module, None))[0] for index in range(count)]
+        data = {index: examples for index, (_, examples) in self._stage_data.items()}
         return Run(store, modules, data, getattr(trainer, "datamodule", None), stage, ranks)
 
     def attribute(

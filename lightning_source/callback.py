@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_source._guards import parameters_kept, thawed, undisturbed
 from lightning_source._trainer import (
     averages_weights,
     check_trainer,
@@ -29,17 +28,20 @@ from lightning_source._trainer import (
     training_examples,
 )
 from lightning_source.attribution import AttributingCallback
-from lightning_source.data import Examples, count_examples
-from lightning_source.layers import clean_name
-from lightning_source.manual import numbers_of
-from lightning_source.objective import Objective
-from lightning_source.phases import Phase
-from lightning_source.recorder import Recorder, assemble, changed_between_stages, reopen, replace_final
-from lightning_source.run import fingerprint
+from lightning_source.capture.coverage import find_blocks
+from lightning_source.capture.data import Examples, count_examples
+from lightning_source.capture.isolation import parameters_kept, thawed, undisturbed
+from lightning_source.capture.manual_optimization import numbers_of
+from lightning_source.capture.objective import Objective
+from lightning_source.capture.probe import probe
+from lightning_source.names import clean_name
+from lightning_source.recording.fingerprint import fingerprint
+from lightning_source.recording.optimizer_hooks import OptimizerObserver
+from lightning_source.recording.parameter_groups import Phase
+from lightning_source.recording.recorder import Recorder
+from lightning_source.recording.snapshots import assemble, changed_between_stages, reopen, replace_final
+from lightning_source.recording.store import MANIFEST, RunStore
 from lightning_source.scorer import MEASUREMENTS
-from lightning_source.store import MANIFEST, RunStore
-from lightning_source.tracking import find_blocks, probe
-from lightning_source.watch import StepWatch
 
 # How Lightning's learning rate and batch size finders name their checkpoints.
 TUNERS = (".lr_find_", ".scale_batch_size_")
@@ -148,7 +150,7 @@ class SourceCallback(AttributingCallback):
         self._recorder: Recorder | None = None
         self._restored: dict[str, Any] | None = None  # what a checkpoint said of its recording
         self._next_name: str | None = None
-        self._watch: StepWatch | None = None
+        self._watch: OptimizerObserver | None = None
         self._probed = False
         self._trains = False
         self._batches = 0
@@ -224,10 +226,10 @@ class SourceCallback(AttributingCallback):
         Objective(pl_module)
         if self._recorder is not None and Path(str(trainer.ckpt_path)).name.startswith(TUNERS):
             self._restored = None  # the tuner's own checkpoint, which it has put back
-        self._watch = StepWatch(trainer, pl_module, self.optimizer or 0, partial(self._timed, "recording"))
+        self._watch = OptimizerObserver(trainer, pl_module, self.optimizer or 0, partial(self._timed, "recording"))
         path = run_directory(trainer, self.dirpath)
         if self._path is None:
-            self._path = ranks_of(trainer).from_first(lambda: self._open_store(trainer, path))
+            self._path = ranks_of(trainer).on_rank_zero(lambda: self._open_store(trainer, path))
 
     def _open_store(self, trainer: Trainer, path: Path) -> Path:
         """The directory of a new run, or that of the run which the checkpoint belongs to."""
@@ -249,8 +251,8 @@ class SourceCallback(AttributingCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         examples = training_examples(trainer)
         self._trains = True
-        index = ranks_of(trainer).from_first(lambda: self._begin(trainer, pl_module, examples))
-        self._taught[index] = (pl_module, examples)
+        index = ranks_of(trainer).on_rank_zero(lambda: self._begin(trainer, pl_module, examples))
+        self._stage_data[index] = (pl_module, examples)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, examples: Examples | None) -> int:
         """Start to record, on the rank that does; gives back the stage's index."""
@@ -463,9 +465,9 @@ class SourceCallback(AttributingCallback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ranks = ranks_of(trainer)
-        recorded = ranks.from_first(lambda: self._close("finished"))
-        index = max(self._taught, default=0)
-        if not recorded or self.mode == "deferred" or self._taught[index][1] is None:
+        recorded = ranks.on_rank_zero(lambda: self._close("finished"))
+        index = max(self._stage_data, default=0)
+        if not recorded or self.mode == "deferred" or self._stage_data[index][1] is None:
             return
         try:
             with self._timed("factors"):
@@ -477,7 +479,7 @@ class SourceCallback(AttributingCallback):
                 f"SourceCallback could not fit its factors: {error} Training and its snapshots are safe in"
                 f" `{self._path}`; the factors are tried again when scores are asked for."
             )
-        if ranks.first:
+        if ranks.is_global_zero:
             self._store = RunStore.open(self._store.path) if self._store else None
 
     @override

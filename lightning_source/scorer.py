@@ -12,14 +12,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_source.data import examples_of, query_of
-from lightning_source.estimators import Contraction, Query, estimator_for, held_by, unit_of
+from lightning_source.capture.data import examples_of, query_of
+from lightning_source.capture.objective import Measurement
+from lightning_source.estimators import Contraction, Query, estimator_for, floats_per_parameter_of, unit_of
 from lightning_source.estimators.source import self_influence
-from lightning_source.final_model import open_final_model, set_rate
-from lightning_source.objective import Measurement
-from lightning_source.run import Run
+from lightning_source.recording.store import open_to_score
+from lightning_source.runs.final_model import open_final_model, set_rate
+from lightning_source.runs.run import Run
 from lightning_source.scores import SIGN, InfluenceScores
-from lightning_source.store import open_to_score
 
 MEASUREMENTS = ("loss", "margin", "log-prob")
 
@@ -213,10 +213,10 @@ class SourceScorer:
         total = torch.zeros(len(queries), len(data) if ids is None else len(ids))
         shares = torch.zeros(len(run.segments(options.get("segments"))), *total.shape) if per_segment else None
         start = 0
-        remarks: dict[str, Any] = {}
-        for piece in queries.split(self._queries_at_once(held_by(method, options))):
+        extra_metadata: dict[str, Any] = {}
+        for piece in queries.split(self._queries_at_once(floats_per_parameter_of(method, options))):
             rows = slice(start, start + len(piece))
-            asked = Query(run, piece, self.measurement, remarks=remarks)
+            asked = Query(run, piece, self.measurement, extra_metadata=extra_metadata)
             for term in estimator(asked, **options):
                 if isinstance(term, Contraction):
                     new = term.weight * run.workspace.inner_products(
@@ -233,7 +233,7 @@ class SourceScorer:
             torch.arange(len(data)) if ids is None else ids,
             torch.arange(len(queries)),
             shares,
-            self._metadata(method, options) | remarks,
+            self._metadata(method, options) | extra_metadata,
         )
 
     def self_influence(self, train: Any = None, *, train_ids: Sequence[int] | Tensor | None = None) -> Tensor:

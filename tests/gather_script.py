@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_source import SourceCallback, engine
+from lightning_source import SourceCallback
+from lightning_source.passes import factors
 
 QUERY = [x[:3] for x in classes(8, seed=2).tensors]
 
@@ -46,7 +47,7 @@ def main(folder: Path) -> None:
     found = trainer.attribute(QUERY, method="influence", batch_size=8).values
     error = "none"
     if trainer.global_rank == 1:
-        engine.eigenbasis = fails
+        factors.eigenbasis = fails
     try:
         trainer.attribute(QUERY, snapshots="point")
     except torch.linalg.LinAlgError as raised:

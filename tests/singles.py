@@ -1,4 +1,4 @@
-"""Captured gradients of a whole module against autograd on one example at a time."""
+"""BlockGradients gradients of a whole module against autograd on one example at a time."""
 
 import lightning as L
 import torch
@@ -6,19 +6,13 @@ import torch.nn.functional as F
 from checks import measured
 from torch import nn
 
-from lightning_source.capture import Recording
-from lightning_source.factors import (
-    Basis,
-    CovarianceSums,
-    contract,
-    contract_diagonal,
-    eigenvalue_sums,
-    rotated_matrices,
-    squared_norms,
-)
-from lightning_source.layers import clean_name
-from lightning_source.objective import Objective
-from lightning_source.tracking import find_blocks, probe
+from lightning_source.capture.coverage import find_blocks
+from lightning_source.capture.layer_gradients import GradientCapture
+from lightning_source.capture.objective import Objective
+from lightning_source.capture.probe import probe
+from lightning_source.curvature.block_gradients import contract, contract_diagonal, squared_norms
+from lightning_source.curvature.ekfac import Basis, CovarianceSums, eigenvalue_sums, rotated_matrices
+from lightning_source.names import clean_name
 
 EXAMPLES = 4
 # Share of an example's own gradient norm. Batched and single products sum float32 in another order, which costs about
@@ -71,7 +65,7 @@ def compare(net, *inputs, groups=None, share=1.0):
     assert coverage.share >= share, coverage.summary()
     held = [name for block in coverage.blocks for name in block.parameters]
     assert len(held) == len(set(held))
-    recording = Recording(module, coverage.blocks)
+    recording = GradientCapture(module, coverage.blocks)
     captured = recording.captured(objective.evaluate(batch, EXAMPLES, recording).each(), EXAMPLES)
     singles = []
     for i in range(EXAMPLES):

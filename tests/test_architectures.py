@@ -20,10 +20,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_source import SourceCallback, SourceScorer
-from lightning_source.capture import Recording
-from lightning_source.layers import clean_name
-from lightning_source.objective import Objective
-from lightning_source.tracking import find_blocks, probe
+from lightning_source.capture.coverage import find_blocks
+from lightning_source.capture.layer_gradients import GradientCapture
+from lightning_source.capture.objective import Objective
+from lightning_source.capture.probe import probe
+from lightning_source.names import clean_name
 
 BATCH, EXAMPLES, LENGTH = 4, 12, 12
 # Share of an example's own gradient norm; see `singles.TOLERANCE`.
@@ -339,7 +340,7 @@ def test_gradients_of_every_block(name):
     named = {clean_name(n): p for n, p in module.named_parameters() if p.requires_grad}
     coverage = probe(module, objective, find_blocks(module, [list(named.values())]), batch, BATCH)
     assert coverage.share >= 0.99, coverage.summary()
-    recording = Recording(module, coverage.blocks)
+    recording = GradientCapture(module, coverage.blocks)
     captured = recording.captured(objective.evaluate(batch, BATCH, recording).each(), BATCH)
     counts = case.count(batch) if case.count else torch.ones(BATCH)
     singles = []

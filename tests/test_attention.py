@@ -5,8 +5,9 @@ from singles import EXAMPLES, Apply, Net, compare, floats
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_source.objective import Objective
-from lightning_source.tracking import find_blocks, probe
+from lightning_source.capture.coverage import find_blocks
+from lightning_source.capture.objective import Objective
+from lightning_source.capture.probe import probe
 
 
 def names(coverage):

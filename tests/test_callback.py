@@ -19,9 +19,9 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader
 
 from lightning_source import SourceCallback, SourceScorer
-from lightning_source.recorder import assemble, snapshot_parameters
-from lightning_source.segments import Stretch
-from lightning_source.store import RunStore
+from lightning_source.recording.intervals import StepInterval
+from lightning_source.recording.snapshots import assemble, snapshot_parameters
+from lightning_source.recording.store import RunStore
 
 QUERY = [x[:3] for x in classes(8, seed=2).tensors]
 
@@ -99,7 +99,8 @@ def step_log(tmp_path, groups=1):
 
 def stretches(tmp_path, what="segments"):
     return [
-        Stretch.from_json({k: v for k, v in one.items() if k != "snapshots"}) for one in run_of(tmp_path).manifest[what]
+        StepInterval.from_json({k: v for k, v in one.items() if k != "snapshots"})
+        for one in run_of(tmp_path).manifest[what]
     ]
 
 

@@ -6,7 +6,8 @@ from helpers import Classifier, classes, fitted, mlp
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
-from lightning_source.factors import Captured, gram
+from lightning_source.curvature.block_gradients import BlockGradients, gram
+from lightning_source.passes.factors import eigenvalues_of, squared_traces
 
 
 def gauss_newton(module, state, inputs):
@@ -33,8 +34,8 @@ def test_squared_traces_are_those_of_dense_matrices(tmp_path, net):
         state = run.state(segment.snapshots[-1], "mean")
         bases = {name: one.basis for name, one in factors.items()}
         ids = torch.arange(4000)
-        full, blocks = run.workspace.squared_traces(state, run.data, ids, bases)
-        values = run.workspace.eigenvalues(state, run.data, ids, bases, 8)
+        full, blocks = squared_traces(run.workspace, state, run.data, ids, bases)
+        values = eigenvalues_of(run.workspace, state, run.data, ids, bases, 8)
         dense = gauss_newton(trainer.lightning_module, state, data.tensors[0].double())
     assert full == pytest.approx(float(dense.square().sum()), rel=0.15)
     assert blocks == pytest.approx(sum(float(v.square().sum()) for v in values.values()), rel=0.15)
@@ -51,7 +52,7 @@ def test_scores_are_those_of_scaled_eigenvalues(tmp_path, monkeypatch):
         assert max(scales) > 1.2  # two layers share directions
         monkeypatch.setattr(
             type(scorer.run),
-            "coupled",
+            "cross_layer_factors",
             lambda run, segment, which: run.snapshot_factors(segment, which),
         )
         assert torch.equal(trainer.attribute(query, cross_layer=True).values, plain)
@@ -67,9 +68,9 @@ def _names(run):
 
 @pytest.mark.parametrize("positions", [1, 3])
 def test_inner_products_of_all_pairs(positions):
-    one = Captured(torch.randn(2, 5, positions, 4), torch.randn(2, 5, positions, 3))
+    one = BlockGradients(torch.randn(2, 5, positions, 4), torch.randn(2, 5, positions, 3))
     flat = one.per_example().transpose(0, 1).flatten(1)
     torch.testing.assert_close(gram(one), flat @ flat.T)
-    rows = Captured(torch.randint(7, (1, 5, positions)), torch.randn(1, 5, positions, 3), 7)
+    rows = BlockGradients(torch.randint(7, (1, 5, positions)), torch.randn(1, 5, positions, 3), 7)
     flat = rows.per_example().transpose(0, 1).flatten(1)
     torch.testing.assert_close(gram(rows), flat @ flat.T)

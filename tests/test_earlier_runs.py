@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures.make_runs import RUNS, Classifier
 from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
-from fixtures.make_runs import RUNS, Classifier
 from lightning_source import SourceScorer
 
 CASES = [

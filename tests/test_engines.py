@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_source import SourceCallback, SourceScorer
-from lightning_source.store import RunStore
+from lightning_source.recording.store import RunStore
 
 QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 

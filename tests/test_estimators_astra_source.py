@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_source import SourceCallback
-from lightning_source.krylov import spectral_responses
-from lightning_source.recorder import mean_preconditioner
+from lightning_source.curvature.krylov import spectral_responses
+from lightning_source.recording.snapshots import mean_preconditioner
 
 HIDDEN, SIZE = 3, 33
 OPTIMIZERS = {

@@ -12,13 +12,15 @@ from helpers import classes, mlp
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_source.data import Examples
-from lightning_source.engine import Workspace
-from lightning_source.factors import Captured, contract
-from lightning_source.losses import read_call
-from lightning_source.objective import Objective
-from lightning_source.products import GaussNewton, _batched_grad, expand
-from lightning_source.tracking import find_blocks, probe
+from lightning_source.capture.coverage import find_blocks
+from lightning_source.capture.data import Examples
+from lightning_source.capture.losses import read_call
+from lightning_source.capture.objective import Objective
+from lightning_source.capture.probe import probe
+from lightning_source.curvature.block_gradients import BlockGradients, contract
+from lightning_source.passes.calibration import calibrate
+from lightning_source.passes.gauss_newton import GaussNewton, _batched_grad, expand
+from lightning_source.passes.workspace import Workspace
 
 QUERIES = 3
 
@@ -46,7 +48,7 @@ def product_of(module, data, batch_size=5, **options):
     state = {name: p.detach().clone() for name, p in module.named_parameters()}
     workspace = Workspace(module, coverage.blocks, objective)
     with workspace.at(state):
-        workspace.calibrate(examples, batch_size)
+        calibrate(workspace, examples, batch_size)
     return GaussNewton(workspace, examples, lambda: state, **options)
 
 
@@ -293,11 +295,11 @@ def test_directions_are_taken_one_by_one_where_they_have_to():
 
 @pytest.mark.parametrize("positions", [1, 3])
 def test_expand_is_the_adjoint_of_contract(positions):
-    captured = Captured(torch.randn(2, 4, positions, 3), torch.randn(2, 4, positions, 5))
+    captured = BlockGradients(torch.randn(2, 4, positions, 3), torch.randn(2, 4, positions, 5))
     vectors, weights = torch.randn(6, 2, 5, 3), torch.randn(6, 4)
     left = (contract(captured, vectors) * weights).sum(1)
     torch.testing.assert_close(left, (vectors * expand(captured, weights)).sum((1, 2, 3)), rtol=1e-4, atol=1e-4)
-    tokens = Captured(torch.randint(7, (1, 4, positions)), torch.randn(1, 4, positions, 5), 7)
+    tokens = BlockGradients(torch.randint(7, (1, 4, positions)), torch.randn(1, 4, positions, 5), 7)
     vectors = torch.randn(6, 1, 5, 7)
     left = (contract(tokens, vectors) * weights).sum(1)
     torch.testing.assert_close(left, (vectors * expand(tokens, weights)).sum((1, 2, 3)), rtol=1e-4, atol=1e-4)

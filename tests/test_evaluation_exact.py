@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import jacrev
 
+from lightning_source.curvature.unroll import finite_step_response, segment_response
 from lightning_source.evaluation.exact import (
     DenseSegment,
     dense_segment,
@@ -17,7 +18,6 @@ from lightning_source.evaluation.exact import (
     gauss_newton,
 )
 from lightning_source.evaluation.unrolled import Batch, adam, batches, run, sgd, unrolled_scores
-from lightning_source.unroll import finite_step_response, segment_response
 
 EXAMPLES, CLASSES = 12, 3
 

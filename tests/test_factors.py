@@ -9,24 +9,29 @@ from torch import nn
 from torch.func import functional_call, jacrev
 from torch.utils.data import TensorDataset
 
-from lightning_source import factors
-from lightning_source.data import Examples
-from lightning_source.engine import BlockFactors, Workspace, fit_factors
-from lightning_source.factors import (
-    Basis,
-    Captured,
-    CovarianceSums,
+from lightning_source.capture.coverage import find_blocks
+from lightning_source.capture.data import Examples
+from lightning_source.capture.objective import Objective
+from lightning_source.curvature import block_gradients as factors
+from lightning_source.curvature.block_gradients import (
+    BlockGradients,
     contract,
     contract_diagonal,
     contract_pairs,
+    squared_norms,
+)
+from lightning_source.curvature.ekfac import (
+    Basis,
+    BlockFactors,
+    CovarianceSums,
     eigenbasis,
     eigenvalue_sums,
     mean_covariances,
     rotated_matrices,
-    squared_norms,
 )
-from lightning_source.objective import Objective
-from lightning_source.tracking import find_blocks
+from lightning_source.passes.calibration import calibrate
+from lightning_source.passes.factors import fit_factors
+from lightning_source.passes.workspace import Workspace
 
 B = 6
 SIZES = [(2, 5), (5, 2), (4, 4)]
@@ -37,7 +42,7 @@ BASES = ["full", "activations", "gradients", "none"]
 def captured(parts, positions, outputs, inputs, examples=B, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     a, g = (torch.randn(parts, examples, positions, f, generator=generator).to(dtype) for f in (inputs, outputs))
-    return Captured(a, g)
+    return BlockGradients(a, g)
 
 
 def matrices(one):
@@ -138,7 +143,7 @@ def test_merging_adds_up(positions):
 def test_half_precision_adds_up_in_float32(dtype, positions):
     """Sums of ones in bfloat16 stop at 256, in float16 at 2048; 4,000 batches must add up to 4,000."""
     batch = captured(1, positions, 2, 3, examples=1, dtype=dtype)
-    one = Captured(torch.ones_like(batch.activations), torch.ones_like(batch.gradients))
+    one = BlockGradients(torch.ones_like(batch.activations), torch.ones_like(batch.gradients))
     total, values = CovarianceSums.of(one), eigenvalue_sums(one, Basis(None, None))
     for _ in range(3999):
         total = total.merge(CovarianceSums.of(one))
@@ -179,7 +184,7 @@ def workspace(module, data, **options):
     blocks = find_blocks(module, [list(module.parameters())]).blocks
     space = Workspace(module, blocks, Objective(module))
     examples = Examples(data, 50)
-    space.calibrate(examples, 50)
+    calibrate(space, examples, 50)
     return space, examples
 
 

@@ -6,10 +6,11 @@ from singles import EXAMPLES, Apply, Net, compare, floats, tokens
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_source import capture
+from lightning_source.capture import layer_gradients as capture
+from lightning_source.capture.coverage import find_blocks
+from lightning_source.capture.objective import Objective
+from lightning_source.capture.probe import probe
 from lightning_source.layers import free
-from lightning_source.objective import Objective
-from lightning_source.tracking import find_blocks, probe
 
 
 def blocks(coverage):

@@ -7,10 +7,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from lightning_source.capture import Recording
+from lightning_source.capture.coverage import find_blocks
+from lightning_source.capture.layer_gradients import GradientCapture
+from lightning_source.capture.objective import Objective
+from lightning_source.capture.probe import probe
 from lightning_source.layers import form_of
-from lightning_source.objective import Objective
-from lightning_source.tracking import find_blocks, probe
 
 
 def plain(layer, x):
@@ -145,7 +146,7 @@ def test_skipped_by_control_flow(kind):
     coverage = probe(module, objective, find_blocks(module, [list(module.parameters())]), batch, EXAMPLES)
     assert coverage.share == 1
     net.skips = True
-    recording = Recording(module, coverage.blocks)
+    recording = GradientCapture(module, coverage.blocks)
     captured = recording.captured(objective.evaluate(batch, EXAMPLES, recording).each(), EXAMPLES)
     assert set(captured) == {"net.head", "net.other"}
 

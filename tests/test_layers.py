@@ -1,4 +1,4 @@
-"""Captured per-example gradients against autograd run on one example at a time."""
+"""BlockGradients per-example gradients against autograd run on one example at a time."""
 
 import pytest
 import torch
@@ -10,11 +10,13 @@ from singles import EXAMPLES, TOLERANCE, Apply, Net
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_source.capture import Recording
-from lightning_source.factors import Basis, contract, rotated_matrices, squared_norms
-from lightning_source.layers import clean_name
-from lightning_source.objective import Objective
-from lightning_source.tracking import find_blocks, probe
+from lightning_source.capture.coverage import find_blocks
+from lightning_source.capture.layer_gradients import GradientCapture
+from lightning_source.capture.objective import Objective
+from lightning_source.capture.probe import probe
+from lightning_source.curvature.block_gradients import contract, squared_norms
+from lightning_source.curvature.ekfac import Basis, rotated_matrices
+from lightning_source.names import clean_name
 
 
 class Plain(nn.Linear):
@@ -56,7 +58,7 @@ def compare(net, shape, names, groups=one_group, memory_format=torch.contiguous_
     objective = Objective(module)
     coverage = probe(module, objective, find_blocks(module, groups(module)), batch, EXAMPLES)
     assert [block.name for block in coverage.blocks] == names
-    recording = Recording(module, coverage.blocks)
+    recording = GradientCapture(module, coverage.blocks)
     losses = objective.evaluate(batch, EXAMPLES, recording)
     captured = recording.captured(losses.loss, EXAMPLES)
     singles = []

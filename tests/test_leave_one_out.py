@@ -10,7 +10,7 @@ from sklearn.datasets import load_diabetes
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_source.recorder import snapshot_parameters
+from lightning_source.recording.snapshots import snapshot_parameters
 
 N, QUERIES, STEPS = 160, 20, 200
 

@@ -13,8 +13,8 @@ from checks import measured
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lightning_source.losses import read_call
-from lightning_source.objective import Objective
+from lightning_source.capture.losses import read_call
+from lightning_source.capture.objective import Objective
 
 N, C = 3, 4  # examples and classes, or examples and output coordinates
 DRAWS = 20_000

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_source import SourceCallback, SourceScorer
-from lightning_source.manual import ManualStep
-from lightning_source.objective import Objective
-from lightning_source.store import RunStore
+from lightning_source.capture.manual_optimization import ManualStep
+from lightning_source.capture.objective import Objective
+from lightning_source.recording.store import RunStore
 
 QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 

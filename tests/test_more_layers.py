@@ -6,20 +6,21 @@ from checks import measured
 from singles import EXAMPLES, TOLERANCE, Apply, Net
 from torch import nn
 
-from lightning_source.capture import Recording
-from lightning_source.factors import (
+from lightning_source.capture.coverage import find_blocks
+from lightning_source.capture.layer_gradients import GradientCapture
+from lightning_source.capture.objective import Objective
+from lightning_source.capture.probe import probe
+from lightning_source.curvature.block_gradients import contract, squared_norms
+from lightning_source.curvature.ekfac import (
     CovarianceSums,
-    contract,
     eigenbasis,
     eigenvalue_sums,
     mean_covariances,
     rotated_matrices,
-    squared_norms,
 )
-from lightning_source.layers import clean_name, form_of
+from lightning_source.layers import form_of
 from lightning_source.layers.linear import InputFirstForm
-from lightning_source.objective import Objective
-from lightning_source.tracking import find_blocks, probe
+from lightning_source.names import clean_name
 
 
 def one_group(module):
@@ -50,7 +51,7 @@ def compare(net, shape, names, groups=one_group):
     assert coverage.share == 1
     if names is not None:
         assert [block.name for block in coverage.blocks] == names
-    recording = Recording(module, coverage.blocks)
+    recording = GradientCapture(module, coverage.blocks)
     captured = recording.captured(objective.evaluate(batch, EXAMPLES, recording).loss, EXAMPLES)
     parameters = {clean_name(n): p for n, p in module.named_parameters() if p.requires_grad}
     singles = []
@@ -366,7 +367,7 @@ def test_only_adapters_are_tracked():
     assert coverage.left_out == ()
     assert coverage.trainable == sum(block.numel for block in coverage.blocks) == 2 * (7 + 9) + 2 * (9 + 3)
     module, batch = prepared(net, (6, 7))
-    recording = Recording(module, coverage.blocks)
+    recording = GradientCapture(module, coverage.blocks)
     with recording.listening(EXAMPLES):
         assert not any(base._forward_hooks for base in (net[0].base_layer, net[2], net[3].base_layer))
         loss = module.training_step(batch, 0)

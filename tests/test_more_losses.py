@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from checks import measured
 from torch import Tensor
 
-from lightning_source.losses import read_call
-from lightning_source.objective import Objective
+from lightning_source.capture.losses import read_call
+from lightning_source.capture.objective import Objective
 
 N, C = 3, 4  # examples, and output coordinates or classes
 DRAWS = 20_000

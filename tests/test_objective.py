@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributions import Categorical, Normal
 from torch.utils.data import TensorDataset
 
-from lightning_source.objective import Objective
+from lightning_source.capture.objective import Objective
 
 N, B, T, OUTPUTS = 40, 8, 5, 3
 DATA = classes(N)

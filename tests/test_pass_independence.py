@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from helpers import Classifier, classes, fitted, mlp
 from safetensors import safe_open
 
-from lightning_source._guards import undisturbed
-from lightning_source.engine import Examples, Workspace
-from lightning_source.objective import Objective
-from lightning_source.tracking import find_blocks
+from lightning_source.capture.coverage import find_blocks
+from lightning_source.capture.isolation import undisturbed
+from lightning_source.capture.objective import Objective
+from lightning_source.passes.calibration import calibrate
+from lightning_source.passes.workspace import Examples, Workspace
 
 SCRIPT = Path(__file__).with_name("gather_script.py")
 
@@ -121,7 +122,7 @@ def test_a_state_that_leaves_parameters_out_has_them_back_all_the_same(write):
     before = [p.detach().clone() for p in module.parameters()]
     space = Workspace(module, find_blocks(module, [list(module.net.parameters())]).blocks, Objective(module))
     with space.at({}):
-        space.calibrate(Examples(classes(), 8), 8)
+        calibrate(space, Examples(classes(), 8), 8)
         assert not torch.equal(module.teacher[0].weight, before[4])
     assert all(map(torch.equal, module.parameters(), before))
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_source import SourceCallback, SourceScorer
-from lightning_source.phases import Phase, phase_at
-from lightning_source.segments import Stretch, cut
-from lightning_source.store import RunStore
+from lightning_source.recording.intervals import StepInterval, cut
+from lightning_source.recording.parameter_groups import Phase, phase_at
+from lightning_source.recording.store import RunStore
 
 QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 
@@ -33,13 +33,13 @@ def test_columns_split_where_their_parameters_part():
 
 
 def test_a_stretch_counts_for_every_part_of_a_column():
-    stretch = Stretch(0, 3, (0.3, 0.6), (0.0, 0.1))
+    stretch = StepInterval(0, 3, (0.3, 0.6), (0.0, 0.1))
     found = stretch.regrouped([0, 0, 1, None])
     assert (found.rates, found.decays) == ((0.3, 0.3, 0.6, 0.0), (0.0, 0.0, 0.1, 0.0))
 
 
 def test_a_segment_ends_where_a_phase_does():
-    stretches = [Stretch(i, i + 1, (1.0,), (0.0,)) for i in range(6)]
+    stretches = [StepInterval(i, i + 1, (1.0,), (0.0,)) for i in range(6)]
     assert cut(stretches, 1, [4]) == [[0, 1, 2, 3], [4, 5]]
     assert cut(stretches, 2, [3]) == [[0, 1, 2], [3, 4, 5]]
     assert cut(stretches, [2], [0, 4]) == [[0, 1], [2, 3], [4, 5]]

@@ -9,10 +9,11 @@ from helpers import fitted
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_source.capture import Recording
-from lightning_source.objective import Objective
-from lightning_source.picked import by_owner, owners_of
-from lightning_source.tracking import find_blocks, probe
+from lightning_source.capture.coverage import find_blocks
+from lightning_source.capture.layer_gradients import GradientCapture
+from lightning_source.capture.masked_rows import by_owner, owners_of
+from lightning_source.capture.objective import Objective
+from lightning_source.capture.probe import probe
 
 EXAMPLES, LENGTH, CLASSES = 4, 5, 7
 # Rows are fewer than examples times length, not sorted by how many there are, and as many as twice the examples: their
@@ -92,7 +93,7 @@ def test_gradients_of_single_examples(way):
     coverage = probe(module, objective, find_blocks(module, [list(module.parameters())]), batch, EXAMPLES)
     assert coverage.left_out == ()
     assert not any(block.free for block in coverage.blocks)
-    recording = Recording(module, coverage.blocks)
+    recording = GradientCapture(module, coverage.blocks)
     losses = objective.evaluate(batch, EXAMPLES, recording)
     captured = recording.captured(losses.each(), EXAMPLES)
     named = dict(module.named_parameters())

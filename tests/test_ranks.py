@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from lightning_source import SourceCallback, SourceScorer, attribute
-from lightning_source.ranks import Ranks
-from lightning_source.store import RunStore
+from lightning_source.distributed import Ranks
+from lightning_source.recording.store import RunStore
 
 SCRIPT = Path(__file__).with_name("ranks_script.py")
 # float64 trainings whose sums run in another order, read back from scores kept in float32.
@@ -105,8 +105,8 @@ def test_a_run_is_resumed_on_one_rank(folders, tmp_path, monkeypatch, devices):
 def test_one_process_works_alone():
     ranks = Ranks()
     assert Ranks.current() == ranks
-    assert ranks.first
-    assert ranks.from_first(lambda: 3) == ranks.together(lambda: 3) == 3
+    assert ranks.is_global_zero
+    assert ranks.on_rank_zero(lambda: 3) == ranks.on_all_ranks(lambda: 3) == 3
     assert ranks.collect(ranks.share([1, 2, 3])) == [1, 2, 3]
     assert Ranks(1, 3).share([0, 1, 2, 3, 4]) == [1, 4]
     tensor = torch.ones(2)

@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_source import SourceCallback, SourceScorer
-from lightning_source.recorder import mean_parameters
-from lightning_source.segments import Stretch
-from lightning_source.store import RunStore
+from lightning_source.recording.intervals import StepInterval
+from lightning_source.recording.snapshots import mean_parameters
+from lightning_source.recording.store import RunStore
 
 QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 
@@ -105,7 +105,7 @@ def test_a_finished_run_that_is_continued_is_one_run(tmp_path, settings):
     for a, b in zip(one.manifest["segments"], other.manifest["segments"], strict=True):
         assert abs(a["last"] - b["last"]) <= 1  # bins are longer
     assert torch.equal(one.read("steps.safetensors")["steps"], other.read("steps.safetensors")["steps"])
-    means = [mean_parameters(s, [Stretch.from_json(x) for x in s.manifest["snapshots"]]) for s in (one, other)]
+    means = [mean_parameters(s, [StepInterval.from_json(x) for x in s.manifest["snapshots"]]) for s in (one, other)]
     for name, value in means[0].items():
         torch.testing.assert_close(means[1][name], value, rtol=1e-5, atol=1e-7)
     on_disk = {str(p.relative_to(other.path)) for p in other.path.rglob("*.safetensors")}

@@ -6,7 +6,7 @@ import torch
 from helpers import Classifier, classes, fitted, mlp
 
 from lightning_source import InfluenceScores, SourceScorer, attribute
-from lightning_source.data import Examples
+from lightning_source.capture.data import Examples
 
 QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 

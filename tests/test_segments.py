@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from lightning_source.segments import (
-    Stretch,
+from lightning_source.recording.intervals import (
+    StepInterval,
     cut,
     cut_evenly,
     merge_all,
@@ -23,7 +23,7 @@ def training(lengths, groups=2, start=0, seed=0):
     draw = random.Random(seed)
     firsts = itertools.accumulate(lengths, initial=start)
     return [
-        Stretch(
+        StepInterval(
             first,
             first + length,
             tuple(draw.randrange(1, 64) / 8 for _ in range(groups)),
@@ -49,9 +49,9 @@ def assert_partition(groups, stretches):
 
 
 def test_a_merge_sums_what_was_summed():
-    a = Stretch(0, 3, (1.0, 0.5), (0.25, 0.0), "a")
-    b = Stretch(3, 10, (2.0, 0.25), (0.5, 0.125), "b")
-    assert a.merge(b) == Stretch(0, 10, (3.0, 0.75), (0.75, 0.125), "")
+    a = StepInterval(0, 3, (1.0, 0.5), (0.25, 0.0), "a")
+    b = StepInterval(3, 10, (2.0, 0.25), (0.5, 0.125), "b")
+    assert a.merge(b) == StepInterval(0, 10, (3.0, 0.75), (0.75, 0.125), "")
     assert (a.steps, b.steps, a.merge(b).steps) == (3, 7, 10)
     assert a.merge(b).weight == (3.0 + 0.75) / 2
     assert a.merge(b).weight_decay(0) == 0.25
@@ -72,27 +72,27 @@ def test_merging_is_associative():
 @pytest.mark.parametrize("first", [2, 4, 0])
 def test_gaps_overlaps_and_wrong_order_are_refused(first):
     with pytest.raises(ValueError, match="do not follow steps 0-3"):
-        Stretch(0, 3, (1.0,), (0.0,)).merge(Stretch(first, 9, (1.0,), (0.0,)))
+        StepInterval(0, 3, (1.0,), (0.0,)).merge(StepInterval(first, 9, (1.0,), (0.0,)))
 
 
 def test_parameter_groups_must_match():
     with pytest.raises(ValueError, match="shorter"):
-        Stretch(0, 3, (1.0, 2.0), (0.0, 0.0)).merge(Stretch(3, 4, (1.0,), (0.0,)))
+        StepInterval(0, 3, (1.0, 2.0), (0.0, 0.0)).merge(StepInterval(3, 4, (1.0,), (0.0,)))
 
 
 def test_decay_without_a_rate_is_zero():
-    assert Stretch(0, 3, (0.0,), (0.0,)).weight_decay(0) == 0
+    assert StepInterval(0, 3, (0.0,), (0.0,)).weight_decay(0) == 0
 
 
 def test_json_round_trip():
     for stretch in random_training(3)[0]:
-        assert Stretch.from_json(json.loads(json.dumps(stretch.to_json()))) == stretch
+        assert StepInterval.from_json(json.loads(json.dumps(stretch.to_json()))) == stretch
 
 
 def test_weights_follow_the_distance_trained():
-    stretches = [Stretch(0, 5, (1.0, 3.0), (0.0, 0.0)), Stretch(5, 6, (6.0, 0.0), (0.0, 0.0))]
+    stretches = [StepInterval(0, 5, (1.0, 3.0), (0.0, 0.0)), StepInterval(5, 6, (6.0, 0.0), (0.0, 0.0))]
     assert normalized_weights(stretches) == [0.4, 0.6]
-    still = [Stretch(0, 5, (0.0,), (0.0,)), Stretch(5, 20, (0.0,), (0.0,))]
+    still = [StepInterval(0, 5, (0.0,), (0.0,)), StepInterval(5, 20, (0.0,), (0.0,))]
     assert normalized_weights(still) == [0.25, 0.75]
 
 

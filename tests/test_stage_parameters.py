@@ -62,7 +62,7 @@ CARRIED = {"added": ["trunk", "middle", "head"], "removed": ["trunk", "head"], "
 def test_what_both_stages_hold_is_carried(tmp_path, change):
     trainer, old, new = two_stages(tmp_path, change)
     with trainer.callbacks[0].scorer(trainer, stage="first") as scorer:
-        assert [block.name for block in scorer.run.unbroken()] == [f"net.{name}" for name in CARRIED[change]]
+        assert [block.name for block in scorer.run.surviving_blocks()] == [f"net.{name}" for name in CARRIED[change]]
     for method in METHODS:
         here = trainer.attribute(QUERY, stage="first", method=method).values
         assert here.isfinite().all()

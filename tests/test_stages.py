@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_source import SourceCallback, SourceScorer
-from lightning_source.unroll import segment_decay, segment_response
+from lightning_source.curvature.unroll import segment_decay, segment_response
 
 QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 FIRST, SECOND = classes(24, seed=3), classes(16, seed=4)
@@ -51,7 +51,7 @@ def test_the_first_stage_is_carried_through_the_second(two_stages):
         (one,), (two,) = run.segments(), run.later_segments()
         h1, h2 = run.snapshot_factors(one), run.snapshot_factors(two)
         scorer.run.calibrate()
-        from lightning_source.data import query_of
+        from lightning_source.capture.data import query_of
 
         gradients, _ = run.query_workspace.query_gradients(run.final(), query_of(QUERY, None), "loss")
         total = torch.zeros(4, 24)
@@ -83,7 +83,7 @@ def test_a_layer_that_the_second_stage_froze_stands_still(tmp_path):
         chains = scorer.run.curvatures(
             [*scorer.run.segments(), *scorer.run.later_segments()],
             [scorer.run.snapshot_factors(s) for s in [*scorer.run.segments(), *scorer.run.later_segments()]],
-            scorer.run.unbroken(),
+            scorer.run.surviving_blocks(),
         )
     assert {name: len(chain) for name, chain in chains.items()} == {"net.0": 1, "net.2": 2}
     assert trainer.attribute(QUERY, stage=0).values.abs().max() > 0
@@ -97,7 +97,7 @@ def test_a_head_drawn_anew_carries_nothing(tmp_path):
     module.net[2].reset_parameters()
     trainer = fit(tmp_path, source, module, SECOND)
     with source.scorer(trainer, stage=0) as scorer:
-        assert [block.name for block in scorer.run.unbroken()] == ["net.0"]
+        assert [block.name for block in scorer.run.surviving_blocks()] == ["net.0"]
     assert trainer.attribute(QUERY, stage=0).values.shape == (4, 24)
 
 

@@ -8,10 +8,11 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_source.phases import Phase
-from lightning_source.recorder import Recorder, assemble, final_parameters, snapshot_parameters
-from lightning_source.segments import Stretch
-from lightning_source.store import MANIFEST, RunStore
+from lightning_source.recording.intervals import StepInterval
+from lightning_source.recording.parameter_groups import Phase
+from lightning_source.recording.recorder import Recorder
+from lightning_source.recording.snapshots import assemble, final_parameters, snapshot_parameters
+from lightning_source.recording.store import MANIFEST, RunStore
 
 shared = torch.arange(12.0).view(3, 4)
 TENSORS = {
@@ -233,7 +234,7 @@ def test_a_recording_killed_anywhere_opens_and_says_what_it_holds(tmp_path, monk
         store = RunStore.open(path)
         assemble(store, 2, 2)
         contents(path)
-        snapshots = [Stretch.from_json(s) for s in store.manifest["snapshots"]]
+        snapshots = [StepInterval.from_json(s) for s in store.manifest["snapshots"]]
         assert [s.first for s in snapshots] == [0, *(s.last for s in snapshots[:-1])]
         steps.append(snapshots[-1].last)
         assert final_parameters(store)["weight"].item() == -steps[-1]

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_source import SourceCallback, _guards
+from lightning_source import SourceCallback
+from lightning_source.capture import isolation as _guards
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from lightning_source.factors import Basis
-from lightning_source.unroll import (
+from lightning_source.curvature.ekfac import Basis
+from lightning_source.curvature.unroll import (
     SegmentCurvature,
     damped_inverse,
     finite_step_response,

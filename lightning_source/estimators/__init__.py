@@ -11,8 +11,11 @@ from lightning_source.estimators import source as source
 from lightning_source.estimators import tracin as tracin
 from lightning_source.estimators import trak as trak
 from lightning_source.estimators.registry import Contraction as Contraction
+from lightning_source.estimators.registry import DirectScores as DirectScores
 from lightning_source.estimators.registry import Query as Query
-from lightning_source.estimators.registry import Table as Table
 from lightning_source.estimators.registry import estimator_for as estimator_for
-from lightning_source.estimators.registry import held_by as held_by
+from lightning_source.estimators.registry import floats_per_parameter_of as floats_per_parameter_of
+from lightning_source.estimators.registry import register_estimator as register_estimator
 from lightning_source.estimators.registry import unit_of as unit_of
+
+Table, estimates = DirectScores, register_estimator  # their earlier names

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_source.curvature.solvers import Diverged, neumann, shifted
 from lightning_source.estimators.cg import ekfac_inverse, final_gauss_newton, largest_of_batches
 from lightning_source.estimators.influence import dampings
-from lightning_source.estimators.registry import Contraction, Query, estimates
-from lightning_source.solvers import Diverged, neumann, shifted
+from lightning_source.estimators.registry import Contraction, Query, register_estimator
 
 
-@estimates("astra", held=lambda options: 10)
+@register_estimator("astra", floats_per_parameter=lambda options: 10)
 def astra(
     query: Query,
     *,
@@ -63,5 +63,5 @@ def astra(
                 f'`method="astra"` diverged: {error}. HINT: lower `step={step:.3g}`, or raise `examples_per_step` or'
                 " `damping`."
             ) from error
-    query.remarks.update(curvature=matrix.kind, step=step)
+    query.extra_metadata.update(curvature=matrix.kind, step=step)
     yield Contraction(run.final_of_stage, matrix.layout.by_block(found), 1 / run.examples)

@@ -9,17 +9,19 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_source.engine import State, factor_ids
-from lightning_source.estimators.registry import Contraction, Query, estimates
+from lightning_source.curvature.ekfac import IDENTITY, Basis
+from lightning_source.curvature.krylov import Responses, spectral_responses
+from lightning_source.curvature.unroll import diagonal_of
+from lightning_source.estimators.registry import Contraction, Query, register_estimator
 from lightning_source.estimators.source import Snapshots
-from lightning_source.factors import IDENTITY, Basis
-from lightning_source.krylov import Responses, spectral_responses
-from lightning_source.products import GaussNewton
-from lightning_source.run import Run, Segment
-from lightning_source.unroll import diagonal_of
+from lightning_source.passes.factors import factor_ids
+from lightning_source.passes.gauss_newton import GaussNewton
+from lightning_source.passes.workspace import State
+from lightning_source.runs.run import Run
+from lightning_source.runs.stage import Segment
 
 
-@estimates("astra-source", held=lambda options: 2 * options.get("iterations", 20) + 10)
+@register_estimator("astra-source", floats_per_parameter=lambda options: 2 * options.get("iterations", 20) + 10)
 def astra_source(
     query: Query,
     *,
@@ -31,7 +33,8 @@ def astra_source(
 ) -> Iterator[Contraction]:
     """The scores of ``"source"`` with ``F_r(H)`` and ``exp(-Λ H)`` of the exact Gauss-Newton matrix, over all blocks.
 
-    The iteration is :func:`~lightning_source.krylov.spectral_responses`, preconditioned by EK-FAC's ``1/(σ + 1/Λ)``.
+    The iteration is :func:`~lightning_source.curvature.krylov.spectral_responses`, preconditioned by EK-FAC's
+    ``1/(σ + 1/Λ)``.
     With preconditioned steps (Adam) ``S = P^½ exp(-Λ M) P^-½`` and ``r = P^½ F_r(M) P^½ g`` with ``M = P^½ H P^½`` (Bae
     et al., Eq. 39 and 43) are taken as they stand, not by the hybrid of ``"source"``; EK-FAC's diagonal preconditions.
 
@@ -62,7 +65,7 @@ def astra_source(
             vectors = query.flat_gradients(run.final(), flow.layout)
         found = flow.walk(vectors, iterations, tolerance)
         worst = float(found.residuals.max())
-        query.remarks.update(curvature=flow.kind, residual=max(worst, query.remarks.get("residual", 0.0)))
+        query.extra_metadata.update(curvature=flow.kind, residual=max(worst, query.extra_metadata.get("residual", 0.0)))
         vectors = found.decay
         if index < len(parts):
             response = flow.layout.by_block(found.response)
@@ -73,9 +76,9 @@ def astra_source(
 
 def _require_same_blocks(run: Run) -> None:
     own = [(block.name, block.shape) for block in run.coverage.blocks]
-    unbroken = [(block.name, block.shape) for block in run.unbroken()]
+    surviving_blocks = [(block.name, block.shape) for block in run.surviving_blocks()]
     for stage in run.stages[run.stage.index + 1 :]:
-        if [(block.name, block.shape) for block in stage.coverage.blocks] != own or unbroken != own:
+        if [(block.name, block.shape) for block in stage.coverage.blocks] != own or surviving_blocks != own:
             raise MisconfigurationException(
                 f'`method="astra-source"` takes all blocks jointly, and stage "{stage.name}" attributes other'
                 f' parameters than stage "{run.stage.name}" or started some anew. HINT: `method="source"` walks through'

@@ -9,17 +9,17 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_source.engine import Factors, factor_ids
+from lightning_source.curvature.ekfac import IDENTITY, Factors
+from lightning_source.curvature.solvers import Product, conjugate_gradient, shifted, top_eigenvalue
+from lightning_source.curvature.unroll import damped_inverse
 from lightning_source.estimators.influence import dampings
-from lightning_source.estimators.registry import Contraction, Query, estimates
-from lightning_source.factors import IDENTITY
-from lightning_source.products import GaussNewton, Layout
-from lightning_source.run import Run
-from lightning_source.solvers import Product, conjugate_gradient, shifted, top_eigenvalue
-from lightning_source.unroll import damped_inverse
+from lightning_source.estimators.registry import Contraction, Query, register_estimator
+from lightning_source.passes.factors import factor_ids
+from lightning_source.passes.gauss_newton import GaussNewton, Layout
+from lightning_source.runs.run import Run
 
 
-@estimates("influence-cg", held=lambda options: 12)
+@register_estimator("influence-cg", floats_per_parameter=lambda options: 12)
 def influence_cg(
     query: Query,
     *,
@@ -63,7 +63,7 @@ def influence_cg(
             f'`method="influence-cg"` stopped after {found.iterations} iterations with a residual of {worst:.1e} times'
             f" the query gradient's norm where `tolerance={tolerance:g}`. HINT: raise `iterations` or `damping`."
         )
-    query.remarks.update(curvature=matrix.kind, residual=max(worst, query.remarks.get("residual", 0.0)))
+    query.extra_metadata.update(curvature=matrix.kind, residual=max(worst, query.extra_metadata.get("residual", 0.0)))
     yield Contraction(run.final_of_stage, matrix.layout.by_block(found.values), 1 / run.examples)
 
 

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_source.data import to_module
-from lightning_source.engine import factor_ids
-from lightning_source.estimators.registry import Contraction, Query, estimates
-from lightning_source.factors import contract, squared_norms
-from lightning_source.products import expand, layout_of
-from lightning_source.run import Run
+from lightning_source.capture.data import to_module
+from lightning_source.curvature.block_gradients import contract, squared_norms
+from lightning_source.estimators.registry import Contraction, Query, register_estimator
+from lightning_source.passes.factors import factor_ids
+from lightning_source.passes.gauss_newton import expand, layout_of
+from lightning_source.runs.run import Run
 
 
-@estimates("datainf", held=lambda options: 5)
+@register_estimator("datainf", floats_per_parameter=lambda options: 5)
 def datainf(query: Query, *, damping: float | None = None, factor_examples: int | None = None) -> Iterator[Contraction]:
     """``(1/N) ∇fᵀ r`` with ``r = E_i[(λ + ∇L_i ∇L_iᵀ)⁻¹] g`` block by block, at the final model.
 
@@ -53,7 +53,7 @@ def datainf(query: Query, *, damping: float | None = None, factor_examples: int 
                     inverse[name] -= scale / len(ids) * expand(one, share)
     for name, amount in amounts.items():
         inverse[name].add_(vectors[name]).div_(amount)
-    query.remarks.update(curvature="empirical")
+    query.extra_metadata.update(curvature="empirical")
     yield Contraction(run.final_of_stage, inverse, 1 / run.examples)
 
 

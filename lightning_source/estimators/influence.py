@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lightning_source.estimators.registry import Contraction, Query, estimates
-from lightning_source.run import Run
-from lightning_source.unroll import damped_inverse
+from lightning_source.curvature.unroll import damped_inverse
+from lightning_source.estimators.registry import Contraction, Query, register_estimator
+from lightning_source.runs.run import Run
 
 
-@estimates("influence")
+@register_estimator("influence")
 def influence(query: Query, *, damping: float | None = None) -> Iterator[Contraction]:
     """``(1/N) ∇fᵀ (H + damping)⁻¹ g``: one train pass, two factor passes the first time.
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_source.curvature.solvers import Diverged, neumann, shifted
 from lightning_source.estimators.cg import final_gauss_newton, largest_of_batches
 from lightning_source.estimators.influence import dampings
-from lightning_source.estimators.registry import Contraction, Query, estimates
-from lightning_source.solvers import Diverged, neumann, shifted
+from lightning_source.estimators.registry import Contraction, Query, register_estimator
 
 
-@estimates("influence-lissa", held=lambda options: 10)
+@register_estimator("influence-lissa", floats_per_parameter=lambda options: 10)
 def influence_lissa(
     query: Query,
     *,
@@ -59,5 +59,5 @@ def influence_lissa(
                     f'`method="influence-lissa"` diverged: {error}. HINT: raise `scale={scale:.3g}` (the series needs'
                     " more than half the top eigenvalue of each batch) or `examples_per_step`."
                 ) from error
-    query.remarks.update(curvature=matrix.kind, scale=scale)
+    query.extra_metadata.update(curvature=matrix.kind, scale=scale)
     yield Contraction(run.final_of_stage, matrix.layout.by_block(total / repeats), 1 / run.examples)

@@ -10,12 +10,12 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_source.data import Examples, GivenBatches
-from lightning_source.engine import State
-from lightning_source.factors import Basis
-from lightning_source.objective import Measurement
-from lightning_source.products import Layout
-from lightning_source.run import Run
+from lightning_source.capture.data import Examples, GivenBatches
+from lightning_source.capture.objective import Measurement
+from lightning_source.curvature.ekfac import Basis
+from lightning_source.passes.gauss_newton import Layout
+from lightning_source.passes.workspace import State
+from lightning_source.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Query:
     # What the columns of an embedding's gradients stand for, by block: the tokens that the queries use.
     tokens: dict[str, Tensor] = field(default_factory=dict)
     # What the method has to say of these scores besides their values; goes into their metadata.
-    remarks: dict[str, Any] = field(default_factory=dict)
+    extra_metadata: dict[str, Any] = field(default_factory=dict)
 
     def gradients(self, state: State, bases: Mapping[str, Basis] | None = None) -> dict[str, Tensor]:
         """Gradients of the measurement at some parameters, ``[Q, P, O, I]`` by block; in parameter space by default."""
@@ -61,37 +61,38 @@ class Contraction:
 
 
 @dataclass(frozen=True)
-class Table:
+class DirectScores:
     """One term of a score that is no contraction: a function of the examples and ids (``None``: all), ``[Q, N]``."""
 
     values: Callable[[Examples, Tensor | None], Tensor]
     segment: int = 0
 
 
-Estimator = Callable[..., Iterator[Contraction | Table]]
+Estimator = Callable[..., Iterator[Contraction | DirectScores]]
 _ESTIMATORS: dict[str, Estimator] = {}
-_HELD: dict[str, Callable[[Mapping[str, Any]], float]] = {}
+_FLOATS_PER_PARAMETER: dict[str, Callable[[Mapping[str, Any]], float]] = {}
 
 CHANGE = "change of the measurement on removing the example"
 # The unit of the methods whose scores are not changes of the measurement.
 _UNITS: dict[str, str] = {}
 
 
-def estimates(
-    name: str, *, unit: str = CHANGE, held: Callable[[Mapping[str, Any]], float] = lambda options: 3
+def register_estimator(
+    name: str, *, unit: str = CHANGE, floats_per_parameter: Callable[[Mapping[str, Any]], float] = lambda options: 3
 ) -> Callable[[Estimator], Estimator]:
     """Decorator: the function ``(query, **options)`` yields the terms of ``method=name``.
 
     Args:
         name: the method's name.
         unit: of its scores.
-        held: how many numbers it holds at once for each query and attributed parameter, given its options.
+        floats_per_parameter: how many numbers it holds at once for each query and attributed parameter, given its
+            options.
     """
 
     def enter(estimator: Estimator) -> Estimator:
         _ESTIMATORS[name] = estimator
         _UNITS[name] = unit
-        _HELD[name] = held
+        _FLOATS_PER_PARAMETER[name] = floats_per_parameter
         return estimator
 
     return enter
@@ -102,9 +103,9 @@ def unit_of(method: str) -> str:
     return _UNITS[method]
 
 
-def held_by(method: str, options: Mapping[str, Any]) -> float:
+def floats_per_parameter_of(method: str, options: Mapping[str, Any]) -> float:
     """How many numbers a method holds at once for each query and attributed parameter."""
-    return _HELD[method](options)
+    return _FLOATS_PER_PARAMETER[method](options)
 
 
 def estimator_for(method: str, options: Mapping[str, Any]) -> Estimator:

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_source.data import Examples, GivenBatches, to_module
-from lightning_source.engine import State, Workspace
-from lightning_source.estimators.registry import Query, Table, estimates
-from lightning_source.layers import clean_name
+from lightning_source.capture.data import Examples, GivenBatches, to_module
+from lightning_source.estimators.registry import DirectScores, Query, register_estimator
+from lightning_source.names import clean_name
+from lightning_source.passes.workspace import State, Workspace
 from lightning_source.scores import HIGHER_IS_BETTER
 
 
-@estimates("repsim", unit="cosine of representations")
-def repsim(query: Query, *, module: str | None = None) -> Iterator[Table]:
+@register_estimator("repsim", unit="cosine of representations")
+def repsim(query: Query, *, module: str | None = None) -> Iterator[DirectScores]:
     """Cosine of the query's and the example's input of one module at the final model, in [-1, 1].
 
     No change of the measurement: labels and losses play no part. Like examples are taken to help, so the cosine is
@@ -37,8 +37,8 @@ def repsim(query: Query, *, module: str | None = None) -> Iterator[Table]:
     sign = -1.0 if query.measurement in HIGHER_IS_BETTER else 1.0
     state = run.final_of_stage()
     asked = _representations(run.query_workspace, run.final(), query.examples, None, layer)
-    query.remarks.update(module=layer)
-    yield Table(lambda data, ids: sign * asked @ _representations(run.workspace, state, data, ids, layer).T)
+    query.extra_metadata.update(module=layer)
+    yield DirectScores(lambda data, ids: sign * asked @ _representations(run.workspace, state, data, ids, layer).T)
 
 
 def _last_linear(workspace: Workspace) -> str:

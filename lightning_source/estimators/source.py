@@ -10,17 +10,19 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_source.engine import Factors, State
-from lightning_source.estimators.registry import Contraction, Query, estimates
-from lightning_source.factors import Basis, Rows, contract_diagonal, contract_pairs
-from lightning_source.recorder import final_parameters
-from lightning_source.run import Run, Segment
-from lightning_source.unroll import reverse_walk, segment_response
+from lightning_source.curvature.block_gradients import Rows, contract_diagonal, contract_pairs
+from lightning_source.curvature.ekfac import Basis, Factors
+from lightning_source.curvature.unroll import reverse_walk, segment_response
+from lightning_source.estimators.registry import Contraction, Query, register_estimator
+from lightning_source.passes.workspace import State
+from lightning_source.recording.snapshots import final_parameters
+from lightning_source.runs.run import Run
+from lightning_source.runs.stage import Segment
 
 Snapshots = Literal["mean", "point"]
 
 
-@estimates("source")
+@register_estimator("source")
 def source(
     query: Query,
     *,
@@ -39,12 +41,12 @@ def source(
         cross_layer: scale each segment's curvature by what its layers have together beyond their own, which brings the
             size of scores near that of real changes (:meth:`Run.coupled`); one more short pass a snapshot.
         adaptive: how Adam and its like are unrolled: the paper's App. D ``"hybrid"``, or one ``"symmetric"`` operator,
-            which has the right limit where the curvature is small (:mod:`lightning_source.unroll`).
+            which has the right limit where the curvature is small (:mod:`lightning_source.curvature.unroll`).
     """
     run = query.run
     which = snapshots or run.settings["snapshots"]
     parts = run.segments(segments)
-    load = run.coupled if cross_layer else run.snapshot_factors
+    load = run.cross_layer_factors if cross_layer else run.snapshot_factors
     factors = [load(segment, which) for segment in [*parts, *run.later_segments()]]
     if adaptive not in ("hybrid", "symmetric"):
         raise MisconfigurationException(f'`adaptive="{adaptive}"` is not known. HINT: "hybrid" or "symmetric".')
@@ -52,7 +54,7 @@ def source(
     yield from _walk(query, parts, factors, states, adaptive == "symmetric")
 
 
-@estimates("fast-source")
+@register_estimator("fast-source")
 def fast_source(query: Query, *, segments: int | Sequence[int] | None = None) -> Iterator[Contraction]:
     """One Hessian and one gradient per segment, at the segment's averaged parameters: ``L`` train passes.
 
@@ -79,7 +81,7 @@ def _walk(
     for one in factors:  # a block's last segment comes last
         bases |= _bases(one)
     gradients = query.gradients(run.final(), bases)
-    blocks = [block for block in run.unbroken() if block.name in gradients]
+    blocks = [block for block in run.surviving_blocks() if block.name in gradients]
     walks = {}
     for name, chain in run.curvatures(later, factors, blocks, query.columns, symmetric).items():
         walks[name] = reverse_walk(gradients.pop(name), chain[-1].basis, chain)
@@ -114,7 +116,7 @@ def self_influence(run: Run, ids: Tensor, chunk: int) -> Tensor:
 
 def _self_influence_of(run: Run, ids: Tensor, segments: Sequence[Segment], factors: Sequence[Factors]) -> Tensor:
     last, which = len(segments) - 1, run.settings["snapshots"]
-    query = run.workspace.collected(
+    query = run.workspace.capture_examples(
         final_parameters(run.store, run.stage.index), run.data, ids, _bases(factors[last]), query=True
     )
     blocks = [block for block in run.coverage.blocks if block.name in query]
@@ -133,7 +135,7 @@ def _self_influence_of(run: Run, ids: Tensor, segments: Sequence[Segment], facto
         vectors = {name: next(walk) for name, walk in walks.items()}
         for snapshot, weight in zip(segments[index].snapshots, segments[index].weights, strict=True):
             state = run.state(snapshot, which)
-            trained = run.workspace.collected(state, run.data, ids, _bases(factors[index]), query=False)
+            trained = run.workspace.capture_examples(state, run.data, ids, _bases(factors[index]), query=False)
             for name, captured in trained.items():
                 if name not in query:
                     continue

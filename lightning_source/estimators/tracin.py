@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_source.estimators.registry import Contraction, Query, estimates
-from lightning_source.run import Run
-from lightning_source.segments import Stretch, merge_all
+from lightning_source.estimators.registry import Contraction, Query, register_estimator
+from lightning_source.recording.intervals import StepInterval, merge_all
+from lightning_source.runs.run import Run
 
 
-@estimates("tracin")
+@register_estimator("tracin")
 def tracin(query: Query, *, snapshots: Literal["mean", "point"] | None = None) -> Iterator[Contraction]:
     """``(1/N) Σ_c Λ_c ∇f(θ_c)ᵀ P_c g(θ_c)``: one query pass and one train pass per snapshot, no curvature.
 
@@ -34,7 +34,7 @@ def tracin(query: Query, *, snapshots: Literal["mean", "point"] | None = None) -
             yield Contraction(load, vectors, 1 / run.examples, segment=index)
 
 
-@estimates("grad-dot")
+@register_estimator("grad-dot")
 def grad_dot(query: Query) -> Iterator[Contraction]:
     """``(1/N) Λ ∇fᵀ g`` at the final model, ``Λ`` over all of training: SOURCE's limit for ``Λσ ≪ 1``."""
     run = query.run
@@ -44,7 +44,7 @@ def grad_dot(query: Query) -> Iterator[Contraction]:
     yield Contraction(run.final_of_stage, vectors, 1 / run.examples)
 
 
-@estimates("grad-cos", unit="cosine")
+@register_estimator("grad-cos", unit="cosine")
 def grad_cos(query: Query) -> Iterator[Contraction]:
     """Cosine of the two gradients at the final model, in [-1, 1]: a similarity, not a change of ``f``."""
     run = query.run
@@ -54,7 +54,7 @@ def grad_cos(query: Query) -> Iterator[Contraction]:
     yield Contraction(run.final_of_stage, vectors, 1.0, normalize=True)
 
 
-def _scaled(run: Run, gradients: Mapping[str, Tensor], stretch: Stretch) -> dict[str, Tensor]:
+def _scaled(run: Run, gradients: Mapping[str, Tensor], stretch: StepInterval) -> dict[str, Tensor]:
     """Gradients times each block's own Λ."""
     groups = {block.name: block.group for block in run.coverage.blocks}
     return {name: stretch.rates[groups[name]] * g for name, g in gradients.items()}

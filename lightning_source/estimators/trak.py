@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_source.data import Examples, GivenBatches
-from lightning_source.engine import State, Target, Workspace
-from lightning_source.estimators.registry import Query, Table, estimates
-from lightning_source.factors import Captured
+from lightning_source.capture.data import Examples, GivenBatches
+from lightning_source.capture.objective import Losses, ObjectiveSpec
+from lightning_source.curvature.block_gradients import BlockGradients
+from lightning_source.estimators.registry import DirectScores, Query, register_estimator
 from lightning_source.layers import Block
-from lightning_source.objective import Losses, ObjectiveSpec
+from lightning_source.passes.workspace import State, Target, Workspace
 
 # The projection is drawn anew for this many examples, in pieces of about this many parameters.
 _EXAMPLES, _PARAMETERS = 512, 1 << 14
@@ -22,10 +22,10 @@ _EXAMPLES, _PARAMETERS = 512, 1 << 14
 _SMALLEST = 1e-12
 
 
-@estimates(
+@register_estimator(
     "trak",
     unit="change of the measurement on removing the example, but for the curvature of the loss in the output",
-    held=lambda options: 0.01,
+    floats_per_parameter=lambda options: 0.01,
 )
 def trak(
     query: Query,
@@ -33,7 +33,7 @@ def trak(
     dimension: int | None = None,
     projection: Literal["rademacher", "gaussian"] = "rademacher",
     seed: int = 0,
-) -> Iterator[Table]:
+) -> Iterator[DirectScores]:
     """``φ(q)ᵀ (ΦᵀΦ)⁻¹ φ(z_n) ∂L/∂f(z_n)``, ``φ = Πᵀ∇f / √k`` at the final model with a random ``Π`` of ``k`` columns.
 
     ``f`` of a training example is its margin ``log(p / (1 - p))``, so that ``∂L/∂f = -(1 - p)``, or the output of a
@@ -82,10 +82,10 @@ def trak(
 
     def scores(data: Examples, ids: Tensor | None) -> Tensor:
         chosen = slice(None) if ids is None else ids
-        query.remarks.update(dimension=k, weights=slopes[chosen].tolist())
+        query.extra_metadata.update(dimension=k, weights=slopes[chosen].tolist())
         return (kernel[:, chosen] * slopes[chosen]).float()
 
-    yield Table(scores)
+    yield DirectScores(scores)
 
 
 def output_of(losses: Losses, spec: ObjectiveSpec) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ class _Projector:
                 rows.append(self._projected(waiting, sizes))
         return torch.cat(rows)
 
-    def _projected(self, batches: Sequence[Mapping[str, Captured]], sizes: Sequence[int]) -> Tensor:
+    def _projected(self, batches: Sequence[Mapping[str, BlockGradients]], sizes: Sequence[int]) -> Tensor:
         total = torch.zeros(sum(sizes), self.dimension, dtype=torch.float64)
         generator = torch.Generator().manual_seed(self.seed)
         for block in self.blocks:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 
-from lightning_source.unroll import segment_decay, segment_response
+from lightning_source.curvature.unroll import segment_decay, segment_response
 
 Network = Callable[[Tensor, Tensor], Tensor]  # parameters [P] and inputs [B, ...] to outputs [B, ...]
 Loss = Callable[[Tensor, Tensor], Tensor]  # one example's output and target to its loss, a scalar

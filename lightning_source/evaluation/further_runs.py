@@ -20,12 +20,13 @@ from torch.func import functional_call, vmap
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from lightning_source._guards import undisturbed
-from lightning_source.data import Examples, GivenBatches, to_module
-from lightning_source.engine import Workspace
-from lightning_source.losses import LossCall, read_call, unreduced
-from lightning_source.objective import Losses, Measurement, Objective
-from lightning_source.tracking import find_blocks
+from lightning_source.capture.coverage import find_blocks
+from lightning_source.capture.data import Examples, GivenBatches, to_module
+from lightning_source.capture.isolation import undisturbed
+from lightning_source.capture.losses import LossCall, read_call, unreduced
+from lightning_source.capture.objective import Losses, Measurement, Objective
+from lightning_source.passes.calibration import calibrate
+from lightning_source.passes.workspace import Workspace
 
 Removal = Literal["downweight", "mask", "shift"]
 ExampleLoss = Callable[[Any, Any], Tensor]  # (module, batch) -> [B], of which a training step takes the mean
@@ -407,7 +408,7 @@ class _StepLoss:
         workspace = Workspace(recipe.module, blocks, self.objective, hooks=recipe.hooks)
         batches = -(-len(recipe.data) // recipe.batch_size)
         with workspace.at({}):
-            self.spec = workspace.calibrate(recipe.data, len(recipe.data) / batches)
+            self.spec = calibrate(workspace, recipe.data, len(recipe.data) / batches)
 
     def batch(self, batch: Any, size: int, dropped: int | None) -> Tensor:
         losses = self.objective.evaluate(batch, size, hooked=False)

@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_source._guards import isolated_rng
-from lightning_source.data import examples_of, query_of
+from lightning_source.capture.data import examples_of, query_of
+from lightning_source.capture.isolation import isolated_rng
+from lightning_source.capture.objective import Measurement
 from lightning_source.evaluation.cosine import cosine_by_query, mean_and_error, select
 from lightning_source.evaluation.curves import CosineCurve
 from lightning_source.evaluation.further_runs import (
@@ -38,10 +39,9 @@ from lightning_source.evaluation.further_runs import (
     StackedRuns,
     Trace,
 )
-from lightning_source.objective import Measurement
 from lightning_source.optimizers import rule_for
+from lightning_source.recording.store import MANIFEST, RunStore
 from lightning_source.scorer import MEASUREMENTS
-from lightning_source.store import MANIFEST, RunStore
 
 REMOVALS = ("downweight", "mask", "shift")
 SIGN = "Positive: training further without the example raises the measurement. For a loss, a proponent."

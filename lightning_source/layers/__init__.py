@@ -1,4 +1,4 @@
-"""The kinds of layer that can be attributed: one file each, entered by :func:`register`."""
+"""The kinds of layer that can be attributed: one file each, entered by :func:`register_layer`."""
 
 from lightning_source.layers import attention as attention
 from lightning_source.layers import conv as conv
@@ -16,6 +16,8 @@ from lightning_source.layers.registry import MatrixForm as MatrixForm
 from lightning_source.layers.registry import VectorForm as VectorForm
 from lightning_source.layers.registry import blocks_of as blocks_of
 from lightning_source.layers.registry import captured_vectors as captured_vectors
-from lightning_source.layers.registry import clean_name as clean_name
 from lightning_source.layers.registry import form_of as form_of
-from lightning_source.layers.registry import register as register
+from lightning_source.layers.registry import register_layer as register_layer
+from lightning_source.names import clean_name as clean_name
+
+register = register_layer  # its earlier name

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_source.factors import Captured, join
+from lightning_source.curvature.block_gradients import BlockGradients, join
 from lightning_source.layers.linear import LinearForm
-from lightning_source.layers.registry import Block, Call, MatrixForm, register
+from lightning_source.layers.registry import Block, Call, MatrixForm, register_layer
 
 
-@register(NonDynamicallyQuantizableLinear)
+@register_layer(NonDynamicallyQuantizableLinear)
 class FunctionalLinearForm(LinearForm):
     """Every call of ``F.linear`` on the weight, and of ``F.embedding`` if it is tied to one.
 
@@ -27,14 +27,14 @@ class FunctionalLinearForm(LinearForm):
 
     functional = True
 
-    def combine(self, block: Block, calls: Sequence[Call], examples: int) -> Captured:
+    def combine(self, block: Block, calls: Sequence[Call], examples: int) -> BlockGradients:
         """All uses as positions, the linear ones first."""
         linear = [self._linear(block, call, examples) for call in calls if call.kind == "linear"]
         tokens = [self._embedding(block, call, examples) for call in calls if call.kind == "embedding"]
         own = sum(one.shape[2] for one in linear) if linear and tokens else None
         return join([*linear, *tokens], dim=2)._replace(own=own)
 
-    def _linear(self, block: Block, call: Call, examples: int) -> Captured:
+    def _linear(self, block: Block, call: Call, examples: int) -> BlockGradients:
         one = self.capture(
             None, call.inputs, call.gradients, examples, block.weight is not None, block.bias is not None
         )
@@ -42,15 +42,15 @@ class FunctionalLinearForm(LinearForm):
             one.activations[..., -1] = 0
         return one
 
-    def _embedding(self, block: Block, call: Call, examples: int) -> Captured:
+    def _embedding(self, block: Block, call: Call, examples: int) -> BlockGradients:
         rows = self.gradients(None, call.gradients, examples)
         ids = call.inputs.reshape(rows.shape[:-1])
         rows = rows if call.padding is None else rows.masked_fill((ids == call.padding).unsqueeze(-1), 0)
         inputs = torch.cat([rows, torch.zeros_like(rows[..., :1])], -1) if block.bias is not None else rows
-        return Captured(inputs, F.one_hot(ids, block.shape[1]).to(rows.dtype))
+        return BlockGradients(inputs, F.one_hot(ids, block.shape[1]).to(rows.dtype))
 
 
-@register(nn.MultiheadAttention)
+@register_layer(nn.MultiheadAttention)
 class InProjectionForm(MatrixForm):
     """Attention's input projections: query, key and value are the parts of one block.
 
@@ -91,20 +91,20 @@ class InProjectionForm(MatrixForm):
         found += [block(packed, packed, None, 3, size, size)] if packed in groups else []
         return found + ([block(bias, None, bias, 3, size, 1)] if bias in groups else [])
 
-    def combine(self, block: Block, calls: Sequence[Call], examples: int) -> Captured:
+    def combine(self, block: Block, calls: Sequence[Call], examples: int) -> BlockGradients:
         """The calls on some or all of query, key and value as parts."""
         parts, outputs, _ = block.shape
-        rows: list[list[Captured]] = [[] for _ in range(parts)]
+        rows: list[list[BlockGradients]] = [[] for _ in range(parts)]
         for call in calls:
             whole = LinearForm.capture(
                 _LINEAR, None, call.inputs, call.gradients, examples, block.weight is not None, block.bias is not None
             )
             for offset, g in enumerate(whole.gradients.split(outputs, -1)):
-                rows[call.start // outputs + offset].append(Captured(whole.activations, g))
+                rows[call.start // outputs + offset].append(BlockGradients(whole.activations, g))
         joined = [join(pieces, dim=2) for pieces in rows]
         longest = max(one.shape[2] for one in joined)
         activations = torch.cat([_filled(one.activations, longest) for one in joined])
-        return Captured(activations, torch.cat([_filled(one.gradients, longest) for one in joined]))
+        return BlockGradients(activations, torch.cat([_filled(one.gradients, longest) for one in joined]))
 
 
 _LINEAR: Any = FunctionalLinearForm()

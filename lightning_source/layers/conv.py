@@ -5,10 +5,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_source.layers.registry import MatrixForm, register
+from lightning_source.layers.registry import MatrixForm, register_layer
 
 
-@register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+@register_layer(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class ConvForm(MatrixForm):
     """A position is an output pixel, a part is a group; inputs are ordered as in ``weight.flatten(1)``."""
 

@@ -5,12 +5,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_source.factors import Captured
+from lightning_source.curvature.block_gradients import BlockGradients
 from lightning_source.layers.conv import by_position, check_images, patches
-from lightning_source.layers.registry import captured_vectors, register
+from lightning_source.layers.registry import captured_vectors, register_layer
 
 
-@register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+@register_layer(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 class ConvTransposeForm:
     """A position is an input pixel, which meets the patch of the output gradient that it was spread over.
 
@@ -28,7 +28,7 @@ class ConvTransposeForm:
 
     def capture(
         self, module: Any, inputs: Tensor, gradients: Tensor, examples: int, weight: bool, bias: bool
-    ) -> Captured:
+    ) -> BlockGradients:
         """See :class:`~lightning_source.layers.LayerForm`."""
         check_images(module, inputs, examples)
         if bias:
@@ -36,7 +36,7 @@ class ConvTransposeForm:
         spread = patches(F.pad(gradients, [p for p in reversed(module.padding) for _ in "lr"]), module)
         for dim, size in enumerate(inputs.shape[2:], start=2):
             spread = spread.narrow(dim, 0, size)  # output padding beyond the stride leaves room for further windows
-        return Captured(by_position(inputs, module, examples), by_position(spread, module, examples))
+        return BlockGradients(by_position(inputs, module, examples), by_position(spread, module, examples))
 
     def matrix(self, shape: tuple[int, int, int], weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """See :class:`~lightning_source.layers.LayerForm`."""

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_source.factors import Captured, join
+from lightning_source.curvature.block_gradients import BlockGradients, join
 from lightning_source.layers.attention import FunctionalLinearForm
 from lightning_source.layers.linear import LinearForm
-from lightning_source.layers.registry import Block, Call, form_of, register
+from lightning_source.layers.registry import Block, Call, form_of, register_layer
 
 
-@register(nn.Embedding)
+@register_layer(nn.Embedding)
 class EmbeddingForm:
     """The inputs are one-hot rows, so their covariance is diagonal: the frequencies of the tokens."""
 
@@ -25,11 +25,15 @@ class EmbeddingForm:
         """``(1, embedding size, vocabulary)``."""
         return 1, module.embedding_dim, module.num_embeddings
 
-    def capture(self, module: Any, inputs: Any, gradients: Tensor, examples: int, weight: bool, bias: bool) -> Captured:
+    def capture(
+        self, module: Any, inputs: Any, gradients: Tensor, examples: int, weight: bool, bias: bool
+    ) -> BlockGradients:
         """Tokens ``[B, ...]``, or ``[B · T]``, and the gradient at their rows."""
         return self.positions(inputs, gradients, examples, module.padding_idx, module.num_embeddings)
 
-    def positions(self, ids: Tensor, gradients: Tensor, examples: int, padding: int | None, size: int) -> Captured:
+    def positions(
+        self, ids: Tensor, gradients: Tensor, examples: int, padding: int | None, size: int
+    ) -> BlockGradients:
         """One position for each token; ``padding`` gets no gradient."""
         if not ids.dim() or ids.numel() % examples or (ids.dim() > 1 and ids.shape[0] % examples):
             raise ValueError(
@@ -37,7 +41,9 @@ class EmbeddingForm:
             )
         g = gradients.reshape(1, examples, -1, gradients.shape[-1])
         ids = ids.reshape(1, examples, -1)
-        return Captured(ids.long(), g if padding is None else g.masked_fill((ids == padding).unsqueeze(-1), 0), size)
+        return BlockGradients(
+            ids.long(), g if padding is None else g.masked_fill((ids == padding).unsqueeze(-1), 0), size
+        )
 
     def matrix(self, shape: tuple[int, int, int], weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """The weight, transposed: tokens are inputs."""
@@ -50,12 +56,12 @@ class FunctionalEmbeddingForm(EmbeddingForm):
 
     functional = True
 
-    def combine(self, block: Block, calls: Sequence[Call], examples: int) -> Captured:
+    def combine(self, block: Block, calls: Sequence[Call], examples: int) -> BlockGradients:
         """All uses as positions."""
         return join([self.positions(c.inputs, c.gradients, examples, c.padding, block.shape[2]) for c in calls], dim=2)
 
 
-register()(FunctionalEmbeddingForm)
+register_layer()(FunctionalEmbeddingForm)
 
 
 class _Bags(NamedTuple):
@@ -63,7 +69,7 @@ class _Bags(NamedTuple):
     weights: Tensor  # [bags, T], 0 where filled up
 
 
-@register(nn.EmbeddingBag)
+@register_layer(nn.EmbeddingBag)
 class EmbeddingBagForm(EmbeddingForm):
     """A bag's tokens are positions that share the gradient at the bag's sum or mean."""
 
@@ -75,7 +81,9 @@ class EmbeddingBagForm(EmbeddingForm):
         assert offsets is not None
         return input, offsets, per_sample_weights
 
-    def capture(self, module: Any, inputs: Any, gradients: Tensor, examples: int, weight: bool, bias: bool) -> Captured:
+    def capture(
+        self, module: Any, inputs: Any, gradients: Tensor, examples: int, weight: bool, bias: bool
+    ) -> BlockGradients:
         """See :class:`~lightning_source.layers.LayerForm`."""
         if module.mode == "max":
             raise ValueError("the maximum over a bag is no sum over its tokens")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lightning_source.layers.registry import Block, register
+from lightning_source.layers.registry import Block, register_layer
 
 # A parameter with more scalars than this is left out: an example's gradient is held whole.
 MAX_FREE = 1_000_000
@@ -14,7 +14,7 @@ class FreeForm:
     """One vector block for a parameter, from the gradient of each example's own loss.
 
     This is exact whatever the forward does with the parameter, and costs a backward through the network for each
-    example instead of one for the batch (:func:`~lightning_source.capture.per_example_gradients`). It needs a loss that
+    example instead of one for the batch (:func:`per_example_gradients`). It needs a loss that
     is known example by example. Up to ``factors.MAX_VECTOR`` entries the block is full, beyond that diagonal.
     """
 
@@ -27,7 +27,7 @@ class FreeForm:
         return weight.reshape(shape)
 
 
-register()(FreeForm)
+register_layer()(FreeForm)
 
 
 def free_block(name: str, module: str, parameter: nn.Parameter, group: int) -> Block | None:

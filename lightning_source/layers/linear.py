@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_source.layers.registry import MatrixForm, register
+from lightning_source.layers.registry import MatrixForm, register_layer
 
 
-@register(nn.Linear)
+@register_layer(nn.Linear)
 class LinearForm(MatrixForm):
     """Every position is a row."""
 
@@ -24,7 +24,7 @@ class LinearForm(MatrixForm):
         return _rows(gradients, examples)
 
 
-@register("transformers.pytorch_utils.Conv1D", "transformers.modeling_utils.Conv1D")
+@register_layer("transformers.pytorch_utils.Conv1D", "transformers.modeling_utils.Conv1D")
 class InputFirstForm(LinearForm):
     """GPT-2's linear layer, which keeps its weight as ``[inputs, outputs]``."""
 

@@ -11,8 +11,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from lightning_source.factors import Captured
-from lightning_source.layers.registry import Block, Call, captured_vectors, register
+from lightning_source.curvature.block_gradients import BlockGradients
+from lightning_source.layers.registry import Block, Call, captured_vectors, register_layer
 
 
 class Use(NamedTuple):
@@ -40,7 +40,7 @@ class LocalForm:
         assert weight is not None
         return weight.reshape(shape)
 
-    def combine(self, block: Block, calls: Sequence[Call], examples: int) -> Captured:
+    def combine(self, block: Block, calls: Sequence[Call], examples: int) -> BlockGradients:
         """The sum over the module's calls."""
         assert block.weight is not None
         key = block.weight.removeprefix(f"{block.module}.")
@@ -48,7 +48,7 @@ class LocalForm:
         return captured_vectors(torch.stack(rows).sum(0))
 
 
-register()(LocalForm)
+register_layer()(LocalForm)
 
 
 def tensors_of(value: Any) -> list[Tensor]:

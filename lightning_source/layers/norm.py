@@ -5,7 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_source.layers.registry import VectorForm, register
+from lightning_source.layers.registry import VectorForm, register_layer
 
 
 class _LastDimensions(VectorForm):
@@ -18,7 +18,7 @@ class _LastDimensions(VectorForm):
         return x.reshape(examples, -1, self.entries(module))
 
 
-@register(nn.LayerNorm)
+@register_layer(nn.LayerNorm)
 class LayerNormForm(_LastDimensions):
     """``nn.LayerNorm``."""
 
@@ -27,7 +27,7 @@ class LayerNormForm(_LastDimensions):
         return F.layer_norm(inputs, module.normalized_shape, eps=module.eps)
 
 
-@register(nn.RMSNorm)
+@register_layer(nn.RMSNorm)
 class RMSNormForm(_LastDimensions):
     """``nn.RMSNorm``."""
 
@@ -46,7 +46,7 @@ class _Channels(VectorForm):
         return x.movedim(1, -1).reshape(examples, -1, x.shape[1])
 
 
-@register(nn.GroupNorm)
+@register_layer(nn.GroupNorm)
 class GroupNormForm(_Channels):
     """``nn.GroupNorm``."""
 
@@ -55,7 +55,7 @@ class GroupNormForm(_Channels):
         return F.group_norm(inputs, module.num_groups, eps=module.eps)
 
 
-@register(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+@register_layer(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 class BatchNormForm(_Channels):
     """Batch normalisation by running statistics, as in eval mode; those of the batch would mix its examples."""
 
@@ -66,7 +66,7 @@ class BatchNormForm(_Channels):
         return F.batch_norm(inputs, module.running_mean, module.running_var, eps=module.eps)
 
 
-@register(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+@register_layer(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 class InstanceNormForm(_Channels):
     """Instance normalisation, by running statistics if the module keeps any."""
 

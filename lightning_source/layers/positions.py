@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_source.layers.embedding import EmbeddingForm
-from lightning_source.layers.registry import register
+from lightning_source.layers.registry import register_layer
 
 
 class PositionsForm(EmbeddingForm):
@@ -26,4 +26,4 @@ class PositionsForm(EmbeddingForm):
         return output
 
 
-register()(PositionsForm)
+register_layer()(PositionsForm)

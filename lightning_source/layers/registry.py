@@ -1,4 +1,4 @@
-"""How a module becomes blocks in the one internal format (:mod:`lightning_source.factors`)."""
+"""How a module becomes blocks in the one internal format (:mod:`lightning_source.curvature.block_gradients`)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,8 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_source.factors import Captured, in_full_precision, join
-
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-
-
-def clean_name(name: str) -> str:
-    """A module's or parameter's name without what wrappers (compile, checkpointing, FSDP) put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+from lightning_source.curvature.block_gradients import BlockGradients, in_full_precision, join
+from lightning_source.names import clean_name
 
 
 class Call(NamedTuple):
@@ -44,7 +38,7 @@ class LayerForm(Protocol):
 
     def capture(
         self, module: nn.Module, inputs: Tensor, gradients: Tensor, examples: int, weight: bool, bias: bool
-    ) -> Captured:
+    ) -> BlockGradients:
         """One call of the layer in the internal format, from its input and the gradient at its output."""
         ...
 
@@ -81,11 +75,11 @@ class MatrixForm:
 
     def capture(
         self, module: Any, inputs: Tensor, gradients: Tensor, examples: int, weight: bool, bias: bool
-    ) -> Captured:
+    ) -> BlockGradients:
         """See :class:`LayerForm`."""
         g = self.gradients(module, gradients, examples)
         a = self.activations(module, inputs, examples) if weight else g.new_empty(*g.shape[:3], 0)
-        return Captured(torch.cat([a, a.new_ones(*a.shape[:3], 1)], dim=-1) if bias else a, g)
+        return BlockGradients(torch.cat([a, a.new_ones(*a.shape[:3], 1)], dim=-1) if bias else a, g)
 
     def matrix(self, shape: tuple[int, int, int], weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """See :class:`LayerForm`."""
@@ -94,9 +88,9 @@ class MatrixForm:
         return torch.cat(columns if bias is None else [*columns, bias.reshape(parts, outputs, 1)], dim=-1)
 
 
-def captured_vectors(gradients: Tensor) -> Captured:
+def captured_vectors(gradients: Tensor) -> BlockGradients:
     """Per-example gradients ``[B, entries]`` as outputs of one input that is always 1."""
-    return Captured(gradients.new_ones(1, len(gradients), 1, 1), gradients[None, :, None])
+    return BlockGradients(gradients.new_ones(1, len(gradients), 1, 1), gradients[None, :, None])
 
 
 class VectorForm:
@@ -126,7 +120,7 @@ class VectorForm:
 
     def capture(
         self, module: Any, inputs: Tensor, gradients: Tensor, examples: int, weight: bool, bias: bool
-    ) -> Captured:
+    ) -> BlockGradients:
         """See :class:`LayerForm`."""
         g = self.rows(module, gradients, examples)
         pieces = [(g * self.rows(module, self.normalized(module, inputs), examples)).sum(1)] if weight else []
@@ -142,7 +136,7 @@ _BY_NAME: dict[str, LayerForm] = {}
 Form = TypeVar("Form", bound=type)
 
 
-def register(*kinds: type[nn.Module] | str) -> Callable[[Form], Form]:
+def register_layer(*kinds: type[nn.Module] | str) -> Callable[[Form], Form]:
     """Class decorator: the decorated :class:`LayerForm` serves these module classes and their subclasses.
 
     A class of another library is given by its full name, ``"package.module.Class"``, so that nothing is imported.
@@ -231,7 +225,7 @@ class Block:
             return keep(*args, **kwargs)
         return (args[0] if args else kwargs["input"]).detach()
 
-    def capture(self, module: nn.Module, calls: Sequence[Call], size: int) -> Captured:
+    def capture(self, module: nn.Module, calls: Sequence[Call], size: int) -> BlockGradients:
         """All uses in one forward in the internal format: each adds positions.
 
         Args:
@@ -252,7 +246,7 @@ class Block:
             ]
         combine = getattr(form, "combine", None)
         if combine is not None:
-            found: Captured = combine(self, calls, size)
+            found: BlockGradients = combine(self, calls, size)
             return in_full_precision(found)
         held = self.weight is not None, self.bias is not None
         pieces = [form.capture(module, call.inputs, call.gradients, size, *held) for call in calls]

@@ -20,17 +20,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_source._guards import parameters_kept, undisturbed
-from lightning_source.data import Examples, examples_of, to_module
-from lightning_source.layers import clean_name
-from lightning_source.objective import Objective
+from lightning_source.capture.coverage import Coverage, find_blocks
+from lightning_source.capture.data import Examples, examples_of, to_module
+from lightning_source.capture.isolation import parameters_kept, undisturbed
+from lightning_source.capture.objective import Objective
+from lightning_source.capture.probe import probe
+from lightning_source.names import clean_name
 from lightning_source.optimizers import Rule, preconditioners, rule_for
-from lightning_source.phases import Phase
-from lightning_source.recorder import Recorder, assemble
-from lightning_source.run import Run, fingerprint
-from lightning_source.segments import Stretch
-from lightning_source.store import RunStore
-from lightning_source.tracking import Coverage, find_blocks, probe
+from lightning_source.recording.fingerprint import fingerprint
+from lightning_source.recording.intervals import StepInterval
+from lightning_source.recording.parameter_groups import Phase
+from lightning_source.recording.recorder import Recorder
+from lightning_source.recording.snapshots import assemble
+from lightning_source.recording.store import RunStore
+from lightning_source.runs.run import Run
 
 STAGE = "further training"
 
@@ -130,7 +133,7 @@ def set_rate(run: Run, rate: float | Sequence[float]) -> None:
     for records in (manifest["snapshots"], manifest["segments"]):
         records[0] |= {"rates": list(rates), "decays": list(decays)}
     manifest["flags"]["rate_unknown"] = False
-    run.snapshots = [Stretch.from_json(record) for record in manifest["snapshots"]]
+    run.snapshots = [StepInterval.from_json(record) for record in manifest["snapshots"]]
     run.store.commit()
 
 

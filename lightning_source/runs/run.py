@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,116 +11,29 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_source.data import Examples
-from lightning_source.engine import BlockFactors, Factors, State, Workspace, factor_ids, fit_factors
-from lightning_source.factors import CovarianceSums
-from lightning_source.layers import Block, clean_name
-from lightning_source.objective import Objective, ObjectiveSpec
-from lightning_source.phases import Phase, phase_at
-from lightning_source.ranks import ALONE, Ranks
-from lightning_source.recorder import (
+from lightning_source.capture.data import Examples
+from lightning_source.capture.objective import ObjectiveSpec
+from lightning_source.curvature.ekfac import BlockFactors, CovarianceSums, Factors
+from lightning_source.curvature.unroll import SegmentCurvature
+from lightning_source.distributed import SINGLE_PROCESS, Ranks
+from lightning_source.layers import Block
+from lightning_source.passes.calibration import calibrate
+from lightning_source.passes.factors import factor_ids, fit_factors, squared_traces
+from lightning_source.passes.workspace import State, Workspace
+from lightning_source.recording.fingerprint import check_module
+from lightning_source.recording.intervals import StepInterval, cut, merge_all
+from lightning_source.recording.snapshots import (
     assemble,
     final_parameters,
     mean_parameters,
     mean_preconditioner,
     snapshot_parameters,
 )
-from lightning_source.segments import Stretch, cut, merge_all, normalized_weights
-from lightning_source.store import RunStore
-from lightning_source.tracking import Coverage
-from lightning_source.unroll import SegmentCurvature
+from lightning_source.recording.store import RunStore
+from lightning_source.runs.stage import Segment, Stage
 
 # Examples whose pairs are enough to tell one number.
 COUPLING_EXAMPLES = 1024
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A segment of training and the snapshots that gradients and curvature are averaged over in it."""
-
-    stretch: Stretch
-    snapshots: tuple[Stretch, ...]
-
-    @property
-    def stage(self) -> int:
-        """Index of the stage that it belongs to."""
-        return self.stretch.stage
-
-    @property
-    def weights(self) -> list[float]:
-        """The snapshots' weights, which sum to 1."""
-        return normalized_weights(self.snapshots)
-
-
-class Stage:
-    """One ``fit``: its model, objective, blocks and examples.
-
-    Args:
-        index: its place in the run.
-        record: its entry in the manifest.
-        settings: the run's settings.
-        module: the LightningModule, with this stage's parameters.
-        data: its training examples; ``None`` until something needs them.
-        hooks: the LightningDataModule, if its batch-transfer hooks are part of the data.
-        ranks: the processes that work on it together.
-    """
-
-    def __init__(
-        self,
-        index: int,
-        record: dict[str, Any],
-        settings: Mapping[str, Any],
-        module: Any,
-        data: Examples | None = None,
-        hooks: Any = None,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self.index = index
-        self.record = record
-        self.name: str = record["name"]
-        self.coverage = Coverage.from_json(record["coverage"])
-        spec = ObjectiveSpec.from_json(record["objective"]) if record.get("objective") else None
-        self.phases = [Phase.from_json(phase) for phase in record["phases"]]
-        objective = Objective(module, **(record["manual"] or {}))
-        self.workspace = Workspace(module, self.coverage.blocks, objective, spec, settings["seed"], hooks, ranks)
-        self.examples: Examples | None = None
-        self.use(data)
-
-    def use(self, data: Examples | None) -> None:
-        """Take these as the training examples, if they can be the ones that the stage was trained on."""
-        if data is None:
-            return
-        count = self.record["examples"]
-        if count is None:
-            self.record["examples"] = len(data)
-        elif len(data) != count:
-            raise MisconfigurationException(
-                f"the training set holds {len(data)} examples but the run was trained on {count}: scores would name the"
-                " wrong examples. HINT: pass the dataset of the run as `train=`; to score some of its examples, pass"
-                " `train_ids=`."
-            )
-        self.examples = data
-
-    @property
-    def data(self) -> Examples:
-        """The training examples."""
-        if self.examples is None:
-            raise MisconfigurationException(
-                f'the training examples of stage "{self.name}" are needed and not at hand. HINT: pass `train=` the'
-                " run's training dataset."
-            )
-        return self.examples
-
-    def decoupled(self, step: int, column: int) -> bool:
-        """Whether a column's weight decay was not preconditioned at that step."""
-        phase = phase_at(self.phases, step)
-        parent = phase.parents(self.phases[-1].columns)[column]
-        return parent is not None and phase.decoupled[parent]
-
-    @property
-    def count(self) -> int:
-        """``N``, the number of training examples."""
-        return int(self.record["examples"])
 
 
 class Run:
@@ -133,7 +46,7 @@ class Run:
         data: training examples by stage index, as far as they are at hand.
         hooks: the LightningDataModule, if its batch-transfer hooks are part of the data.
         stage: index or name of the stage whose examples are asked about; the last by default.
-        ranks: the processes that work together; ``store`` is then a :class:`~lightning_source.store.SharedStore`.
+        ranks: the processes that work together; ``store`` is then a :class:`SharedStore`.
 
     Raises:
         MisconfigurationException: nothing was recorded, no such stage, or a model does not match.
@@ -146,7 +59,7 @@ class Run:
         data: Mapping[int, Examples | None] | None = None,
         hooks: Any = None,
         stage: int | str | None = None,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
         self.store = store
         self.ranks = ranks
@@ -172,7 +85,7 @@ class Run:
         self.stage = self.stages[_index_of(stage, [s.name for s in self.stages])]
         self.coverage = self.stage.coverage
         self.examples = self.stage.count if self.stage.record["examples"] else 0
-        self.snapshots = [Stretch.from_json(s) for s in store.manifest["snapshots"]]
+        self.snapshots = [StepInterval.from_json(s) for s in store.manifest["snapshots"]]
 
     @property
     def workspace(self) -> Workspace:
@@ -185,7 +98,7 @@ class Run:
         last = self.stages[-1].workspace
         if last is self.workspace:
             return last
-        blocks = self.unbroken()
+        blocks = self.surviving_blocks()
         if not blocks:
             raise MisconfigurationException(
                 f'no layer that stage "{self.stage.name}" trained was taken over as it was by the stages after it, so'
@@ -275,14 +188,14 @@ class Run:
                 )
         return found
 
-    def preconditioner(self, snapshots: Sequence[Stretch]) -> dict[str, Tensor]:
+    def preconditioner(self, snapshots: Sequence[StepInterval]) -> dict[str, Tensor]:
         """``P̄`` of each block averaged over snapshots, ``[P, O, I]``; empty where steps follow the plain gradient."""
         device = self.workspace.module.device
         scale = {name: value.to(device) for name, value in mean_preconditioner(self.store, snapshots).items()}
         blocks = self.stages[snapshots[0].stage].coverage.blocks
         return {b.name: b.matrix(scale) for b in blocks if all(n in scale for n in b.parameters)}
 
-    def unbroken(self) -> list[Block]:
+    def surviving_blocks(self) -> list[Block]:
         """The asked stage's blocks whose parameters each later stage took over as they were.
 
         A head that was replaced or drawn anew between stages carries nothing of the examples before.
@@ -321,7 +234,7 @@ class Run:
         shared = (n for n in over if n in base and n not in changed and over[n].shape == base[n].shape)
         return {**base, **{name: over[name] for name in shared}}
 
-    def state(self, snapshot: Stretch, which: str) -> State:
+    def state(self, snapshot: StepInterval, which: str) -> State:
         """A snapshot's parameters: ``"mean"`` over its steps, or at the ``"point"`` in its middle."""
         return snapshot_parameters(self.store, snapshot, which)
 
@@ -339,11 +252,11 @@ class Run:
             per_batch = stage.record["examples_per_batch"] or stage.data.batch_size
             state = final_parameters(self.store, stage.index)
 
-            def calibrate() -> ObjectiveSpec:
+            def learn() -> ObjectiveSpec:
                 with stage.workspace.at(state):
-                    return stage.workspace.calibrate(stage.data, per_batch, stage.record["maximize"])
+                    return calibrate(stage.workspace, stage.data, per_batch, stage.record["maximize"])
 
-            stage.workspace.spec = spec = self.ranks.from_first(calibrate)
+            stage.workspace.spec = spec = self.ranks.on_rank_zero(learn)
             stage.record["objective"] = spec.to_json()
             self.store.commit()
 
@@ -359,7 +272,7 @@ class Run:
         files = [s.file.replace(".safetensors", f"-{which}-covariances.safetensors") for s in segment.snapshots]
         return self._factors(self.stages[segment.stage], name, loads, segment.weights, files)
 
-    def coupled(self, segment: Segment, which: str) -> Factors:
+    def cross_layer_factors(self, segment: Segment, which: str) -> Factors:
         """:meth:`snapshot_factors`, scaled by how much curvature the layers have together beyond their own.
 
         EK-FAC keeps the blocks apart. Where a direction of much curvature runs through several layers, each of them
@@ -375,7 +288,7 @@ class Run:
             ids = factor_ids(len(stage.data), limit, self.settings["seed"])
             bases = {name: one.basis for name, one in factors.items()}
             traces = [
-                [w * x for x in stage.workspace.squared_traces(self.state(s, which), stage.data, ids, bases)]
+                [w * x for x in squared_traces(stage.workspace, self.state(s, which), stage.data, ids, bases)]
                 for s, w in zip(segment.snapshots, segment.weights, strict=True)
             ]
             full, blocks = map(sum, zip(*traces, strict=True))
@@ -459,29 +372,3 @@ def _covariance_tensors(sums: dict[str, CovarianceSums]) -> dict[str, Tensor]:
         tensors[f"gradients/{name}"] = one.gradients
         tensors[f"examples/{name}"] = torch.tensor(one.examples)
     return tensors
-
-
-def fingerprint(module: Any) -> dict[str, list[int]]:
-    """Names and shapes of a module's parameters."""
-    return {clean_name(name): list(p.shape) for name, p in module.named_parameters()}
-
-
-def check_module(module: Any, recorded: Mapping[str, Any]) -> None:
-    """Refuse a model whose parameters are not those of the run.
-
-    Raises:
-        MisconfigurationException: names what is missing, added or of another shape.
-    """
-    own, run = fingerprint(module), recorded["parameters"]
-    missing = sorted(run.keys() - own.keys())
-    added = sorted(own.keys() - run.keys())
-    shapes = [f"{n} {own[n]} for {run[n]}" for n in sorted(run.keys() & own.keys()) if own[n] != run[n]]
-    problems = [
-        f"{what} {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
-        for what, names in (("missing", missing), ("not in the run:", added), ("of another shape:", shapes))
-        if names
-    ]
-    if problems:
-        raise MisconfigurationException(
-            f"`{type(module).__name__}` does not match the run of `{recorded['class']}`: {'; '.join(problems)}."
-        )

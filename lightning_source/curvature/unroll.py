@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_source.factors import IDENTITY, Basis
+from lightning_source.curvature.ekfac import IDENTITY, Basis
 
 _Step = tuple[Tensor, Tensor, Basis]  # the response, and the vector with its basis before the segment
 

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_source.capture import Recording
-from lightning_source.data import Examples, to_module
-from lightning_source.engine import State, Workspace
-from lightning_source.factors import Captured, chunks, contract
-from lightning_source.layers import Block, clean_name
-from lightning_source.objective import Losses
+from lightning_source.capture.data import Examples, to_module
+from lightning_source.capture.layer_gradients import GradientCapture
+from lightning_source.capture.objective import Losses
+from lightning_source.curvature.block_gradients import BlockGradients, chunks, contract
+from lightning_source.layers import Block
+from lightning_source.names import clean_name
+from lightning_source.passes.workspace import State, Workspace
 
 # Vectors that run through a batch's graph at once: each holds what one backward holds.
 VECTORS_AT_ONCE = 32
@@ -194,7 +195,7 @@ class GaussNewton:
         for draw in range(draws):
             # Draws belong to the batch, so that every product has the same matrix.
             target = self.workspace.sampled(draw)
-            recording = Recording(self.workspace.module, self.workspace.blocks)
+            recording = GradientCapture(self.workspace.module, self.workspace.blocks)
             captured = recording.captured(target(batch, index, recording), len(index))
             products = sum(contract(one, matrices[name]) for name, one in captured.items())
             assert isinstance(products, Tensor)
@@ -255,7 +256,7 @@ def _stack(column: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack(present) if len(present) == len(column) else None
 
 
-def expand(captured: Captured, weights: Tensor) -> Tensor:
+def expand(captured: BlockGradients, weights: Tensor) -> Tensor:
     """``Σ_b weights[q, b] · gradient_b``, ``[Q, P, O, I]``: the adjoint of ``factors.contract``."""
     parts, _, positions, outputs, inputs = captured.shape
     queries = len(weights)

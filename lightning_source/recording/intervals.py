@@ -13,7 +13,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Stretch:
+class StepInterval:
     """Consecutive optimizer steps ``first <= step < last`` and sums over them: a bin, snapshot or segment."""
 
     first: int
@@ -37,11 +37,11 @@ class Stretch:
         """The group's weight decay, averaged with the learning rates that multiplied it."""
         return self.decays[group] / self.rates[group] if self.rates[group] else 0.0
 
-    def merge(self, other: Stretch) -> Stretch:
+    def merge(self, other: StepInterval) -> StepInterval:
         """The stretch over both; ``other`` follows this one."""
         if other.first != self.last or other.stage != self.stage:
             raise ValueError(f"steps {other.first}-{other.last} do not follow steps {self.first}-{self.last}")
-        return Stretch(
+        return StepInterval(
             self.first,
             other.last,
             tuple(a + b for a, b in zip(self.rates, other.rates, strict=True)),
@@ -49,7 +49,7 @@ class Stretch:
             stage=self.stage,
         )
 
-    def regrouped(self, parents: Sequence[int | None]) -> Stretch:
+    def regrouped(self, parents: Sequence[int | None]) -> StepInterval:
         """The same stretch for groups that were made by splitting its own; a parent of ``None`` was not trained."""
         rates, decays = (
             tuple(0.0 if parent is None else values[parent] for parent in parents)
@@ -57,7 +57,7 @@ class Stretch:
         )
         return replace(self, rates=rates, decays=decays)
 
-    def at(self, file: str) -> Stretch:
+    def at(self, file: str) -> StepInterval:
         """The same stretch with its parameters in ``file``."""
         return replace(self, file=file)
 
@@ -66,12 +66,12 @@ class Stretch:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Stretch:
+    def from_json(cls, values: dict[str, Any]) -> StepInterval:
         """The inverse of :meth:`to_json`."""
         return cls(**(values | {"rates": tuple(values["rates"]), "decays": tuple(values["decays"])}))
 
 
-def merge_all(stretches: Sequence[Stretch]) -> Stretch:
+def merge_all(stretches: Sequence[StepInterval]) -> StepInterval:
     """One stretch over consecutive ones."""
     total = stretches[0]
     for stretch in stretches[1:]:
@@ -79,7 +79,7 @@ def merge_all(stretches: Sequence[Stretch]) -> Stretch:
     return total
 
 
-def normalized_weights(stretches: Sequence[Stretch]) -> list[float]:
+def normalized_weights(stretches: Sequence[StepInterval]) -> list[float]:
     """Weights that sum to 1 by how far training moved; by steps where the learning rate was 0 throughout."""
     weights = [s.weight for s in stretches]
     if not sum(weights) > 0:
@@ -87,7 +87,7 @@ def normalized_weights(stretches: Sequence[Stretch]) -> list[float]:
     return [w / sum(weights) for w in weights]
 
 
-def pairs_to_merge(stretches: Sequence[Stretch], boundaries: Sequence[int]) -> list[tuple[int, ...]]:
+def pairs_to_merge(stretches: Sequence[StepInterval], boundaries: Sequence[int]) -> list[tuple[int, ...]]:
     """Indices of neighbours to merge, two by two, never across one of the user's boundaries."""
     groups: list[tuple[int, ...]] = []
     for index, stretch in enumerate(stretches):
@@ -98,7 +98,7 @@ def pairs_to_merge(stretches: Sequence[Stretch], boundaries: Sequence[int]) -> l
     return groups
 
 
-def cut_evenly(stretches: Sequence[Stretch], count: int) -> list[list[int]]:
+def cut_evenly(stretches: Sequence[StepInterval], count: int) -> list[list[int]]:
     """Indices of ``stretches`` in at most ``count`` consecutive groups, as even in steps as can be."""
     count = min(count, len(stretches))
     start, total = stretches[0].first, stretches[-1].last - stretches[0].first
@@ -110,7 +110,9 @@ def cut_evenly(stretches: Sequence[Stretch], count: int) -> list[list[int]]:
     return [list(range(a, b)) for a, b in zip(cuts, [*cuts[1:], len(stretches)], strict=True)]
 
 
-def cut(stretches: Sequence[Stretch], segments: int | Sequence[int], breaks: Sequence[int] = ()) -> list[list[int]]:
+def cut(
+    stretches: Sequence[StepInterval], segments: int | Sequence[int], breaks: Sequence[int] = ()
+) -> list[list[int]]:
     """Indices of ``stretches`` by segment.
 
     Args:

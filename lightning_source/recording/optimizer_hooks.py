@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_source._trainer import clips_gradients
-from lightning_source.layers import clean_name
+from lightning_source.names import clean_name
 from lightning_source.optimizers import StepRule, preconditioners, rule_for
-from lightning_source.phases import Phase
-from lightning_source.recorder import Recorder
+from lightning_source.recording.parameter_groups import Phase
+from lightning_source.recording.recorder import Recorder
 
 
-class StepWatch:
+class OptimizerObserver:
     """Watches one of the Trainer's optimizers.
 
     Args:

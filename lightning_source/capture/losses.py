@@ -56,7 +56,7 @@ Reader = Callable[[dict[str, Any]], LossCall | None]
 _READERS: dict[Callable[..., Any], tuple[inspect.Signature, Reader]] = {}
 
 
-def reads(function: Callable[..., Any]) -> Callable[[Reader], Reader]:
+def register_loss(function: Callable[..., Any]) -> Callable[[Reader], Reader]:
     """Decorator: the decorated function reads calls of ``function``, given its bound arguments."""
 
     def enter(reader: Reader) -> Reader:
@@ -89,7 +89,7 @@ def unreduced(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     return function(**{k: v for k, v in arguments.items() if k not in ("size_average", "reduce")})
 
 
-@reads(F.cross_entropy)
+@register_loss(F.cross_entropy)
 def _cross_entropy(call: dict[str, Any]) -> LossCall:
     logits, target, weight, smoothing = call["input"], call["target"], call["weight"], call["label_smoothing"]
     elements = F.cross_entropy(
@@ -114,7 +114,7 @@ def _cross_entropy(call: dict[str, Any]) -> LossCall:
     )
 
 
-@reads(F.nll_loss)
+@register_loss(F.nll_loss)
 def _nll_loss(call: dict[str, Any]) -> LossCall:
     target, weight, ignored = call["target"], call["weight"], call["ignore_index"]
     elements = F.nll_loss(call["input"], target, weight=weight, ignore_index=ignored, reduction="none")
@@ -194,7 +194,7 @@ def diagonal(information: Tensor | float) -> Information:
     return lambda weights, tangents: [weights * information * tangents[0]]
 
 
-@reads(F.binary_cross_entropy_with_logits)
+@register_loss(F.binary_cross_entropy_with_logits)
 def _binary_with_logits(call: dict[str, Any]) -> LossCall:
     logits, target, weight, positive = call["input"], call["target"], call["weight"], call["pos_weight"]
     elements = F.binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="none", pos_weight=positive)
@@ -213,7 +213,7 @@ def _binary_with_logits(call: dict[str, Any]) -> LossCall:
     )
 
 
-@reads(F.binary_cross_entropy)
+@register_loss(F.binary_cross_entropy)
 def _binary_cross_entropy(call: dict[str, Any]) -> LossCall:
     probability, target, weight = call["input"], call["target"], call["weight"]
     elements = F.binary_cross_entropy(probability, target, weight=weight, reduction="none")
@@ -264,19 +264,19 @@ def _binary(
 # squared score. A residual of random sign has a score of that square with no variance of its own.
 
 
-@reads(F.mse_loss)
+@register_loss(F.mse_loss)
 def _mse_loss(call: dict[str, Any]) -> LossCall:
     """Normal with variance 1/2: the Fisher is the Gauss-Newton matrix, 2."""
     return _residual("mse_loss", call, F.mse_loss(call["input"], call["target"], reduction="none"), 2.0)
 
 
-@reads(F.l1_loss)
+@register_loss(F.l1_loss)
 def _l1_loss(call: dict[str, Any]) -> LossCall:
     """Laplace with scale 1. The second derivative is 0 but at the target; the squared score, a sign's, is 1."""
     return _residual("l1_loss", call, F.l1_loss(call["input"], call["target"], reduction="none"), 1.0)
 
 
-@reads(F.huber_loss)
+@register_loss(F.huber_loss)
 def _huber_loss(call: dict[str, Any]) -> LossCall:
     """Normal in the middle, Laplace in the tails; see :func:`_huber_information`."""
     elements = F.huber_loss(call["input"], call["target"], reduction="none", delta=call["delta"])
@@ -284,7 +284,7 @@ def _huber_loss(call: dict[str, Any]) -> LossCall:
     return _residual("huber_loss", call, elements, _huber_information(1.0, call["delta"]), normalized=False)
 
 
-@reads(F.smooth_l1_loss)
+@register_loss(F.smooth_l1_loss)
 def _smooth_l1_loss(call: dict[str, Any]) -> LossCall:
     """Huber's loss over ``beta``; the L1 loss where that is 0."""
     beta = call["beta"]
@@ -331,7 +331,7 @@ def _residual(
     )
 
 
-@reads(F.gaussian_nll_loss)
+@register_loss(F.gaussian_nll_loss)
 def _gaussian_nll_loss(call: dict[str, Any]) -> LossCall:
     """Normal, whose Fisher over mean and variance ``v`` is ``diag(1 / v, 1 / (2 v²))``; ``v`` at least ``eps``."""
     options = {"full": call["full"], "eps": call["eps"]}
@@ -359,7 +359,7 @@ def _gaussian_nll_loss(call: dict[str, Any]) -> LossCall:
     return _density("gaussian_nll_loss", call, elements, sample, (residual, var.expand_as(elements)), information)
 
 
-@reads(F.poisson_nll_loss)
+@register_loss(F.poisson_nll_loss)
 def _poisson_nll_loss(call: dict[str, Any]) -> LossCall:
     """Poisson, with Fisher ``rate`` over the logarithm of the rate and ``1 / rate`` over the rate."""
     options = {"log_input": call["log_input"], "eps": call["eps"], "reduction": "none"}
@@ -389,7 +389,7 @@ def _density(
     )
 
 
-@reads(F.kl_div)
+@register_loss(F.kl_div)
 def _kl_div(call: dict[str, Any]) -> LossCall | None:
     """Cross entropy with soft targets, less their entropy, where the last dimension holds the model's classes.
 

@@ -166,7 +166,7 @@ def parameters_kept(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def _attributes_kept(module: nn.Module) -> Iterator[None]:
     """Restore what a ``training_step`` may write besides parameters: counters, output lists, buffers, metric states."""
-    kept = _Kept()
+    kept = _SavedState()
     for child in module.modules():
         kept.add(child)
     try:
@@ -182,7 +182,7 @@ def _is_record(value: Any) -> bool:
     return type(own) is dict and bool(own) and all(isinstance(part, kinds) for part in own.values())
 
 
-class Rewind:
+class StateRestorer:
     """What the calls of a ``training_step`` write is as it was before each of them.
 
     A momentum encoder, a running centre or a counter would else drift from batch to batch, and an example's gradient
@@ -194,7 +194,7 @@ class Rewind:
     """
 
     def __init__(self, module: nn.Module, values: Mapping[int, Tensor]) -> None:
-        self._kept = _Kept()
+        self._kept = _SavedState()
         for child in module.modules():
             self._kept.add(child)
         for p in module.parameters():
@@ -238,7 +238,7 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-class _Kept:
+class _SavedState:
     """The mutable objects that can be reached from some, each with its contents."""
 
     def __init__(self) -> None:

@@ -32,16 +32,16 @@ class Ranks:
         return cls()
 
     @property
-    def first(self) -> bool:
+    def is_global_zero(self) -> bool:
         """Whether this is the rank that writes."""
         return self.rank == 0
 
-    def from_first(self, compute: Callable[[], T]) -> T:
+    def on_rank_zero(self, compute: Callable[[], T]) -> T:
         """Compute on rank 0 and give the value, or the exception, to all ranks."""
         if self.world == 1:
             return compute()
         outcome: list[Any] = [None, None]
-        if self.first:
+        if self.is_global_zero:
             try:
                 outcome[0] = compute()
             except Exception as error:
@@ -51,7 +51,7 @@ class Ranks:
             raise outcome[1]
         return outcome[0]
 
-    def together(self, compute: Callable[[], T]) -> T:
+    def on_all_ranks(self, compute: Callable[[], T]) -> T:
         """Compute on every rank; if one fails all do, so that none waits for it in the next collective."""
         if self.world == 1:
             return compute()
@@ -88,7 +88,7 @@ class Ranks:
         return values
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 def _portable(error: Exception) -> Exception:

@@ -1,8 +1,8 @@
 """The user's own ``training_step`` as an objective: its elements, their scale, sampled labels and measurements.
 
-A torch function mode sees every call of a loss that :mod:`lightning_source.losses` can read. The call is replaced by
-its elements under the user's reduction, so ``s_j = ∂loss/∂ℓ_j`` is plain autograd whatever the user does afterwards
-(method §4). Where no loss is recognised, the module may say what it minimises by one of
+A torch function mode sees every call of a loss that :mod:`lightning_source.capture.losses` can read. The call is
+replaced by its elements under the user's reduction, so ``s_j = ∂loss/∂ℓ_j`` is plain autograd whatever the user does
+afterwards (method §4). Where no loss is recognised, the module may say what it minimises by one of
 
     ``attribution_distribution(batch) -> (torch.distributions.Distribution, targets)``  losses: ``-log_prob``
     ``attribution_losses(batch) -> Tensor``  per-element losses, ``[B]`` or ``[B, ...]`` (empirical Fisher)
@@ -25,10 +25,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_source.capture import Recording
-from lightning_source.losses import Information, LossCall, read_call
-from lightning_source.manual import ManualStep
-from lightning_source.picked import by_owner, owners_of
+from lightning_source.capture.layer_gradients import GradientCapture
+from lightning_source.capture.losses import Information, LossCall, read_call
+from lightning_source.capture.manual_optimization import ManualStep
+from lightning_source.capture.masked_rows import by_owner, owners_of
 
 Measurement = Callable[[Any, Any], Tensor]
 # What the user divides elements by: their weights in the batch, nothing, or the number of examples.
@@ -280,7 +280,7 @@ class Objective:
         names = ("attribution_distribution", "attribution_losses")
         return next((name for name in names if callable(getattr(self.module, name, None))), None)
 
-    def evaluate(self, batch: Any, size: int, recording: Recording | None = None, hooked: bool = True) -> Losses:
+    def evaluate(self, batch: Any, size: int, recording: GradientCapture | None = None, hooked: bool = True) -> Losses:
         """Run the user's step, or the module's hook if it has one; ``recording`` listens to the layers meanwhile.
 
         Args:

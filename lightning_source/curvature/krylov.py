@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_source.unroll import segment_decay, segment_response
+from lightning_source.curvature.unroll import segment_decay, segment_response
 
 Product = Callable[[Tensor], Tensor]  # [Q, D] -> [Q, D]
 

@@ -14,7 +14,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
-from lightning_source._guards import isolated_rng
+from lightning_source.capture.isolation import isolated_rng
 
 Batch = tuple[Tensor, Any]  # ids of the batch's examples, and what training_step takes
 

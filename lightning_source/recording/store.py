@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_source.ranks import Ranks
+from lightning_source.distributed import Ranks
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -183,7 +183,7 @@ class SharedStore(RunStore):
             self._own = open_to_score(path)
             return self._own.path, self._own.manifest
 
-        super().__init__(*ranks.from_first(open_it))
+        super().__init__(*ranks.on_rank_zero(open_it))
         self.ranks = ranks
 
     @property
@@ -200,19 +200,19 @@ class SharedStore(RunStore):
             self.own.write(name, tensors)
             return self.manifest["files"][name]
 
-        self.manifest["files"][name] = self.ranks.from_first(write)
+        self.manifest["files"][name] = self.ranks.on_rank_zero(write)
         return name
 
     def read(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """See :meth:`RunStore.read`."""
-        tensors = self.ranks.from_first(lambda: self.own.read(name))
+        tensors = self.ranks.on_rank_zero(lambda: self.own.read(name))
         return {key: value.to(device) for key, value in tensors.items()}
 
     def commit(self, remove: tuple[str, ...] = ()) -> None:
         """See :meth:`RunStore.commit`."""
         for name in remove:
             self.manifest["files"].pop(name, None)
-        self.ranks.from_first(lambda: self.own.commit(remove))
+        self.ranks.on_rank_zero(lambda: self.own.commit(remove))
 
 
 def _replace(temporary: Path, target: Path) -> None:

@@ -1,10 +1,9 @@
-"""Which parameters are attributed: found once, checked on a real batch, and reported with what is left out and why."""
+"""Checks on a real batch that each block's captured gradients are those of its parameters, example by example."""
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,145 +11,26 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_source.capture import Recording
-from lightning_source.factors import Captured
-from lightning_source.layers import Block, blocks_of, clean_name, form_of
-from lightning_source.layers.embedding import tied_block
+from lightning_source.capture.coverage import Coverage
+from lightning_source.capture.layer_gradients import GradientCapture
+from lightning_source.capture.objective import Losses, Objective
+from lightning_source.curvature.block_gradients import BlockGradients
+from lightning_source.layers import Block
 from lightning_source.layers.free import free_block
 from lightning_source.layers.local import LocalForm
 from lightning_source.layers.positions import PositionsForm
-from lightning_source.objective import Losses, Objective
+from lightning_source.names import clean_name
 
 # A layer's captured gradient must match autograd's weight gradient to this share of its norm; float32 sums in another
 # order differ by about 1e-6, a missing use of the weight by its whole contribution.
 TOLERANCE = 1e-3
+
+
 # Under autocast autograd itself rounds to 8 bits.
 HALF_TOLERANCE = 3e-2
+
+
 _NO_GRADIENT = "its output carries no gradient (reentrant checkpointing, or torch.no_grad)"
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """What is attributed and what is not.
-
-    Attributes:
-        blocks: the tracked blocks.
-        left_out: for each trainable parameter that is not tracked, ``(name, size, reason)``.
-        trainable: number of trainable scalars.
-    """
-
-    blocks: tuple[Block, ...]
-    left_out: tuple[tuple[str, int, str], ...]
-    trainable: int
-
-    @property
-    def share(self) -> float:
-        """Tracked share of the trainable parameters, 0 to 1."""
-        return 1 - sum(size for _, size, _ in self.left_out) / max(1, self.trainable)
-
-    def summary(self) -> str:
-        """A line for the log, then one for each reason why something is left out."""
-        lines = [f"attributing {len(self.blocks)} blocks, {self.share:.2%} of {self.trainable:,} trainable parameters"]
-        if free := [block.name for block in self.blocks if block.free]:
-            lines.append(f"a backward for each example, as they have no layer form: {', '.join(free)}")
-        reasons: dict[str, list[tuple[str, int]]] = {}
-        for name, size, reason in self.left_out:
-            reasons.setdefault(reason, []).append((name, size))
-        for reason, items in reasons.items():
-            share = sum(size for _, size in items) / self.trainable
-            lines.append(f"not attributed, {share:.2%}: {', '.join(name for name, _ in items)} ({reason})")
-        return "\n  ".join(lines)
-
-    def without(self, reasons: Mapping[str, str]) -> Coverage:
-        """The coverage with some blocks left out, given the reasons by block name."""
-        left = [
-            (name, size, reasons[block.name])
-            for block in self.blocks
-            if block.name in reasons
-            for name, size in zip(block.parameters, block.sizes, strict=True)
-        ]
-        kept = tuple(block for block in self.blocks if block.name not in reasons)
-        return Coverage(kept, (*self.left_out, *left), self.trainable)
-
-    def to_json(self) -> dict[str, Any]:
-        """As a dictionary for the manifest."""
-        return {
-            "share": self.share,
-            "trainable": self.trainable,
-            "blocks": [asdict(block) for block in self.blocks],
-            "left_out": [list(item) for item in self.left_out],
-        }
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Coverage:
-        """The inverse of :meth:`to_json`."""
-        blocks = tuple(
-            Block(**(b | {"shape": tuple(b["shape"]), "sizes": tuple(b["sizes"])})) for b in values["blocks"]
-        )
-        return cls(blocks, tuple((n, s, r) for n, s, r in values["left_out"]), values["trainable"])
-
-
-def find_blocks(
-    module: nn.Module,
-    groups: Sequence[Sequence[nn.Parameter]],
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-) -> Coverage:
-    """The blocks that can be tracked, before any has been seen at work.
-
-    Args:
-        module: the LightningModule.
-        groups: parameters by optimizer group; a parameter in none is not trained.
-        include: glob patterns of module names; only matching ones are tracked.
-        exclude: glob patterns of module names that are not tracked.
-    """
-    group_of = {id(p): index for index, group in enumerate(groups) for p in group if p.requires_grad}
-    names = {id(p): clean_name(name) for name, p in module.named_parameters()}
-    trainable = {id(p): p for p in module.parameters() if id(p) in group_of}
-    owners: dict[int, list[nn.Module]] = {}
-    for child in module.modules():
-        for parameter in child.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(child)
-    blocks: list[Block] = []
-    reasons: dict[int, str] = {}
-    seen: set[int] = set()
-    for name, child in module.named_modules():
-        own = {id(p): p for p in child.parameters(recurse=False) if id(p) in trainable and id(p) not in seen}
-        seen |= own.keys()
-        if reason := _why_not(name, include, exclude):
-            reasons |= dict.fromkeys(own, reason)
-            continue
-        tied = {key for key in own if len(owners[key]) > 1}
-        found = [] if form_of(child) is None else blocks_of(name, child, _only(own.keys() - tied, group_of))
-        held = {parameter for block in found for parameter in block.parameters}
-        blocks += found
-        for key, parameter in own.items():
-            if names[key] in held:
-                continue
-            if key in tied:
-                block = tied_block(names[key], clean_name(name), owners[key], group_of[key])
-                reason = "weights tied between modules"
-            else:
-                block = free_block(names[key], clean_name(name), parameter, group_of[key])
-                reason = f"no layer form for {type(child).__name__}"
-            if block is None:
-                reasons[key] = reason
-            else:
-                blocks.append(block)
-    left = [(names[key], trainable[key].numel(), reason) for key, reason in reasons.items()]
-    return Coverage(tuple(blocks), tuple(left), sum(p.numel() for p in trainable.values()))
-
-
-def _only(keys: Set[int], group_of: Mapping[int, int]) -> Callable[[nn.Parameter], int | None]:
-    return lambda parameter: group_of[id(parameter)] if id(parameter) in keys else None
-
-
-def _why_not(name: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> str | None:
-    if exclude and any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
-        return "excluded"
-    if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
-        return "not included"
-    return None
 
 
 def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: Any, size: int) -> Coverage:
@@ -198,7 +78,7 @@ def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: An
 
 def _unknown_share(module: nn.Module, objective: Objective, blocks: Sequence[Block], batch: Any, size: int) -> float:
     """Norm of the layers' output gradients that known elements do not explain, over that of all."""
-    recording = Recording(module, [block for block in blocks if not block.free])
+    recording = GradientCapture(module, [block for block in blocks if not block.free])
     losses = objective.evaluate(batch, size, recording)
     if not losses.calls:
         return 0.0
@@ -241,7 +121,7 @@ def _ways(block: Block, module: nn.Module) -> list[Block]:
 
 def _check(module: nn.Module, objective: Objective, blocks: Sequence[Block], batch: Any, size: int) -> list[str | None]:
     """For each block, why it cannot be attributed."""
-    recording = Recording(module, blocks)
+    recording = GradientCapture(module, blocks)
     losses = objective.evaluate(batch, size, recording)
     each = losses.each()
     if losses.calls and each.shape != (size,):
@@ -249,7 +129,7 @@ def _check(module: nn.Module, objective: Objective, blocks: Sequence[Block], bat
     target = losses.recognised  # a penalty on the weights is not data
     refused: dict[str, str] = {}
     captured = recording.captured(target, size, True, refused, each)
-    one: dict[str, Captured] = {}
+    one: dict[str, BlockGradients] = {}
     if size > 1 and each.shape == (size,):
         one = recording.captured(each[-1], size, True, {})
     parameters = {clean_name(n): p for n, p in module.named_parameters() if p.requires_grad}
@@ -274,7 +154,7 @@ def _check_repeated(module: nn.Module, objective: Objective, block: Block, batch
     """Like :func:`_check` for a block whose layer's output is repeated, which the user's code must not notice."""
     reason = "its rows serve all examples, and cannot be repeated for each"
     try:
-        repeated = objective.evaluate(batch, size, Recording(module, [block])).loss
+        repeated = objective.evaluate(batch, size, GradientCapture(module, [block])).loss
     except Exception:  # whatever the user's code raises on a tensor of another shape
         return reason
     if not torch.allclose(repeated, objective.evaluate(batch, size).loss, rtol=TOLERANCE, atol=0):
@@ -289,13 +169,15 @@ def _not_by_example(losses: Losses) -> str:
     )
 
 
-def _unseen(block: Block, captured: Mapping[str, Captured], recording: Recording) -> str | None:
+def _unseen(block: Block, captured: Mapping[str, BlockGradients], recording: GradientCapture) -> str | None:
     if block.name in captured or recording.key(block) not in recording.without_gradient:
         return None
     return _NO_GRADIENT
 
 
-def _mismatch(block: Block, captured: Captured | None, gradients: Mapping[str, Tensor], tolerance: float) -> str | None:
+def _mismatch(
+    block: Block, captured: BlockGradients | None, gradients: Mapping[str, Tensor], tolerance: float
+) -> str | None:
     present = {n: gradients[n].to_dense() for n in block.parameters if n in gradients}
     if captured is None:
         return "used outside its layer's forward" if any(g.any() for g in present.values()) else None
@@ -310,7 +192,7 @@ def _mismatch(block: Block, captured: Captured | None, gradients: Mapping[str, T
     return None
 
 
-def _total(captured: Captured) -> Tensor:
+def _total(captured: BlockGradients) -> Tensor:
     """The sum of all examples' gradients, ``[P, O, I]``."""
     a, g = (x.flatten(1, 2) for x in captured[:2])
     if captured.vocabulary is None:
@@ -318,7 +200,7 @@ def _total(captured: Captured) -> Tensor:
     return g.new_zeros(1, captured.vocabulary, g.shape[-1]).index_add_(1, a[0], g).mT
 
 
-def _mixing(captured: Captured | None) -> str | None:
+def _mixing(captured: BlockGradients | None) -> str | None:
     if captured is None:
         return None
     squares = captured.squares()

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from lightning_source.factors import Captured
-from lightning_source.layers import Block, Call, captured_vectors, clean_name
+from lightning_source.capture.masked_rows import by_owner, owners_of
+from lightning_source.curvature.block_gradients import BlockGradients
+from lightning_source.layers import Block, Call, captured_vectors
 from lightning_source.layers.local import Use, tensors_of
-from lightning_source.picked import by_owner, owners_of
+from lightning_source.names import clean_name
 
 # Examples whose own backwards run at once where a parameter has no form.
 EXAMPLES_AT_ONCE = 16
@@ -42,7 +43,7 @@ class _Seen(NamedTuple):
     owners: Tensor | None  # the example of each row, where a mask picked the rows
 
 
-class Recording:
+class GradientCapture:
     """The layer calls of one forward; :meth:`captured` runs the backward."""
 
     def __init__(self, module: nn.Module, blocks: Sequence[Block]) -> None:
@@ -65,7 +66,7 @@ class Recording:
         return block.parameters[0] if block.functional or block.local else block.module
 
     @contextmanager
-    def listening(self, examples: int) -> Iterator[Recording]:
+    def listening(self, examples: int) -> Iterator[GradientCapture]:
         """Record every call of a tracked layer on a batch inside the ``with``; the hooks are gone afterwards."""
         self._calls.clear()
         self._clear = set()
@@ -117,7 +118,7 @@ class Recording:
         retain_graph: bool = False,
         refused: dict[str, str] | None = None,
         each: Tensor | None = None,
-    ) -> dict[str, Captured]:
+    ) -> dict[str, BlockGradients]:
         """Backward from a target to the layers' outputs.
 
         Args:
@@ -152,7 +153,7 @@ class Recording:
                     _refuse(block, str(error), refused)
         return result
 
-    def _free(self, target: Tensor, examples: int, refused: dict[str, str] | None) -> dict[str, Captured]:
+    def _free(self, target: Tensor, examples: int, refused: dict[str, str] | None) -> dict[str, BlockGradients]:
         blocks = [block for block in self.blocks if block.free]
         if not blocks:
             return {}
@@ -228,7 +229,7 @@ _attention = FunctionType(
 class _FunctionTap(TorchFunctionMode):
     """Keeps the calls of ``F.linear`` and ``F.embedding`` on parameters, given their names by ``id``."""
 
-    def __init__(self, names: dict[int, str], recording: Recording) -> None:
+    def __init__(self, names: dict[int, str], recording: GradientCapture) -> None:
         super().__init__()
         self.names = names
         self.recording = recording

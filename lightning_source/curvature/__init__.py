@@ -1,0 +1,1 @@
+"""Pure mathematics on tensors: block gradients, EK-FAC, the unrolled segments, iterative solvers."""

@@ -1,0 +1,1 @@
+"""One pass over data with a model: calibration, factors, products."""

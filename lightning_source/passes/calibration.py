@@ -1,0 +1,177 @@
+"""How a training step weights its elements (method §4), learnt from two batches of different size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_source.capture.data import Examples, to_module
+from lightning_source.capture.layer_gradients import GradientCapture
+from lightning_source.capture.objective import CallScale, Kind, Losses, ObjectiveSpec
+from lightning_source.curvature.block_gradients import (
+    squared_norms,
+)
+from lightning_source.names import clean_name
+from lightning_source.passes.factors import factor_ids
+from lightning_source.passes.workspace import Workspace, shorten
+
+
+def calibrate(workspace: Workspace, data: Examples, examples_per_batch: float, maximize: bool = False) -> ObjectiveSpec:
+    """Learn how training batches weight elements (method §4), from two batches of different size.
+
+    Args:
+        workspace: the model; its objective's scale is set.
+        data: training examples.
+        examples_per_batch: mean number of examples in a micro-batch of training.
+        maximize: training went up the loss, so what it minimised is the negative.
+    """
+    spec = _calibrate(workspace, data, examples_per_batch)
+    if maximize:
+        spec = replace(spec, calls=tuple(replace(call, factor=-call.factor) for call in spec.calls))
+    workspace.spec = spec
+    return spec
+
+
+def _calibrate(workspace: Workspace, data: Examples, examples_per_batch: float) -> ObjectiveSpec:
+    size = max(1, min(16, data.batch_size, len(data) // 2))
+    ids = list(range(min(len(data), 2 * size)))
+    whole = _evaluate(workspace, data, ids)
+    if not whole.calls:
+        return _calibrate_whole(workspace, data, ids, size, examples_per_batch)
+    # The half with the fewest elements: normalisers are told apart where its examples differ from the rest.
+    counts = torch.stack([whole.by_example(i, whole.weights(i, "mean")[1]).sum(1) for i in range(len(whole.calls))])
+    counts = (counts / counts.sum(1, keepdim=True)).sum(0)
+    chosen = counts.masked_fill(counts == 0, torch.inf).argsort(stable=True)[:size].tolist()
+    ratio, alone = _hook_ratio(workspace, data, ids, size, examples_per_batch)
+    scales = []
+    for index, call in enumerate(whole.calls):
+        kind: Kind = "sum" if call.reduction == "sum" else "mean"  # all that one example can tell
+        if len(ids) > size:
+            kind = _kind_of(workspace, data, whole, index, chosen)
+        factor = examples_per_batch if kind == "sum" else 1 / _weight_per_example(workspace, data, whole, index, kind)
+        scales.append(CallScale(call.name, kind, factor * ratio, alone))
+    hook = workspace.objective.hook
+    return ObjectiveSpec(
+        "hook" if hook else "recognised",
+        "empirical" if hook == "attribution_losses" else "true",
+        tuple(scales),
+    )
+
+
+def _evaluate(
+    workspace: Workspace, data: Examples, ids: Sequence[int], hooked: bool = True, recording: Any = None
+) -> Losses:
+    batches = Examples(data.dataset, len(ids), data.collate)
+    (_, batch), *_ = batches.batches(ids)
+    workspace.begin_step()
+    losses = workspace.objective.evaluate(
+        to_module(batch, workspace.module, workspace.hooks), len(ids), recording, hooked
+    )
+    if not torch.isfinite(losses.loss):
+        raise FloatingPointError(f"the objective is {losses.loss.item()} on examples {shorten(torch.tensor(ids))}")
+    return losses
+
+
+def _kind_of(workspace: Workspace, data: Examples, whole: Losses, index: int, chosen: Sequence[int]) -> Kind:
+    """What a call's elements are divided by: that under which they weigh the same in another batch."""
+    half, again = (_evaluate(workspace, data, chosen) for _ in range(2))
+    if [call.name for call in half.calls] != [call.name for call in whole.calls]:
+        raise MisconfigurationException("`training_step` computes other losses on another batch.")
+    call = whole.calls[index]
+    random = not torch.equal(half.scales[index], again.scales[index])  # drawn weights agree only in sum
+
+    def mismatch(kind: Kind) -> float:
+        # An ignored element is 0 whatever it is multiplied by.
+        one, other = (
+            x.by_example(index, x.weights(index, kind)[0] * (x.calls[index].weights != 0)) for x in (whole, half)
+        )
+        one, other = _of_equal_width(one[list(chosen)], other)
+        if random:
+            one, other = one.sum(), other.sum()
+        return round(float((one - other).norm() / other.norm()), 4)
+
+    kinds: list[Kind] = ["mean", "sum", "examples"]
+    best = min(sorted(kinds, key=lambda kind: kind != call.reduction), key=mismatch)
+    if not random and mismatch(best) > 1e-2:
+        raise MisconfigurationException(
+            f"`training_step` weights the elements of `{call.name}` neither as a mean nor as a sum over the"
+            " batch, so they cannot be told for others. HINT: pass weights to the loss itself (`weight=`), or"
+            " divide by the number of examples or elements."
+        )
+    return best
+
+
+def _weight_per_example(workspace: Workspace, data: Examples, losses: Losses, index: int, kind: Kind) -> float:
+    """Mean normaliser an example adds to a training batch; a pass over data only where examples differ."""
+    weights = losses.by_example(index, losses.weights(index, kind)[1]).sum(1)
+    if kind == "examples":
+        return 1.0
+    if bool((weights == weights[0]).all()):
+        return float(weights[0])
+    total, ids = 0.0, factor_ids(len(data), 4096, workspace.seed)
+    for chosen, batch in data.batches(ids):
+        workspace.begin_step()
+        other = workspace.objective.evaluate(to_module(batch, workspace.module, workspace.hooks), len(chosen))
+        total += float(other.weights(index, kind)[1].sum())
+    return total / len(ids)
+
+
+def _hook_ratio(
+    workspace: Workspace, data: Examples, ids: Sequence[int], size: int, examples_per_batch: float
+) -> tuple[float, float]:
+    """Where the module names its own losses: the trained loss over their mean, in training batches and alone.
+
+    Gradients are compared, since the two may differ by a constant term.
+    """
+    if workspace.objective.hook is None:
+        return 1.0, 1.0
+    large, small = (_gradient_ratio(workspace, data, ids[:count]) for count in (len(ids), size))
+    # Where the ratio does not grow with the batch, training takes a mean; one example tells no difference.
+    if len(ids) == size or large / small < (len(ids) / size) ** 0.5:
+        return large, large
+    return large / len(ids) * examples_per_batch, large / len(ids)
+
+
+def _gradient_ratio(workspace: Workspace, data: Examples, ids: Sequence[int]) -> float:
+    own = {clean_name(name): p for name, p in workspace.module.named_parameters()}
+    parameters = [own[name] for block in workspace.blocks for name in block.parameters]
+    trained, hooked = (
+        torch.autograd.grad(_evaluate(workspace, data, ids, hooked=h).loss, parameters, allow_unused=True)
+        for h in (False, True)
+    )
+    pairs = [(t, h) for t, h in zip(trained, hooked, strict=True) if t is not None and h is not None]
+    return float(sum((t * h).sum() for t, h in pairs)) / float(sum(h.square().sum() for _, h in pairs))
+
+
+def _calibrate_whole(
+    workspace: Workspace, data: Examples, ids: Sequence[int], size: int, examples_per_batch: float
+) -> ObjectiveSpec:
+    rows = []
+    for count in (len(ids), size):
+        recording = GradientCapture(workspace.module, workspace.blocks)
+        losses = _evaluate(workspace, data, ids[:count], recording=recording)
+        captured = recording.captured(losses.loss, count)
+        rows.append(torch.stack([squared_norms(c.select(slice(size))).sum() for c in captured.values()]).sum().sqrt())
+    kind = _kind(float(rows[1] / rows[0]), len(ids) / size) if len(ids) > size else "mean"
+    scale = CallScale("whole", kind, examples_per_batch if kind == "sum" else 1.0)
+    return ObjectiveSpec("whole", "empirical", (scale,))
+
+
+def _kind(ratio: float, sizes: float) -> Kind:
+    """``"mean"`` if a smaller batch gave its examples ``sizes`` times the weight, ``"sum"`` if the same weight."""
+    return "mean" if ratio > sizes**0.5 else "sum"
+
+
+def _of_equal_width(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of elements that can be compared: batches may be padded to different lengths, on either side."""
+    if one.shape == other.shape:
+        return one, other
+    width = max(one.shape[1], other.shape[1])
+    one, other = (F.pad(x, (0, width - x.shape[1])).sort(1).values for x in (one, other))
+    return one, other

@@ -1,0 +1,175 @@
+"""EK-FAC factors of a segment: the passes that gather covariances and eigenvalues."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_source.capture.data import Examples
+from lightning_source.curvature.block_gradients import (
+    accumulator_dtype,
+    gram,
+)
+from lightning_source.curvature.ekfac import (
+    Basis,
+    BlockFactors,
+    CovarianceSums,
+    Factors,
+    eigenbasis,
+    eigenvalue_sums,
+    mean_covariances,
+)
+from lightning_source.passes.workspace import State, Workspace, require_finite
+
+
+def factor_ids(total: int, limit: int | None, seed: int) -> Tensor:
+    """The examples that factor passes visit: all, or ``limit`` drawn without replacement, in ascending order."""
+    if limit is None or limit >= total:
+        return torch.arange(total)
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
+
+
+def fit_factors(
+    workspace: Workspace,
+    data: Examples,
+    ids: Tensor,
+    states: Sequence[Callable[[], State]],
+    weights: Sequence[float],
+    covariances: Sequence[dict[str, CovarianceSums] | None],
+    curvature: str,
+    samples: int,
+) -> tuple[Factors, list[dict[str, CovarianceSums]]]:
+    """EK-FAC of one segment: covariances averaged over its snapshots, eigenvalues in that averaged basis, averaged too.
+
+    Args:
+        workspace: the model.
+        data: training examples.
+        ids: the factor examples.
+        states: loads the parameters of each snapshot.
+        weights: the snapshots' weights, which sum to 1.
+        covariances: sums already known for a snapshot, else ``None``.
+        curvature: ``"ekfac"``, ``"kfac"`` (Kronecker eigenvalues, one pass fewer) or ``"diagonal"`` (no eigenbasis).
+        samples: label draws per example for the eigenvalues.
+
+    Returns:
+        The factors by block, and the covariance sums of each snapshot (empty for ``"diagonal"``).
+    """
+    names = [block.name for block in workspace.blocks]
+    known: list[dict[str, CovarianceSums]] = []
+    bases: dict[str, Basis] = dict.fromkeys(names, Basis(None, None))
+    values: dict[str, Tensor] = {}
+    if curvature != "diagonal":
+        known = [
+            one if one is not None else covariances_of(workspace, load(), data, ids)
+            for load, one in zip(states, covariances, strict=True)
+        ]
+        decomposed, device = [], workspace.module.device
+        exchange = device if workspace.ranks.world == 1 else torch.device("cpu")
+
+        def own_part() -> None:
+            for name in workspace.ranks.share(names):
+                mean = mean_covariances([sums[name] for sums in known], weights)
+                basis, kronecker = eigenbasis(*mean, dtype=known[0][name].activations.dtype)
+                decomposed.append((basis.to(exchange), kronecker.to(exchange)))
+
+        workspace.ranks.on_all_ranks(own_part)
+        for name, (basis, kronecker) in zip(names, workspace.ranks.collect(decomposed), strict=True):
+            bases[name], values[name] = basis.to(device), kronecker.to(device)
+    if curvature != "kfac":
+        values = {}
+        for load, weight in zip(states, weights, strict=True):
+            for name, new in eigenvalues_of(workspace, load(), data, ids, bases, samples).items():
+                values[name] = values[name] + weight * new if name in values else weight * new
+    return {name: BlockFactors(bases[name], values[name]) for name in names}, known
+
+
+def covariances_of(workspace: Workspace, state: State, data: Examples, ids: Tensor) -> dict[str, CovarianceSums]:
+    """Covariance sums of every block at one set of parameters, labels sampled (method §5.1)."""
+    sums: dict[str, CovarianceSums] = {}
+
+    def own_part() -> None:
+        with workspace.at(state):
+            for _, captured in workspace.captures(data, workspace.sampled(), workspace.shard(data, ids)):
+                for name, one in captured.items():
+                    new = CovarianceSums.of(one)
+                    sums[name] = sums[name].merge(new) if name in sums else new
+
+    workspace.ranks.on_all_ranks(own_part)
+    for block in workspace.blocks:
+        if block.name not in sums:  # control flow skipped it on every factor example: no curvature
+            like = next(workspace.module.parameters()).detach()
+            sums[block.name] = CovarianceSums.zeros(block.shape, block.indexed, like)
+        one = sums[block.name]
+        workspace.ranks.sum_([one.activations, one.gradients])
+        require_finite(one.activations, block.name, "activations")
+        require_finite(one.gradients, block.name, "gradients")
+        one.examples = len(ids)  # a batch that skips the block has gradient 0 there
+    return sums
+
+
+def eigenvalues_of(
+    workspace: Workspace, state: State, data: Examples, ids: Tensor, bases: Mapping[str, Basis], samples: int
+) -> dict[str, Tensor]:
+    """Mean squared gradients of every block in the given bases, ``[P, O, I]`` (method §5.2)."""
+    sums: dict[str, Tensor] = {}
+
+    def own_part() -> None:
+        with workspace.at(state):
+            for draw in range(samples):
+                for _, captured in workspace.captures(data, workspace.sampled(draw + 1), workspace.shard(data, ids)):
+                    for name, one in captured.items():
+                        new = eigenvalue_sums(one, bases[name])
+                        sums[name] = sums[name].add_(new) if name in sums else new
+
+    workspace.ranks.on_all_ranks(own_part)
+    for block in workspace.blocks:
+        if block.name not in sums:  # control flow skipped it on every factor example: no curvature
+            like = next(workspace.module.parameters()).detach()
+            sums[block.name] = like.new_zeros(block.shape, dtype=accumulator_dtype(like))
+        workspace.ranks.sum_([sums[block.name]])
+        require_finite(sums[block.name], block.name, "eigenvalues")
+    return {name: total / (len(ids) * samples) for name, total in sums.items()}
+
+
+def squared_traces(
+    workspace: Workspace, state: State, data: Examples, ids: Tensor, bases: Mapping[str, Basis]
+) -> tuple[float, float]:
+    """``tr H²`` and ``Σ λ²``, what EK-FAC sees of it; their traces are the same.
+
+    ``tr H² = E[⟨g_m, g_n⟩²]`` over pairs of examples with labels sampled, their gradients over all blocks together;
+    the pairs are those of one batch, and batches are drawn at random. Both are estimated without bias.
+
+    Args:
+        workspace: the model.
+        state: the parameters.
+        data: training examples.
+        ids: those that are visited.
+        bases: the eigenbases in which the blocks' eigenvalues are taken.
+    """
+    order = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(workspace.seed))]
+    like = next(workspace.module.parameters()).detach()
+    empty = {b.name: like.new_zeros(b.shape, dtype=accumulator_dtype(like)) for b in workspace.blocks}
+    # Two halves of the batches: the product of two means of squares has no share of their noise.
+    halves = [empty, {name: total.clone() for name, total in empty.items()}]
+    sizes = torch.zeros(2, dtype=torch.float64, device=workspace.module.device)
+    pairs = torch.zeros(2, dtype=torch.float64, device=workspace.module.device)  # Σ ⟨g_m, g_n⟩², and how many
+
+    def own_part() -> None:
+        with workspace.at(state):
+            passes = workspace.captures(data, workspace.sampled(), workspace.shard(data, order))
+            for half, (index, captured) in zip(itertools.cycle((0, 1)), passes, strict=False):
+                sizes[half] += len(index)
+                for name, one in captured.items():
+                    halves[half][name] += eigenvalue_sums(one, bases[name])
+                products = sum((gram(one).double() for one in captured.values()), pairs.new_zeros(()))
+                if products.dim():
+                    pairs[0] += products.square().sum() - products.diagonal().square().sum()
+                    pairs[1] += len(products) * (len(products) - 1)
+
+    workspace.ranks.on_all_ranks(own_part)
+    workspace.ranks.sum_([pairs, sizes, *(half[block.name] for half in halves for block in workspace.blocks)])
+    blocks = sum(float((halves[0][b.name].double() * halves[1][b.name]).sum()) for b in workspace.blocks)
+    return float(pairs[0] / pairs[1].clamp_min(1)), blocks / float(sizes.prod().clamp_min(1))

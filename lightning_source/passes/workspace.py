@@ -1,0 +1,330 @@
+"""The passes over data: calibration, factors, query gradients and one train pass per set of parameters.
+
+Everything a pass needs is in a :class:`Workspace`; everything it computes is a pure function of
+:mod:`lightning_source.curvature.block_gradients` on what :mod:`lightning_source.capture.layer_gradients` saw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_source.capture.data import Examples, GivenBatches, to_module
+from lightning_source.capture.isolation import StateRestorer, thawed, undisturbed
+from lightning_source.capture.layer_gradients import GradientCapture
+from lightning_source.capture.objective import Losses, Measurement, Objective, ObjectiveSpec
+from lightning_source.curvature.block_gradients import (
+    BlockGradients,
+    Rows,
+    contract,
+    join,
+    squared_norms,
+)
+from lightning_source.curvature.ekfac import (
+    Basis,
+    rotated_matrices,
+)
+from lightning_source.distributed import SINGLE_PROCESS, Ranks
+from lightning_source.layers import Block
+from lightning_source.names import clean_name
+
+State = Mapping[str, Tensor]  # parameters and buffers by clean name
+# Runs the user's code on a batch, given the ids of its examples, while the recording listens. Gives back what to
+# differentiate: one value for each example, or where that is not known a scalar that is their sum.
+Target = Callable[[Any, Tensor, GradientCapture], Tensor]
+
+
+@dataclass
+class Workspace:
+    """A model under examination.
+
+    Attributes:
+        module: the LightningModule.
+        blocks: what is attributed.
+        objective: its training step.
+        spec: the objective's scale; ``None`` until :meth:`calibrate`.
+        seed: seeds label sampling, the choice of factor examples and the passes' global generators.
+        hooks: the LightningDataModule, if one was used.
+        ranks: the processes that share the passes over training examples; all of them make the same calls.
+    """
+
+    module: Any
+    blocks: Sequence[Block]
+    objective: Objective
+    spec: ObjectiveSpec | None = None
+    seed: int = 0
+    hooks: Any = None
+    ranks: Ranks = SINGLE_PROCESS
+    _rewind: StateRestorer | None = field(default=None, init=False, repr=False)  # inside :meth:`at`
+
+    # ---------------------------------------------------------------- parameters
+
+    @contextmanager
+    def at(self, state: State) -> Iterator[None]:
+        """Passes inside run with these parameters and buffers, in eval mode; the model's own come back unchanged.
+
+        What ``training_step`` itself writes, a momentum encoder or a running centre, is back before its next call.
+        """
+        own = tensors_of(self.module)
+        for name, value in state.items():
+            if value.is_floating_point():
+                require_finite(value, name, "parameters")
+        missing = [name for name in state if name not in own]
+        if missing:
+            raise MisconfigurationException(_does_not_match(self.module, missing))
+        # Without a gradient a layer frozen since training would not be seen, and would silently count for nothing.
+        trained: Any = [own[n] for block in self.blocks for n in block.parameters]
+        with undisturbed(self.module, self.seed), thawed(trained):
+            kept = {n: x.detach().clone() for n, x in own.items() if n in state or isinstance(x, nn.Parameter)}
+            # A state may be the module's own tensors, which would follow its writes.
+            apart = {n: x for n, x in state.items() if x.data_ptr() != own[n].data_ptr()}
+            outer = self._rewind
+            try:
+                with torch.no_grad():
+                    for name, value in state.items():
+                        own[name].copy_(value)
+                self._rewind = StateRestorer(self.module, {id(own[n]): x for n, x in (kept | apart).items()})
+                yield
+            finally:
+                self._rewind = outer
+                with torch.no_grad():
+                    for name, value in kept.items():
+                        own[name].copy_(value)
+
+    def begin_step(self) -> None:
+        """Call before each call of the user's step: what earlier calls wrote is as it was before them."""
+        if self._rewind is not None:
+            self._rewind()
+
+    # ---------------------------------------------------------------- one pass
+
+    def captures(
+        self, data: Examples | GivenBatches, target: Target, ids: Any = None, what: str = "examples"
+    ) -> Iterator[tuple[Tensor, dict[str, BlockGradients]]]:
+        """Run over data: ``(ids, blocks by name)`` for each batch, gradients being those of ``target``."""
+        recording = GradientCapture(self.module, self.blocks)
+        for index, batch in data.batches(ids):
+            with torch.enable_grad():
+                values = target(to_module(batch, self.module, self.hooks), index, recording)
+            total = float(values.detach().sum())
+            if not math.isfinite(total):
+                raise FloatingPointError(f"the objective is {total} on {what} {shorten(index)}")
+            yield index, recording.captured(values, len(index))
+
+    def shard(self, data: Examples, ids: Tensor | None) -> Tensor | None:
+        """This rank's part of the examples: whole batches, so that no batch depends on the number of ranks."""
+        if self.ranks.world == 1:
+            return ids
+        order = torch.arange(len(data)) if ids is None else ids
+        mine = self.ranks.share(order.split(data.batch_size))
+        return torch.cat([*mine]) if mine else order[:0]
+
+    def target(self, values: Callable[[Losses, ObjectiveSpec, Tensor], Tensor]) -> Target:
+        """A target made of the training step's losses, which must be those that were calibrated."""
+        spec = self.spec
+        assert spec is not None
+
+        def run(batch: Any, ids: Tensor, recording: GradientCapture) -> Tensor:
+            losses = self.losses(batch, len(ids), recording)
+            if not torch.isfinite(losses.loss):
+                return losses.loss  # no label can be drawn from it; the caller names the examples
+            return values(losses, spec, ids)
+
+        return run
+
+    def losses(self, batch: Any, size: int, recording: GradientCapture | None = None) -> Losses:
+        """The training step's losses on a batch, which must be those that were calibrated where they are finite."""
+        spec = self.spec
+        assert spec is not None
+        self.begin_step()
+        losses = self.objective.evaluate(batch, size, recording)
+        found, expected = [call.name for call in losses.calls], [call.name for call in spec.calls]
+        if spec.origin != "whole" and found != expected and torch.isfinite(losses.loss):
+            raise MisconfigurationException(
+                f"`training_step` computed the losses {found} where calibration saw {expected}; their scales cannot"
+                " be matched."
+            )
+        return losses
+
+    def trained(self) -> Target:
+        """Gradients ``g(z)`` as training applied them (method §4)."""
+        return self.target(lambda losses, spec, ids: losses.data_target(spec))
+
+    def sampled(self, draw: int = 0) -> Target:
+        """Gradients whose second moment is ``H``, with labels drawn from the model; ``draw`` numbers the draws.
+
+        A batch's labels depend on its first example, and so not on which rank or pass it comes in.
+        """
+        generator = torch.Generator(self.module.device)
+
+        def values(losses: Losses, spec: ObjectiveSpec, ids: Tensor) -> Tensor:
+            generator.manual_seed(hash((self.seed, draw, int(ids[0]))) % 2**63)
+            return losses.fisher_target(spec, generator)
+
+        return self.target(values)
+
+    def measured(self, measurement: str | Measurement) -> Target:
+        """Gradients of a measurement of queries."""
+        if not callable(measurement):
+            return self.target(lambda losses, spec, ids: losses.measurement(spec, measurement))
+
+        def run(batch: Any, ids: Tensor, recording: GradientCapture) -> Tensor:
+            size = len(ids)
+            self.begin_step()
+            with recording.listening(size):
+                values = measurement(self.module, batch)
+            if not isinstance(values, Tensor) or values.shape != (size,):
+                shape = list(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
+                raise MisconfigurationException(
+                    f"the measurement must return one value per query, a tensor [{size}]; it returned {shape}."
+                )
+            if not values.requires_grad:
+                raise MisconfigurationException(
+                    "the measurement has no gradient with respect to the model. HINT: compute it without"
+                    " `torch.no_grad()` or `.detach()`."
+                )
+            return values
+
+        return run
+
+    # ---------------------------------------------------------------- calibration
+
+    # ---------------------------------------------------------------- factors
+
+    # ---------------------------------------------------------------- scoring
+
+    def query_gradients(
+        self,
+        state: State,
+        queries: Examples | GivenBatches,
+        measurement: str | Measurement,
+        bases: Mapping[str, Basis] | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Gradients of the measurement by block, in the given bases or in parameter space.
+
+        Returns:
+            ``[Q, P, O, I]`` by block, and for an embedding the tokens that its ``I`` columns stand for: those that the
+            queries use, in ascending order.
+        """
+        found: dict[str, Tensor] = {}
+        rows: dict[str, list[Rows]] = {}
+        with self.at(state):
+            for index, captured in self.captures(queries, self.measured(measurement), what="queries"):
+                for name, one in captured.items():
+                    basis = bases[name] if bases else Basis(None, None)
+                    if one.vocabulary is not None:
+                        new = basis.rotate(one).rows()
+                        rows.setdefault(name, []).append(new._replace(examples=index.to(new.examples)[new.examples]))
+                        continue
+                    if name not in found:
+                        parts, _, _, outputs, inputs = one.shape
+                        found[name] = one.activations.new_zeros(len(queries), parts, outputs, inputs)
+                    found[name][index] = rotated_matrices(one, basis)
+        columns = {}
+        for name, pieces in rows.items():
+            examples, tokens, values = (torch.cat(x) for x in zip(*pieces, strict=True))
+            columns[name], where = tokens.unique(return_inverse=True)
+            found[name] = values.new_zeros(len(queries), 1, values.shape[1], len(columns[name]))
+            found[name][examples, 0, :, where] = values
+        for name, vectors in found.items():
+            require_finite(vectors, name, "query gradients")
+        return found, columns
+
+    def inner_products(
+        self,
+        state: State,
+        data: Examples,
+        ids: Tensor | None,
+        vectors: Mapping[str, Tensor],
+        bases: Mapping[str, Basis] | None = None,
+        normalize: bool = False,
+        tokens: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """``⟨vectors[q], g(z_n)⟩`` over all blocks, ``[Q, N]`` on the CPU: one pass over the examples.
+
+        Args:
+            state: parameters at which the examples' gradients are taken.
+            data: the examples.
+            ids: which of them; all by default.
+            vectors: ``[Q, P, O, I]`` by block.
+            bases: the eigenbases that ``vectors`` are written in; parameter space by default.
+            normalize: divide by the norm of the example's gradient (cosine similarity).
+            tokens: what the columns of an embedding's ``vectors`` stand for (:meth:`query_gradients`).
+        """
+        columns: list[Tensor] = []
+        queries = len(next(iter(vectors.values())))
+
+        def own_part() -> None:
+            with self.at(state):
+                for index, captured in self.captures(data, self.trained(), self.shard(data, ids)):
+                    columns.append(self._products(index, captured, queries, vectors, bases, normalize, tokens or {}))
+
+        self.ranks.on_all_ranks(own_part)
+        return torch.cat(self.ranks.collect(columns), dim=1)
+
+    def _products(
+        self,
+        index: Tensor,
+        captured: Mapping[str, BlockGradients],
+        queries: int,
+        vectors: Mapping[str, Tensor],
+        bases: Mapping[str, Basis] | None,
+        normalize: bool,
+        tokens: Mapping[str, Tensor],
+    ) -> Tensor:
+        total = torch.zeros(queries, len(index), device=self.module.device)
+        norms = torch.zeros(len(index), device=self.module.device)
+        for name, one in captured.items():
+            if normalize:
+                norms += squared_norms(one)
+            if name in vectors:
+                rotated = bases[name].rotate(one) if bases else one
+                total += contract(rotated, vectors[name], tokens.get(name))
+        if not torch.isfinite(total).all():
+            for name, one in captured.items():
+                seen = one.gradients if one.vocabulary else torch.stack([x.sum() for x in one[:2]])
+                require_finite(seen, name, f"gradients of examples {shorten(index)}")
+            raise FloatingPointError(f"scores overflow on examples {shorten(index)}")
+        return (total / norms.sqrt().clamp_min(1e-30) if normalize else total).cpu()
+
+    def capture_examples(
+        self, state: State, data: Examples, ids: Tensor, bases: Mapping[str, Basis] | None, query: bool
+    ) -> dict[str, BlockGradients]:
+        """Captures of a few examples, batches joined: their own loss as a query (``query``), or their ``g(z)``."""
+        target = self.measured("loss") if query else self.trained()
+        pieces: dict[str, list[BlockGradients]] = {}
+        with self.at(state):
+            for _, captured in self.captures(data, target, ids):
+                for name, one in captured.items():
+                    pieces.setdefault(name, []).append(bases[name].rotate(one) if bases else one)
+        return {name: join(p, dim=1) for name, p in pieces.items()}
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters and buffers by clean name."""
+    found = {clean_name(name): p for name, p in module.named_parameters()}
+    return found | {clean_name(name): b for name, b in module.named_buffers()}
+
+
+def _does_not_match(module: nn.Module, missing: Sequence[str]) -> str:
+    return f"`{type(module).__name__}` does not match the run: it has no {', '.join(missing[:5])}."
+
+
+def require_finite(values: Tensor, name: str, what: str) -> None:
+    """Raise ``FloatingPointError`` that names the block and the quantity where a value is NaN or infinite."""
+    lowest, highest = values.aminmax()  # NaN comes through, and one pass is enough
+    if not (torch.isfinite(lowest) and torch.isfinite(highest)):
+        raise FloatingPointError(f"non-finite {what} at `{name}`")
+
+
+def shorten(ids: Tensor) -> str:
+    """The first five ids and how many more there are, for a message."""
+    listed = ", ".join(map(str, ids[:5].tolist()))
+    return listed + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")

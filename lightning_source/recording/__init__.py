@@ -1,0 +1,1 @@
+"""What happens while somebody else trains; knows no Trainer."""
