@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_source._provenance import versions
 from lightning_source._trainer import (
     averages_weights,
     check_trainer,
@@ -34,7 +34,7 @@ from lightning_source.capture.isolation import parameters_kept, thawed, undistur
 from lightning_source.capture.manual_optimization import numbers_of
 from lightning_source.capture.objective import Objective
 from lightning_source.capture.probe import probe
-from lightning_source.names import clean_name
+from lightning_source.names import named_parameters
 from lightning_source.recording.fingerprint import fingerprint
 from lightning_source.recording.optimizer_hooks import OptimizerObserver
 from lightning_source.recording.parameter_groups import Phase
@@ -318,7 +318,7 @@ class SourceCallback(AttributingCallback):
         manifest = self._store.manifest
         stages = manifest.setdefault("stages", [])
         manifest |= {
-            "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
+            "versions": versions(),
             "settings": self.settings,
             "flags": {"history_incomplete": bool(trainer.global_step and not stages)},
         }
@@ -388,7 +388,7 @@ class SourceCallback(AttributingCallback):
         """Find out on a real batch what can be attributed, and say so once."""
         assert self._store is not None
         assert self._watch is not None
-        own = {clean_name(name): p for name, p in pl_module.named_parameters()}
+        own = named_parameters(pl_module)
         groups = [[own[name] for name in column] for column in self._stage["phases"][-1]["columns"]]
         if (manual := self._stage["manual"]) is not None:
             manual["batch_idx"] = batch_idx

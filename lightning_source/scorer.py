@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import lightning
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_source._provenance import name_of, versions
 from lightning_source.capture.data import examples_of, query_of
 from lightning_source.capture.objective import Measurement
 from lightning_source.estimators import Contraction, Query, estimator_for, floats_per_parameter_of, unit_of
@@ -269,7 +269,7 @@ class SourceScorer:
         return {
             "method": method,
             "options": {k: v if isinstance(v, (int, float, str, type(None))) else list(v) for k, v in options.items()},
-            "measurement": self.measurement if isinstance(self.measurement, str) else _name(self.measurement),
+            "measurement": self.measurement if isinstance(self.measurement, str) else name_of(self.measurement),
             "sign": SIGN,
             "unit": unit_of(method),
             "stage": run.stage.name,
@@ -281,12 +281,8 @@ class SourceScorer:
             "coverage": run.coverage.share,
             "fisher": run.workspace.spec.fisher if run.workspace.spec else None,
             "run_id": run.store.manifest["run_id"],
-            "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
+            "versions": versions(),
         }
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__qualname__", type(function).__name__)
 
 
 def _ids(ids: Sequence[int] | Tensor | None, total: int) -> Tensor | None:

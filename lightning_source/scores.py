@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from lightning_source._files import write_tensors
 
 SIGN = "Positive: removing the training example raises the measurement. For a loss, a positive score is a proponent."
 HIGHER_IS_BETTER = ("margin", "log-prob")
@@ -74,9 +75,7 @@ class InfluenceScores:
         tensors = {"values": self.values, "train_ids": self.train_ids, "query_ids": self.query_ids}
         if self.by_segment is not None:
             tensors["by_segment"] = self.by_segment
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items()}, path, {"influence_scores": json.dumps(self.metadata)}
-        )
+        write_tensors(path, tensors, {"influence_scores": json.dumps(self.metadata)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InfluenceScores:

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_source.layers import Block, blocks_of, form_of
 from lightning_source.layers.embedding import tied_block
 from lightning_source.layers.free import free_block
-from lightning_source.names import clean_name
+from lightning_source.names import clean_name, parameter_names
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def find_blocks(
         exclude: glob patterns of module names that are not tracked.
     """
     group_of = {id(p): index for index, group in enumerate(groups) for p in group if p.requires_grad}
-    names = {id(p): clean_name(name) for name, p in module.named_parameters()}
+    names = parameter_names(module)
     trainable = {id(p): p for p in module.parameters() if id(p) in group_of}
     owners: dict[int, list[nn.Module]] = {}
     for child in module.modules():

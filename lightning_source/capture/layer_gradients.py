@@ -29,7 +29,7 @@ from lightning_source.capture.masked_rows import by_owner, owners_of
 from lightning_source.curvature.block_gradients import BlockGradients
 from lightning_source.layers import Block, Call, captured_vectors
 from lightning_source.layers.local import Use, tensors_of
-from lightning_source.names import clean_name
+from lightning_source.names import named_modules, named_parameters
 
 # Examples whose own backwards run at once where a parameter has no form.
 EXAMPLES_AT_ONCE = 16
@@ -49,11 +49,10 @@ class GradientCapture:
     def __init__(self, module: nn.Module, blocks: Sequence[Block]) -> None:
         self.blocks = blocks
         self.module = module
-        # A wrapper and what it wraps share a clean name; the inner one comes later in named_modules() and is kept.
-        by_name = {clean_name(name): child for name, child in module.named_modules()}
+        by_name = named_modules(module)
         self._modules = {block.module: by_name[block.module] for block in blocks}
         self._hooked = {self.key(block): block for block in blocks if not block.functional and not block.free}
-        self._parameters = {clean_name(name): p for name, p in module.named_parameters()}
+        self._parameters = named_parameters(module)
         self._calls: dict[str, list[_Seen]] = defaultdict(list)  # by key
         self._examples = 1  # in the batch
         self._clear: set[Any] = set()  # nodes of the graph behind which no mask picks rows

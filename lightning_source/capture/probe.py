@@ -19,7 +19,7 @@ from lightning_source.layers import Block
 from lightning_source.layers.free import free_block
 from lightning_source.layers.local import LocalForm
 from lightning_source.layers.positions import PositionsForm
-from lightning_source.names import clean_name
+from lightning_source.names import named_modules, named_parameters
 
 # A layer's captured gradient must match autograd's weight gradient to this share of its norm; float32 sums in another
 # order differ by about 1e-6, a missing use of the weight by its whole contribution.
@@ -99,7 +99,7 @@ def _ways(block: Block, module: nn.Module) -> list[Block]:
     parameter's own module again is cheaper than to go backward through the network, unless it is most of the network.
     """
     if block.free:
-        owner = {clean_name(name): child for name, child in module.named_modules()}[block.module]
+        owner = named_modules(module)[block.module]
         if 2 * sum(p.numel() for p in owner.parameters()) > sum(p.numel() for p in module.parameters()):
             return [block]
         local = replace(block, form=LocalForm.__name__)
@@ -113,7 +113,7 @@ def _ways(block: Block, module: nn.Module) -> list[Block]:
         if block.indexed:
             rows = replace(block, form=PositionsForm.__name__)
             found += [rows, replace(rows, layout=1)]
-            table = {clean_name(name): p for name, p in module.named_parameters()}[block.weight]
+            table = named_parameters(module)[block.weight]
             free = free_block(block.name, block.module, table, block.group)
             found += [] if free is None else [replace(free, weight=block.weight)]
     return found
@@ -132,7 +132,7 @@ def _check(module: nn.Module, objective: Objective, blocks: Sequence[Block], bat
     one: dict[str, BlockGradients] = {}
     if size > 1 and each.shape == (size,):
         one = recording.captured(each[-1], size, True, {})
-    parameters = {clean_name(n): p for n, p in module.named_parameters() if p.requires_grad}
+    parameters = {name: p for name, p in named_parameters(module).items() if p.requires_grad}
     wanted = [name for block in blocks for name in block.parameters]
     found = torch.autograd.grad(target, [parameters[n] for n in wanted], retain_graph=True, allow_unused=True)
     gradients = {n: g for n, g in zip(wanted, found, strict=True) if g is not None}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_source.capture.data import Examples, GivenBatches, to_module
 from lightning_source.estimators.registry import DirectScores, Query, register_estimator
-from lightning_source.names import clean_name
+from lightning_source.names import named_modules
 from lightning_source.passes.workspace import State, Workspace
 from lightning_source.scores import HIGHER_IS_BETTER
 
@@ -55,7 +55,7 @@ def _representations(
     workspace: Workspace, state: State, data: Examples | GivenBatches, ids: Tensor | None, name: str
 ) -> Tensor:
     """Unit vectors ``[examples, features]`` on the CPU."""
-    modules = {clean_name(key): child for key, child in workspace.module.named_modules()}
+    modules = named_modules(workspace.module)
     if name not in modules:
         raise MisconfigurationException(f"`module={name!r}` is no module of `{type(workspace.module).__name__}`.")
     first = {block.module: block.layout for block in workspace.blocks}.get(name, 0)

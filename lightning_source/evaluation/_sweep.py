@@ -1,7 +1,6 @@
 """A sweep's directory: ``sweep.json``, which says what was asked for, and one safetensors file for each finished run.
 
-Files are written under a temporary name, flushed and moved into place, so that a sweep killed at any moment leaves
-whole runs only. Each names the sweep that it belongs to.
+A sweep killed at any moment leaves whole runs only. Each names the sweep that it belongs to.
 """
 
 import hashlib
@@ -15,8 +14,9 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from lightning_source._files import write_tensors, write_text
 
 SCHEMA = 1
 MANIFEST = "sweep.json"
@@ -66,9 +66,7 @@ class Sweep:
             )
         path.mkdir(parents=True, exist_ok=True)
         sweep = cls(path, uuid.uuid4().hex)
-        temporary = _temporary(manifest)
-        temporary.write_text(json.dumps({"sweep": sweep.id} | asked, indent=1) + "\n")
-        _into_place(temporary, manifest)
+        write_text(manifest, json.dumps({"sweep": sweep.id} | asked, indent=1) + "\n")
         return sweep
 
     def holds(self, subset: int, seed: int) -> bool:
@@ -92,9 +90,7 @@ class Sweep:
                 f"`{self.path}` does not exist where a run finished. HINT: on a cluster `dirpath` must be on a file"
                 " system that all workers share."
             )
-        temporary = _temporary(target)
-        save_file({"measurements": measurements.contiguous()}, temporary, {"sweep": self.id})
-        _into_place(temporary, target)
+        write_tensors(target, {"measurements": measurements}, {"sweep": self.id})
 
     def load(self, subset: int, seed: int) -> Tensor:
         """A finished run's measurements, ``[Q]``.
@@ -118,13 +114,3 @@ class Sweep:
 
     def _file(self, subset: int, seed: int) -> Path:
         return self.path / f"subset={subset:05d}-seed={seed}.safetensors"
-
-
-def _temporary(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-
-
-def _into_place(temporary: Path, target: Path) -> None:
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, target)

@@ -14,16 +14,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import lightning
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_source._files import write_tensors
+from lightning_source._provenance import name_of, versions
 from lightning_source.capture.data import examples_of, query_of
 from lightning_source.capture.isolation import isolated_rng
 from lightning_source.capture.objective import Measurement
@@ -133,7 +133,7 @@ class FurtherTraining:
         """Write to one safetensors file, metadata included."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
         record = {"leave_out": self.leave_out, "seeds": self.seeds, "metadata": self.metadata}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path, {"further_training": json.dumps(record)})
+        write_tensors(path, tensors, {"further_training": json.dumps(record)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FurtherTraining:
@@ -341,18 +341,14 @@ def _describe(recipe: Recipe, points: Sequence[int]) -> dict[str, Any]:
         "batch_size": recipe.batch_size,
         "examples": len(recipe.data),
         "leave_out": list(points),
-        "measurement": measurement if isinstance(measurement, str) else _name(measurement),
-        "loss": None if recipe.loss is None else _name(recipe.loss),
+        "measurement": measurement if isinstance(measurement, str) else name_of(measurement),
+        "loss": None if recipe.loss is None else name_of(recipe.loss),
         "optimizer": {"class": type(optimizer).__name__, "groups": groups},
         "rates_per_epoch": _rates_per_epoch(recipe),
         "parameters": _digest(list(recipe.module.state_dict().values())),
         "training_examples": _digest_examples(recipe, points),
         "queries": _digest([batch for _, batch in recipe.query_batches()]),
     }
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__qualname__", type(function).__name__)
 
 
 def _rates_per_epoch(recipe: Recipe) -> list[float] | None:
@@ -434,6 +430,6 @@ class _Sweep:
         full, full_distances = (torch.stack([self.found[None, s][which] for s in seeds], -1) for which in (0, 1))
         metadata = described | {
             "sign": SIGN,
-            "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
+            "versions": versions(),
         }
         return FurtherTraining(left_out, full, start, distances, full_distances, points, seeds, metadata)

@@ -17,7 +17,7 @@ from lightning_source.capture.objective import CallScale, Kind, Losses, Objectiv
 from lightning_source.curvature.block_gradients import (
     squared_norms,
 )
-from lightning_source.names import clean_name
+from lightning_source.names import named_parameters
 from lightning_source.passes.factors import factor_ids
 from lightning_source.passes.workspace import Workspace, shorten
 
@@ -139,7 +139,7 @@ def _hook_ratio(
 
 
 def _gradient_ratio(workspace: Workspace, data: Examples, ids: Sequence[int]) -> float:
-    own = {clean_name(name): p for name, p in workspace.module.named_parameters()}
+    own = named_parameters(workspace.module)
     parameters = [own[name] for block in workspace.blocks for name in block.parameters]
     trained, hooked = (
         torch.autograd.grad(_evaluate(workspace, data, ids, hooked=h).loss, parameters, allow_unused=True)

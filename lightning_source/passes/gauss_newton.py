@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_source.capture.data import Examples, to_module
@@ -24,7 +24,7 @@ from lightning_source.capture.layer_gradients import GradientCapture
 from lightning_source.capture.objective import Losses
 from lightning_source.curvature.block_gradients import BlockGradients, chunks, contract
 from lightning_source.layers import Block
-from lightning_source.names import clean_name
+from lightning_source.names import named_parameters
 from lightning_source.passes.workspace import State, Workspace
 
 # Vectors that run through a batch's graph at once: each holds what one backward holds.
@@ -182,7 +182,7 @@ class GaussNewton:
         return torch.cat(found) / len(index)
 
     def _own(self) -> list[Tensor]:
-        named = _named_parameters(self.workspace.module)
+        named = named_parameters(self.workspace.module)
         return [named[name] for name in self.layout.parameters]
 
     # ---------------------------------------------------------------- through gradients of single examples
@@ -278,8 +278,4 @@ def expand(captured: BlockGradients, weights: Tensor) -> Tensor:
 
 def layout_of(workspace: Workspace) -> Layout:
     """The layout of a workspace's blocks."""
-    return Layout(workspace.blocks, {name: p.shape for name, p in _named_parameters(workspace.module).items()})
-
-
-def _named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {clean_name(name): p for name, p in module.named_parameters()}
+    return Layout(workspace.blocks, {name: p.shape for name, p in named_parameters(workspace.module).items()})

@@ -33,7 +33,7 @@ from lightning_source.curvature.ekfac import (
 )
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.layers import Block
-from lightning_source.names import clean_name
+from lightning_source.names import named_tensors
 
 State = Mapping[str, Tensor]  # parameters and buffers by clean name
 # Runs the user's code on a batch, given the ids of its examples, while the recording listens. Gives back what to
@@ -72,7 +72,7 @@ class Workspace:
 
         What ``training_step`` itself writes, a momentum encoder or a running centre, is back before its next call.
         """
-        own = tensors_of(self.module)
+        own = named_tensors(self.module)
         for name, value in state.items():
             if value.is_floating_point():
                 require_finite(value, name, "parameters")
@@ -305,12 +305,6 @@ class Workspace:
                 for name, one in captured.items():
                     pieces.setdefault(name, []).append(bases[name].rotate(one) if bases else one)
         return {name: join(p, dim=1) for name, p in pieces.items()}
-
-
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's parameters and buffers by clean name."""
-    found = {clean_name(name): p for name, p in module.named_parameters()}
-    return found | {clean_name(name): b for name, b in module.named_buffers()}
 
 
 def _does_not_match(module: nn.Module, missing: Sequence[str]) -> str:

@@ -7,12 +7,12 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_source.names import clean_name
+from lightning_source.names import named_parameters
 
 
 def fingerprint(module: Any) -> dict[str, list[int]]:
     """Names and shapes of a module's parameters."""
-    return {clean_name(name): list(p.shape) for name, p in module.named_parameters()}
+    return {name: list(p.shape) for name, p in named_parameters(module).items()}
 
 
 def check_module(module: Any, recorded: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_source._trainer import clips_gradients
-from lightning_source.names import clean_name
+from lightning_source.names import parameter_names
 from lightning_source.optimizers import StepRule, preconditioners, rule_for
 from lightning_source.recording.parameter_groups import Phase
 from lightning_source.recording.recorder import Recorder
@@ -40,7 +40,7 @@ class OptimizerObserver:
         self.trainer = trainer
         self.index = index
         self.by_hand = not module.automatic_optimization
-        self.names = {id(p): clean_name(name) for name, p in module.named_parameters()}
+        self.names = parameter_names(module)
         self._timed = timed
         self._clips = not self.by_hand and clips_gradients(trainer, module)
         self.trained: tuple[tuple[int, ...], ...] = ()  # ids of parameters by group

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_source.names import clean_name
+from lightning_source.names import clean_name, named_parameters
 from lightning_source.recording.bins import FROZEN, _bin_name, _in_stage, _mean_of, _prefixed, _under
 from lightning_source.recording.intervals import StepInterval, merge_all, pairs_to_merge
 from lightning_source.recording.store import RunStore
@@ -71,7 +71,7 @@ class Recorder:
             for name, _ in module.named_buffers()
             if name in persistent
         }
-        parameters = {clean_name(name): p for name, p in module.named_parameters()}
+        parameters = named_parameters(module)
         self._average([name for name, p in parameters.items() if p.requires_grad])
         self._sums: list[Tensor] = []
         self._summed = 0
@@ -151,7 +151,7 @@ class Recorder:
     def _follow_what_moves(self) -> None:
         """A parameter without gradients that the user moves, a teacher's say, is recorded as the trained ones are."""
         if self._frozen_sums:
-            parameters = {clean_name(name): p for name, p in self._module.named_parameters()}
+            parameters = named_parameters(self._module)
             moved = [name for name, total in self._frozen_sums.items() if _sum(parameters[name]) != total]
             self._average([*dict.fromkeys([*self._trained, *moved])])
             self._frozen_sums = {}  # what stands still in the first bin is taken to stand still
@@ -176,7 +176,7 @@ class Recorder:
 
     def _average(self, trained: Sequence[str]) -> None:
         """Whose running mean is kept: these parameters' and the buffers'."""
-        parameters = {clean_name(name): p for name, p in self._module.named_parameters()}
+        parameters = named_parameters(self._module)
         self._trained: dict[str, Tensor] = {name: parameters[name] for name in trained}
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_source.names import clean_name
+from lightning_source.names import named_parameters, named_tensors
 from lightning_source.recording.bins import (
     AVERAGED,
     FINAL,
@@ -68,8 +68,7 @@ def replace_final(store: RunStore, module: nn.Module) -> None:
     """Where training ended with other parameters than it trained, an average of them say, queries see those."""
     record = store.manifest["stages"][-1]
     trained = store.read(record["final"])
-    named = [*module.named_parameters(), *module.named_buffers()]
-    own = {clean_name(name): value for name, value in named}
+    own = named_tensors(module)
     if all(torch.equal(value, own[name].cpu()) for name, value in trained.items()):
         return
     # Under another name, so that a kill before the manifest is written leaves the trained weights.
@@ -159,7 +158,7 @@ def _belongs_to_end(name: str, segments: int, start: int) -> bool:
 def changed_between_stages(store: RunStore, module: nn.Module) -> list[str]:
     """Names of parameters that are not what the last stage ended with: drawn anew, replaced or loaded."""
     before = final_parameters(store)
-    own = {clean_name(name): p for name, p in module.named_parameters()}
+    own = named_parameters(module)
     return [
         name
         for name, value in own.items()

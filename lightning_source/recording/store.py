@@ -7,7 +7,6 @@ belongs to the run, comes last. Reading checks the schema and each file's sha256
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import uuid
@@ -17,9 +16,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from lightning_source._files import sha256_of, write_tensors, write_text
 from lightning_source.distributed import Ranks
 
 SCHEMA = 1
@@ -99,11 +99,7 @@ class RunStore:
         self._clear()
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        # Clones, because safetensors refuses tensors that share memory, and contiguous ones, because it refuses others.
-        save_file({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}, temporary)
-        self.manifest["files"][name] = _sha256(temporary)
-        _replace(temporary, target)
+        self.manifest["files"][name] = write_tensors(target, tensors)
         return name
 
     def read(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -115,7 +111,7 @@ class RunStore:
         path = self.path / name
         if name not in self.manifest["files"] or not path.exists():
             raise MisconfigurationException(f"`{path}` is missing from the run.")
-        if _sha256(path) != self.manifest["files"][name]:
+        if sha256_of(path) != self.manifest["files"][name]:
             raise MisconfigurationException(
                 f"`{path}` does not match the sha256 in `{MANIFEST}`: it is damaged or from another run."
             )
@@ -126,9 +122,7 @@ class RunStore:
         self._clear()
         for name in remove:
             self.manifest["files"].pop(name, None)
-        temporary = self.path / f".{MANIFEST}.{os.getpid()}"
-        temporary.write_text(json.dumps(self.manifest, indent=1))
-        _replace(temporary, self.path / MANIFEST)
+        write_text(self.path / MANIFEST, json.dumps(self.manifest, indent=1))
         for name in remove:
             (self.path / name).unlink(missing_ok=True)
 
@@ -213,24 +207,6 @@ class SharedStore(RunStore):
         for name in remove:
             self.manifest["files"].pop(name, None)
         self.ranks.on_rank_zero(lambda: self.own.commit(remove))
-
-
-def _replace(temporary: Path, target: Path) -> None:
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _delete_run(path: Path) -> None:

@@ -13,19 +13,19 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import lightning
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from lightning_source._provenance import versions
 from lightning_source.capture.coverage import Coverage, find_blocks
 from lightning_source.capture.data import Examples, examples_of, to_module
 from lightning_source.capture.isolation import parameters_kept, undisturbed
 from lightning_source.capture.objective import Objective
 from lightning_source.capture.probe import probe
-from lightning_source.names import clean_name
+from lightning_source.names import parameter_names
 from lightning_source.optimizers import Rule, preconditioners, rule_for
 from lightning_source.recording.fingerprint import fingerprint
 from lightning_source.recording.intervals import StepInterval
@@ -66,7 +66,7 @@ def open_final_model(
         decays, decoupled = [s.weight_decay for s in steps], [s.decoupled for s in steps]
         maximize = any(s.maximize for s in steps)
     rates = _by_group(rate, len(groups))
-    names = {id(p): clean_name(name) for name, p in model.named_parameters()}
+    names = parameter_names(model)
     named = [[names[id(p)] for p in group if id(p) in names] for group in groups]
     phase = Phase.after(None, 0, type(optimizer).__name__ if optimizer else "SGD", named, decoupled)
     scales = _preconditioners(optimizer, rule, names) if optimizer and rule else {}
@@ -75,7 +75,7 @@ def open_final_model(
     temporary = None if dirpath is not None else tempfile.TemporaryDirectory(prefix="source-final-model-")
     store = RunStore.create(temporary.name if temporary else str(dirpath), overwrite)
     store.manifest |= {
-        "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
+        "versions": versions(),
         "settings": {
             "segments": 1,
             "snapshots_per_segment": 1,
