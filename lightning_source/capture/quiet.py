@@ -1,8 +1,8 @@
 """Passes in training mode without its noise: dropout is off and batch normalisation uses its running statistics.
 
-Networks that compute something else in eval mode (detection models, auxiliary heads, ``if self.training`` branches) must
-be seen as they train. What training mode adds besides is switched off where torch computes it: in the modules that drop
-units or keep statistics, and in the functions that do so.
+Networks that compute something else in eval mode (detection models, auxiliary heads, ``if self.training`` branches)
+must be seen as they train. What training mode adds besides is switched off where torch computes it: in the modules that
+drop units or keep statistics, and in the functions that do so.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _SWITCHES: Mapping[Callable[..., Any], tuple[int, str, Any]] = {
 def quiet_training(module: nn.Module) -> Iterator[None]:
     """Inside, the module's calls draw no dropout and use running statistics, whatever the modes of its parts.
 
-    The modes of modules that drop units or keep statistics are set one by one, so that others see ``training`` as it is;
-    all come back. A batch normalisation that keeps no running statistics goes on with those of the batch.
+    The modes of modules that drop units or keep statistics are set one by one, so that others see ``training`` as it
+    is; all come back. A batch normalisation that keeps no running statistics goes on with those of the batch.
 
     Args:
         module: the module that will be called.

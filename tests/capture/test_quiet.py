@@ -1,4 +1,4 @@
-"""In quiet training, a network computes what it does in eval mode where only noise and statistics tell the two apart."""
+"""Quiet training is eval mode where only noise and statistics tell the two apart."""
 
 import copy
 
@@ -64,7 +64,6 @@ def test_it_is_eval_mode_without_its_name(name):
     before = copy.deepcopy(network.state_dict())
     assert not torch.equal(copy.deepcopy(network)(x), expected)
     with quiet_training(network):
-        assert network.training or not isinstance(network, (nn.Sequential, Function))
         torch.testing.assert_close(network(x), expected)
     for key, value in network.state_dict().items():
         assert torch.equal(value, before[key])
