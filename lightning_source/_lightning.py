@@ -59,9 +59,7 @@ else:
     rank_zero_info = _of("utilities.rank_zero.rank_zero_info")
     rank_zero_warn = _of("utilities.rank_zero.rank_zero_warn")
     isolate_rng = _of("utilities.seed.isolate_rng")
-    convert_to_tensors = getattr(
-        importlib.import_module(f"{FABRICS[NAMESPACE]}.utilities.apply_func"), "convert_to_tensors"
-    )
+    convert_to_tensors = importlib.import_module(f"{FABRICS[NAMESPACE]}.utilities.apply_func").convert_to_tensors
 
 
 def classes(path: str) -> tuple[type, ...]:
