@@ -80,6 +80,12 @@ def classes(path: str) -> tuple[type, ...]:
     return tuple(dict.fromkeys(kinds))
 
 
+def training_state() -> Any:
+    """The ``TrainerState`` of a fit that is running its training steps."""
+    states = importlib.import_module(f"{NAMESPACE}.trainer.states")
+    return states.TrainerState(states.TrainerStatus.RUNNING, states.TrainerFn.FITTING, states.RunningStage.TRAINING)
+
+
 def version() -> str:
     """The version of Lightning that is used."""
     return str(importlib.import_module(NAMESPACE.partition(".")[0]).__version__)
