@@ -1,8 +1,8 @@
 """What a step sees as ``self.trainer`` while a pass calls it: a fit that stands at the parameters under examination.
 
 Steps read the Trainer: an annealed weight takes ``self.current_epoch``, a library asks ``self.trainer.training``
-whether to give a loss at all. After ``fit`` the real Trainer says that training is over, and in another process there is none.
-Both see this stand-in, so both compute the same.
+whether to give a loss at all. After ``fit`` the real Trainer says that training is over, and in another process there
+is none. Both see this stand-in, so both compute the same.
 """
 
 from __future__ import annotations
