@@ -145,15 +145,18 @@ def imports() -> dict[str, set[str]]:
 
 
 def test_no_module_imports_itself_through_others(imports):
-    assert circle_in(imports) == []
+    circle = circle_in(imports)
+    assert not circle, " -> ".join(circle)
 
 
 def test_no_wing_imports_one_above_it(imports):
-    assert upward_in(imports, ORDER) == []
+    upward = upward_in(imports, ORDER)
+    assert not upward, "\n".join(upward)
 
 
 def test_what_serves_any_loop_knows_no_trainer(imports):
-    assert [m for m in imports if "_trainer" in imports[m] and _wing(m) not in TRAINER_WINGS] == []
+    knowing = [module for module in imports if "_trainer" in imports[module] and _wing(module) not in TRAINER_WINGS]
+    assert not knowing, f"{', '.join(knowing)} -> _trainer"
 
 
 def test_mathematics_needs_torch_alone():
@@ -176,6 +179,11 @@ def test_the_callback_only_translates_events():
 def test_the_page_shows_the_order_that_is_tested():
     page = (REPOSITORY / "docs" / "architecture.md").read_text()
     assert " → ".join(ORDER) in " ".join(page.replace("`", "").split())
+
+
+def test_the_picture_shows_every_wing():
+    texts = re.findall(r">([^<]+)</text>", (REPOSITORY / "docs" / "figures" / "architecture.svg").read_text())
+    assert set(ORDER) <= {name for text in texts for name in re.findall(r"\w+", text)}
 
 
 # ---------------------------------------------------------------- the checker, on small packages that are wrong
