@@ -72,7 +72,12 @@ class Ranks:
                 dist.all_reduce(tensor)
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's part of the items: every ``world``-th."""
+        """This rank's part of the items: every ``world``-th.
+
+        Example:
+            >>> Ranks(rank=1, world=2).share(["a", "b", "c", "d"])
+            ['b', 'd']
+        """
         return items[self.rank :: self.world]
 
     def collect(self, parts: Sequence[T]) -> list[T]:

@@ -27,6 +27,14 @@ def ensemble(scores: Sequence[InfluenceScores]) -> InfluenceScores:
 
     Raises:
         MisconfigurationException: nothing to average, or results that do not belong together; the message says why.
+
+    Example:
+        >>> ids, query = torch.arange(2), torch.arange(1)
+        >>> first = InfluenceScores(torch.tensor([[1.0, 4.0]]), ids, query, metadata={"run_id": "a"})
+        >>> second = InfluenceScores(torch.tensor([[3.0, 0.0]]), ids, query, metadata={"run_id": "b"})
+        >>> both = ensemble([first, second])
+        >>> both.values, both.metadata["members"]
+        (tensor([[2., 2.]]), ['a', 'b'])
     """
     if not scores:
         raise MisconfigurationException("`ensemble` needs the scores of at least one run.")

@@ -36,11 +36,14 @@ _RULES: dict[type[Optimizer], Rule] = {}
 def register_optimizer(*kinds: type[Optimizer]) -> Callable[[Rule], Rule]:
     """Decorator: the function reads the parameter groups of these optimizer classes.
 
-    Example::
-
-        @register_optimizer(MySGD)
-        def my_sgd(group):
-            return StepRule(rate_multiplier=1.0, weight_decay=group["decay"])
+    Example:
+        >>> class DecayingSGD(torch.optim.SGD): ...
+        >>> @register_optimizer(DecayingSGD)
+        ... def decaying_sgd(group):
+        ...     return StepRule(rate_multiplier=1 / (1 - group["momentum"]), weight_decay=group["weight_decay"])
+        >>> optimizer = DecayingSGD([torch.zeros(1)], lr=0.1, momentum=0.75, weight_decay=0.01)
+        >>> rule_for(optimizer)(optimizer.param_groups[0]).rate_multiplier
+        4.0
     """
 
     def enter(rule: Rule) -> Rule:

@@ -50,6 +50,11 @@ class InfluenceScores:
 
         Returns:
             ``(values [Q, k], train ids [Q, k])``.
+
+        Example:
+            >>> scores = InfluenceScores(torch.tensor([[0.5, -2.0, 1.0]]), torch.tensor([7, 8, 9]), torch.tensor([0]))
+            >>> scores.topk(2)
+            (tensor([[1.0000, 0.5000]]), tensor([[9, 7]]))
         """
         values, columns = self.values.topk(min(k, self.values.shape[1]), dim=1, largest=largest)
         return values, self.train_ids[columns]
@@ -59,6 +64,13 @@ class InfluenceScores:
 
         For a loss (and a callable, which is taken for one) these have the most positive scores; for a margin or
         log-probability, which the example's removal would lower, the most negative.
+
+        Example:
+            >>> values, ids = torch.tensor([[0.5, -2.0, 1.0]]), torch.arange(3)
+            >>> InfluenceScores(values, ids, torch.tensor([0]), metadata={"measurement": "loss"}).proponents(2)
+            (tensor([[1.0000, 0.5000]]), tensor([[2, 0]]))
+            >>> InfluenceScores(values, ids, torch.tensor([0]), metadata={"measurement": "margin"}).proponents(1)
+            (tensor([[-2.]]), tensor([[1]]))
         """
         return self.topk(k, largest=self._lower_is_better)
 
@@ -96,6 +108,12 @@ class InfluenceScores:
 
         Raises:
             MisconfigurationException: the scores were computed without ``per_segment=True``.
+
+        Example:
+            >>> by_segment = torch.tensor([[[0.5, -0.5]], [[3.0, 0.0]]])  # 2 segments, 1 query, 2 training examples
+            >>> InfluenceScores(by_segment.sum(0), torch.arange(2), torch.arange(1), by_segment).segment_shares()
+            tensor([[0.2500],
+                    [0.7500]])
         """
         if self.by_segment is None:
             raise MisconfigurationException("scores by segment were not kept. HINT: score with `per_segment=True`.")

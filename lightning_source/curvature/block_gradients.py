@@ -43,7 +43,14 @@ class BlockGradients(NamedTuple):
         return self._replace(activations=self.activations[:, examples], gradients=self.gradients[:, examples])
 
     def per_example(self) -> Tensor:
-        """Per-example gradients ``[P, B, O, I]``; materialised, so call it on chunks."""
+        """Per-example gradients ``[P, B, O, I]``; materialised, so call it on chunks.
+
+        Example:
+            >>> activations = torch.tensor([[[[1.0, 2.0]]]])  # 1 part, 1 example, 1 position, 2 inputs
+            >>> gradients = torch.tensor([[[[3.0]]]])  # and 1 output
+            >>> BlockGradients(activations, gradients).per_example().squeeze()  # g aᵀ
+            tensor([3., 6.])
+        """
         if self.vocabulary is not None:
             _, examples, _, outputs, _ = self.shape
             rows = self.rows()

@@ -48,6 +48,12 @@ def conjugate_gradient(
         precondition: an approximate inverse of ``A``, positive definite.
         tolerance: stops where every residual's norm is below this share of its target's.
         iterations: products at most, besides the first.
+
+    Example:
+        >>> matrix = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
+        >>> solution = conjugate_gradient(lambda x: x @ matrix, torch.tensor([[2.0, 2.0]]), tolerance=1e-6)
+        >>> solution.values, solution.iterations
+        (tensor([[1.0000, 0.5000]]), 2)
     """
     inverse = precondition or (lambda x: x)
     scale = _norms(targets)

@@ -28,6 +28,10 @@ def segment_decay(eigenvalues: Tensor, rate: float, weight_decay: float = 0.0) -
             Round-off negatives count as 0.
         rate: ``Λ``, the sum of effective learning rates over the segment's steps.
         weight_decay: ``w``, the coupled L2 decay.
+
+    Example:
+        >>> segment_decay(torch.tensor([0.0, 1.0, 1000.0]), rate=0.5)  # a flat direction keeps all, a steep one nothing
+        tensor([1.0000, 0.6065, 0.0000])
     """
     return torch.exp(-rate * (eigenvalues.clamp_min(0) + weight_decay))
 
@@ -39,6 +43,10 @@ def segment_response(eigenvalues: Tensor, rate: float, weight_decay: float = 0.0
         eigenvalues: curvature eigenvalues ``σ``; any shape. Round-off negatives count as 0.
         rate: ``Λ``, the sum of effective learning rates over the segment's steps.
         weight_decay: ``w``, the coupled L2 decay.
+
+    Example:
+        >>> segment_response(torch.tensor([0.0, 1.0, 1000.0]), rate=0.5)  # Λ at σ = 0, 1/σ where Λσ is large
+        tensor([0.5000, 0.3935, 0.0010])
     """
     exponent = rate * (eigenvalues.clamp_min(0) + weight_decay)
     # (1 - exp(-x)) / x by expm1: without it x below 1e-7 loses every digit in float32.
@@ -53,6 +61,10 @@ def finite_step_response(eigenvalues: Tensor, learning_rate: float, steps: int) 
         eigenvalues: ``σ``; any shape, with ``0 <= ησ <= 1``.
         learning_rate: ``η`` of every step.
         steps: ``K``.
+
+    Example:
+        >>> finite_step_response(torch.tensor([2.0]), learning_rate=0.25, steps=2)  # η + η (1 - ησ)
+        tensor([0.3750])
     """
     sigma = eigenvalues.clamp_min(0)
     total = -torch.expm1(steps * torch.log1p(-learning_rate * sigma))
@@ -60,7 +72,12 @@ def finite_step_response(eigenvalues: Tensor, learning_rate: float, steps: int) 
 
 
 def damped_inverse(eigenvalues: Tensor, damping: float) -> Tensor:
-    """``1 / (σ + damping)``, the influence function's spectral map (Koh & Liang 2017; Grosse et al. 2023)."""
+    """``1 / (σ + damping)``, the influence function's spectral map (Koh & Liang 2017; Grosse et al. 2023).
+
+    Example:
+        >>> damped_inverse(torch.tensor([0.0, 3.0]), damping=1.0)
+        tensor([1.0000, 0.2500])
+    """
     return 1.0 / (eigenvalues.clamp_min(0) + damping)
 
 

@@ -71,7 +71,17 @@ class LinearDatamodelingScore(SubsetsMetric):
 
 
 def linear_datamodeling_score(scores: Any, subsets: Any, measurements: Any, **options: Any) -> DatamodelingResult:
-    """:class:`LinearDatamodelingScore` of one set of arrays: its arguments, then those of its ``update``."""
+    """:class:`LinearDatamodelingScore` of one set of arrays: its arguments, then those of its ``update``.
+
+    Example:
+        >>> import torch
+        >>> from lightning_source.evaluation import random_subsets
+        >>> subsets = random_subsets(50, 8)
+        >>> scores = torch.arange(8.0)[None]  # one query
+        >>> measurements = -(subsets.float() @ scores.T)  # [subsets, queries], what a perfect score predicts
+        >>> round(float(linear_datamodeling_score(scores, subsets, measurements).lds), 4)
+        1.0
+    """
     metric = LinearDatamodelingScore(subsets, **options)
     metric.update(scores, measurements)
     return metric.compute()

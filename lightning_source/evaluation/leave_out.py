@@ -104,7 +104,13 @@ class RemovalCorrelation(SubsetsMetric):
 
 
 def leave_one_out_subsets(ids: Any, examples: int) -> Tensor:
-    """Masks that keep all examples but one: bool ``[len(ids), examples]``, row ``i`` without ``ids[i]``."""
+    """Masks that keep all examples but one: bool ``[len(ids), examples]``, row ``i`` without ``ids[i]``.
+
+    Example:
+        >>> leave_one_out_subsets([2, 0], examples=3).int()
+        tensor([[1, 1, 0],
+                [0, 1, 1]], dtype=torch.int32)
+    """
     chosen = torch.as_tensor(list(ids) if isinstance(ids, range) else ids)
     subsets = torch.ones(len(chosen), examples, dtype=torch.bool)
     subsets[torch.arange(len(chosen)), chosen] = False

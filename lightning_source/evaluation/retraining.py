@@ -90,6 +90,11 @@ def random_subsets(count: int, examples: int, *, fraction: float = 0.5, seed: in
 
     Raises:
         ValueError: a row would keep everything or nothing.
+
+    Example:
+        >>> subsets = random_subsets(100, 10, fraction=0.5)
+        >>> subsets.shape, subsets.sum(1).unique()
+        (torch.Size([100, 10]), tensor([5]))
     """
     size = round(fraction * examples)
     if not 0 < size < examples:

@@ -18,7 +18,12 @@ Correlation = Callable[[Tensor, Tensor], Tensor]
 
 
 def midranks(values: Tensor) -> Tensor:
-    """Ranks 1 to n along the last axis, tied values sharing the mean of their ranks (as ``scipy.stats.rankdata``)."""
+    """Ranks 1 to n along the last axis, tied values sharing the mean of their ranks (as ``scipy.stats.rankdata``).
+
+    Example:
+        >>> midranks(torch.tensor([0.3, 7.0, 0.3]))
+        tensor([1.5000, 3.0000, 1.5000])
+    """
     ordered = values.contiguous().sort(-1).values
     below = torch.searchsorted(ordered, values.contiguous())
     up_to = torch.searchsorted(ordered, values.contiguous(), right=True)
@@ -117,7 +122,12 @@ def weighted_slope_terms(x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor,
 
 
 def spearman_brown(correlation: Tensor, factor: float) -> Tensor:
-    """Reliability of a measurement ``factor`` times as long as the two whose correlation is given (Spearman 1910)."""
+    """Reliability of a measurement ``factor`` times as long as the two whose correlation is given (Spearman 1910).
+
+    Example:
+        >>> spearman_brown(torch.tensor(0.5), factor=2)
+        tensor(0.6667)
+    """
     return factor * correlation / (1 + (factor - 1) * correlation)
 
 

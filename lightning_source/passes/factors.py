@@ -26,7 +26,12 @@ from lightning_source.passes.workspace import State, Workspace, require_finite
 
 
 def factor_ids(total: int, limit: int | None, seed: int) -> Tensor:
-    """The examples that factor passes visit: all, or ``limit`` drawn without replacement, in ascending order."""
+    """The examples that factor passes visit: all, or ``limit`` drawn without replacement, in ascending order.
+
+    Example:
+        >>> factor_ids(5, limit=None, seed=0).tolist()
+        [0, 1, 2, 3, 4]
+    """
     if limit is None or limit >= total:
         return torch.arange(total)
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].sort().values

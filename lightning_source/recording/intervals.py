@@ -38,7 +38,12 @@ class StepInterval:
         return self.decays[group] / self.rates[group] if self.rates[group] else 0.0
 
     def merge(self, other: StepInterval) -> StepInterval:
-        """The stretch over both; ``other`` follows this one."""
+        """The stretch over both; ``other`` follows this one.
+
+        Example:
+            >>> StepInterval(0, 4, rates=(0.4,), decays=(0.0,)).merge(StepInterval(4, 6, rates=(0.1,), decays=(0.0,)))
+            StepInterval(first=0, last=6, rates=(0.5,), decays=(0.0,), file='', stage=0)
+        """
         if other.first != self.last or other.stage != self.stage:
             raise ValueError(f"steps {other.first}-{other.last} do not follow steps {self.first}-{self.last}")
         return StepInterval(
@@ -80,7 +85,12 @@ def merge_all(stretches: Sequence[StepInterval]) -> StepInterval:
 
 
 def normalized_weights(stretches: Sequence[StepInterval]) -> list[float]:
-    """Weights that sum to 1 by how far training moved; by steps where the learning rate was 0 throughout."""
+    """Weights that sum to 1 by how far training moved; by steps where the learning rate was 0 throughout.
+
+    Example:
+        >>> normalized_weights([StepInterval(0, 4, (0.75,), (0.0,)), StepInterval(4, 8, (0.25,), (0.0,))])
+        [0.75, 0.25]
+    """
     weights = [s.weight for s in stretches]
     if not sum(weights) > 0:
         weights = [float(s.steps) for s in stretches]
@@ -88,7 +98,13 @@ def normalized_weights(stretches: Sequence[StepInterval]) -> list[float]:
 
 
 def pairs_to_merge(stretches: Sequence[StepInterval], boundaries: Sequence[int]) -> list[tuple[int, ...]]:
-    """Indices of neighbours to merge, two by two, never across one of the user's boundaries."""
+    """Indices of neighbours to merge, two by two, never across one of the user's boundaries.
+
+    Example:
+        >>> bins = [StepInterval(step, step + 1, (0.1,), (0.0,)) for step in range(5)]
+        >>> pairs_to_merge(bins, boundaries=[3])
+        [(0, 1), (2,), (3, 4)]
+    """
     groups: list[tuple[int, ...]] = []
     for index, stretch in enumerate(stretches):
         if groups and len(groups[-1]) == 1 and stretch.first not in boundaries:
@@ -99,7 +115,14 @@ def pairs_to_merge(stretches: Sequence[StepInterval], boundaries: Sequence[int])
 
 
 def cut_evenly(stretches: Sequence[StepInterval], count: int) -> list[list[int]]:
-    """Indices of ``stretches`` in at most ``count`` consecutive groups, as even in steps as can be."""
+    """Indices of ``stretches`` in at most ``count`` consecutive groups, as even in steps as can be.
+
+    Example:
+        >>> ends = [0, 4, 8, 9, 10, 12]
+        >>> bins = [StepInterval(first, last, (0.1,), (0.0,)) for first, last in zip(ends, ends[1:])]
+        >>> cut_evenly(bins, 3)
+        [[0], [1], [2, 3, 4]]
+    """
     count = min(count, len(stretches))
     start, total = stretches[0].first, stretches[-1].last - stretches[0].first
     cuts = [0]
@@ -120,6 +143,11 @@ def cut(
         segments: how many equal segments, or the steps at which inner segments begin; a boundary inside a stretch
             moves to its nearer end, one that training did not reach counts for nothing.
         breaks: steps at which a stretch begins and a further segment must: what is trained changed there.
+
+    Example:
+        >>> bins = [StepInterval(step, step + 2, (0.2,), (0.0,)) for step in range(0, 8, 2)]
+        >>> cut(bins, 2), cut(bins, [6]), cut(bins, 2, breaks=[2])
+        ([[0, 1], [2, 3]], [[0, 1, 2], [3]], [[0], [1], [2, 3]])
     """
     if isinstance(segments, int):
         starts = {group[0] for group in cut_evenly(stretches, segments)}

@@ -33,6 +33,12 @@ class Phase:
             optimizer: class name.
             groups: names of the trained parameters by group.
             decoupled: by group, whether the decay is not preconditioned.
+
+        Example:
+            >>> first = Phase.after(None, 0, "SGD", [["a", "b"]], [False])
+            >>> second = Phase.after(first, 10, "SGD", [["a"], ["b", "c"]], [False, False])  # b changes group, c thaws
+            >>> second.columns, second.groups, first.parents(second.columns)
+            ((('a',), ('b',), ('c',)), (0, 1, 1), [0, 0, None])
         """
         old = {name: i for i, column in enumerate(previous.columns if previous else ()) for name in column}
         new = {name: i for i, group in enumerate(groups) for name in group}
