@@ -143,7 +143,7 @@ class Checks:
 
     def complete(self) -> bool:
         """Whether every test was collected, so that the declared cells are all there are."""
-        return self.files >= set(Path(__file__).parent.glob("test_*.py")) and not any(
+        return self.files >= set(Path(__file__).parent.rglob("test_*.py")) and not any(
             "::" in str(argument) for argument in self.config.args
         )
 

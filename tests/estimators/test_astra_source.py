@@ -4,9 +4,9 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
+from estimators.test_estimators import QUERY, close, gauss_newton, per_example
 from helpers import Classifier, classes, fitted, mlp, quiet_trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from test_estimators import QUERY, close, gauss_newton, per_example
 from torch import nn
 from torch.utils.data import DataLoader
 

@@ -20,6 +20,7 @@ from lightning_source.capture.objective import Objective
 from lightning_source.passes.calibration import calibrate
 from lightning_source.passes.workspace import Examples, Workspace
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("gather_script.py")
 
 QUERY = [x[:4] for x in classes(8, seed=2).tensors]
@@ -198,7 +199,7 @@ def test_no_pass_waits_for_another_rank(tmp_path, monkeypatch):
 
 def test_two_ranks_neither_wait_in_a_pass_nor_for_one_that_fails(tmp_path):
     """Rank 1 has fewer batches, and its eigendecompositions fail at last."""
-    paths = [str(SCRIPT.parent), str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, str(SCRIPT), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import Classifier, fitted
-from singles import EXAMPLES, Apply, Net, compare, floats, tokens
+from layers.singles import EXAMPLES, Apply, Net, compare, floats, tokens
 from torch import nn
 from torch.utils.data import TensorDataset
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from singles import EXAMPLES, Apply, compare, floats, tokens
+from layers.singles import EXAMPLES, Apply, compare, floats, tokens
 from torch import nn
 
 SIZE, WIDTH = 11, 6

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checks import measured
-from singles import EXAMPLES, TOLERANCE, Apply, Net
+from layers.singles import EXAMPLES, TOLERANCE, Apply, Net
 from torch import nn
 
 from lightning_source.capture.coverage import find_blocks

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from checks import measured
 from helpers import Classifier, classes, fitted, mlp
+from layers.singles import EXAMPLES, TOLERANCE, Apply, Net
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from singles import EXAMPLES, TOLERANCE, Apply, Net
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from checks import measured
 from helpers import Classifier, classes, mlp, quiet_trainer
+from integration.ranks_script import QUERY, Net
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from ranks_script import QUERY, Net
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -19,6 +19,7 @@ from lightning_source import SourceCallback, SourceScorer, attribute
 from lightning_source.distributed import Ranks
 from lightning_source.recording.store import RunStore
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("ranks_script.py")
 # float64 trainings whose sums run in another order, read back from scores kept in float32.
 TOLERANCE = 1e-5
@@ -31,7 +32,7 @@ def folders(tmp_path_factory):
     for devices in (1, 2):
         found[devices] = tmp_path_factory.mktemp(f"ranks-{devices}")
         command = [sys.executable, str(SCRIPT), str(found[devices]), str(devices)]
-        paths = [str(SCRIPT.parent), str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH", "")]
+        paths = [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]

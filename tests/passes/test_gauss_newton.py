@@ -4,10 +4,9 @@ import math
 
 import lightning as L
 import pytest
-import test_losses
-import test_more_losses
 import torch
 import torch.nn.functional as F
+from capture import test_losses, test_more_losses
 from helpers import classes, mlp
 from torch import nn
 from torch.utils.data import TensorDataset

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from singles import EXAMPLES, Apply, Net, compare, floats, tokens
+from layers.singles import EXAMPLES, Apply, Net, compare, floats, tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D

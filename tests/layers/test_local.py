@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from singles import Apply, compare, floats, tokens
+from layers.singles import Apply, compare, floats, tokens
 from torch import nn
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from singles import EXAMPLES, Apply, Net, compare, floats
+from layers.singles import EXAMPLES, Apply, Net, compare, floats
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
