@@ -6,6 +6,7 @@ examples. Where the two disagree, examples are run one at a time, which is right
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -77,7 +78,7 @@ def _flat(workspace: Workspace, data: Examples, ids: Tensor) -> Tensor:
     """Gradients of examples over all blocks, ``[B, scalars]``, on the CPU."""
     rows = []
     for index, captured in workspace.captures(data, workspace.trained(), ids):
-        pieces = [_matrix(captured.get(block.name), block.numel, len(index)) for block in workspace.blocks]
+        pieces = [_matrix(captured.get(block.name), math.prod(block.shape), len(index)) for block in workspace.blocks]
         rows.append(torch.cat(pieces, 1))
     return torch.cat(rows)
 
