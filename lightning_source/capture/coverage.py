@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from lightning_source.layers import Block, blocks_of, form_of
-from lightning_source.layers.embedding import tied_block
+from lightning_source.layers import Block, blocks_of
 from lightning_source.layers.free import free_block
+from lightning_source.layers.functional import tied_block
 from lightning_source.names import clean_name, parameter_names
 
 
@@ -107,14 +107,14 @@ def find_blocks(
             reasons |= dict.fromkeys(own, reason)
             continue
         tied = {key for key in own if len(owners[key]) > 1}
-        found = [] if form_of(child) is None else blocks_of(name, child, _only(own.keys() - tied, group_of))
-        held = {parameter for block in found for parameter in block.parameters}
-        blocks += found
+        formed = blocks_of(name, child, _only(own.keys() - tied, group_of))
+        held = {parameter for block in formed for parameter in block.parameters}
+        blocks += formed
         for key, parameter in own.items():
             if names[key] in held:
                 continue
             if key in tied:
-                block = tied_block(names[key], clean_name(name), owners[key], group_of[key])
+                block = tied_block(names[key], clean_name(name), parameter, owners[key], group_of[key])
                 reason = "weights tied between modules"
             else:
                 block = free_block(names[key], clean_name(name), parameter, group_of[key])

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
@@ -28,9 +27,9 @@ from torch.overrides import TorchFunctionMode
 from lightning_source.capture.masked_rows import by_owner, owners_of
 from lightning_source.curvature.block_gradients import BlockGradients
 from lightning_source.layers import Block, Call, captured_vectors
-from lightning_source.layers.local import Use, tensors_of
 from lightning_source.names import named_modules, named_parameters
 
+ForwardHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], object], object]
 # Examples whose own backwards run at once where a parameter has no form.
 EXAMPLES_AT_ONCE = 16
 _UNKNOWN = torch.empty(0)  # stands for the gradient until the backward has run
@@ -51,7 +50,9 @@ class GradientCapture:
         self.module = module
         by_name = named_modules(module)
         self._modules = {block.module: by_name[block.module] for block in blocks}
-        self._hooked = {self.key(block): block for block in blocks if not block.functional and not block.free}
+        self._hooked = {
+            self.key(block): block for block in blocks if not block.layer_form.functional and not block.free
+        }
         self._parameters = named_parameters(module)
         self._calls: dict[str, list[_Seen]] = defaultdict(list)  # by key
         self._examples = 1  # in the batch
@@ -62,7 +63,8 @@ class GradientCapture:
     @staticmethod
     def key(block: Block) -> str:
         """What a block's uses are kept under: its module, or its parameter where that is looked at by itself."""
-        return block.parameters[0] if block.functional or block.local else block.module
+        form = block.layer_form
+        return block.parameters[0] if form.functional or form.local else block.module
 
     @contextmanager
     def listening(self, examples: int) -> Iterator[GradientCapture]:
@@ -70,7 +72,8 @@ class GradientCapture:
         self._calls.clear()
         self._clear = set()
         self._examples = examples
-        names = {id(self._parameters[n]): n for block in self.blocks if block.functional for n in block.parameters}
+        functional = [block for block in self.blocks if block.layer_form.functional]
+        names = {id(self._parameters[name]): name for block in functional for name in block.parameters}
         with ExitStack() as stack:
             for block in self._hooked.values():
                 hook = self._modules[block.module].register_forward_hook(self._hook(block, examples), with_kwargs=True)
@@ -82,20 +85,19 @@ class GradientCapture:
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             yield self
 
-    def _hook(self, block: Block, examples: int) -> Any:
-        key = self.key(block)
+    def _hook(self, block: Block, examples: int) -> ForwardHook:
+        key, form = self.key(block), block.layer_form
 
-        def remember(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if block.local:
-                held, named = apply_to_collection((args, kwargs), Tensor, Tensor.detach)
-                for index, one in enumerate(tensors_of(output)):
-                    self.keep(key, one, Call(Use(layer, held, named, index), _UNKNOWN))
-            elif isinstance(output, Tensor):
-                inputs = block.keep(args, kwargs)
-                if block.repeats:
-                    output = block.repeat(output, examples)
-                    inputs = inputs.expand(output.shape[:-1])
-                self.keep(key, output, Call(inputs, _UNKNOWN))
+        def remember(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> object:
+            outputs = form.outputs(output)
+            if not outputs:
+                return output
+            inputs = form.keep(layer, args, kwargs)
+            if form.repeats:
+                inputs, output = form.repeat(inputs, outputs[0], examples, block.layout)
+                outputs = [output]
+            for index, tensor in enumerate(outputs):
+                self.keep(key, tensor, Call(inputs, _UNKNOWN, output=index))
             return output
 
         return remember

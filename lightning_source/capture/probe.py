@@ -16,19 +16,13 @@ from lightning_source.capture.layer_gradients import GradientCapture
 from lightning_source.capture.objective import Losses, Objective
 from lightning_source.curvature.block_gradients import BlockGradients
 from lightning_source.layers import Block
-from lightning_source.layers.free import free_block
-from lightning_source.layers.local import LocalForm
-from lightning_source.layers.positions import PositionsForm
-from lightning_source.names import named_modules, named_parameters
+from lightning_source.names import named_parameters
 
 # A layer's captured gradient must match autograd's weight gradient to this share of its norm; float32 sums in another
 # order differ by about 1e-6, a missing use of the weight by its whole contribution.
 TOLERANCE = 1e-3
-
-
 # Under autocast autograd itself rounds to 8 bits.
 HALF_TOLERANCE = 3e-2
-
 
 _NO_GRADIENT = "its output carries no gradient (reentrant checkpointing, or torch.no_grad)"
 
@@ -38,20 +32,22 @@ def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: An
 
     Two checks, so that no layout or unusual use of a weight is guessed at: the captured gradients of all examples must
     add up to autograd's weight gradient, and an example's own loss must reach only its own rows. A block that fails is
-    tried in other ways (:func:`_ways`) before it is left out.
+    tried in the other ways that its form knows (``LayerForm.attempts``) before it is left out.
 
     Raises:
         MisconfigurationException: no block is left.
     """
     passed: dict[str, Block] = {}
     failed: dict[str, str] = {}
-    waiting = {block.name: _ways(block, module) for block in coverage.blocks}
+    waiting = {block.name: block.layer_form.attempts(block, module) for block in coverage.blocks}
     while waiting:
-        blocks = [ways.pop(0) for ways in waiting.values()]
-        plain = [block for block in blocks if not block.repeats]
-        found = dict(zip(plain, _check(module, objective, plain, batch, size), strict=True)) if plain else {}
-        found |= {block: _check_repeated(module, objective, block, batch, size) for block in blocks if block.repeats}
-        for block, reason in found.items():
+        blocks = [attempts.pop(0) for attempts in waiting.values()]
+        plain = [block for block in blocks if not block.layer_form.repeats]
+        reasons = dict(zip(plain, _check(module, objective, plain, batch, size), strict=True)) if plain else {}
+        for block in blocks:
+            if block.layer_form.repeats:
+                reasons[block] = _check_repeated(module, objective, block, batch, size)
+        for block, reason in reasons.items():
             if reason is None:
                 passed[block.name] = block
             elif reason == _NO_GRADIENT:  # no other way would see more
@@ -59,7 +55,7 @@ def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: An
                 waiting[block.name].clear()
             else:
                 failed.setdefault(block.name, reason)
-        waiting = {name: ways for name, ways in waiting.items() if ways and name not in passed}
+        waiting = {name: attempts for name, attempts in waiting.items() if attempts and name not in passed}
     checked = coverage.without({name: reason for name, reason in failed.items() if name not in passed})
     checked = replace(checked, blocks=tuple(passed[block.name] for block in checked.blocks))
     unknown = _unknown_share(module, objective, checked.blocks, batch, size)
@@ -89,34 +85,6 @@ def _unknown_share(module: nn.Module, objective: Objective, blocks: Sequence[Blo
         total += float(one.gradients.square().sum())
         rest += float((one.gradients - known[name].gradients if name in known else one.gradients).square().sum())
     return (rest / total) ** 0.5 if total else 0.0
-
-
-def _ways(block: Block, module: nn.Module) -> list[Block]:
-    """The ways to capture a block, in the order in which they are tried.
-
-    Sequences may come before examples, a linear layer's or an embedding's weight may be used by functions as well as
-    by its forward, and an embedding of positions has no rows of single examples. Where there is no form, to run the
-    parameter's own module again is cheaper than to go backward through the network, unless it is most of the network.
-    """
-    if block.free:
-        owner = named_modules(module)[block.module]
-        if 2 * sum(p.numel() for p in owner.parameters()) > sum(p.numel() for p in module.parameters()):
-            return [block]
-        local = replace(block, form=LocalForm.__name__)
-        return [local, replace(local, layout=1), block]
-    found = [block, replace(block, layout=1)]
-    if block.weight is not None and block.form in ("LinearForm", "EmbeddingForm"):
-        _, first, second = block.shape
-        shape = (1, second, first) if block.indexed else block.shape
-        functional = replace(block, form="FunctionalLinearForm", shape=shape)
-        found += [functional, replace(functional, layout=1)]
-        if block.indexed:
-            rows = replace(block, form=PositionsForm.__name__)
-            found += [rows, replace(rows, layout=1)]
-            table = named_parameters(module)[block.weight]
-            free = free_block(block.name, block.module, table, block.group)
-            found += [] if free is None else [replace(free, weight=block.weight)]
-    return found
 
 
 def _check(module: nn.Module, objective: Objective, blocks: Sequence[Block], batch: Any, size: int) -> list[str | None]:
