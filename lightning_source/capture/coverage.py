@@ -58,7 +58,7 @@ class Coverage:
         kept = tuple(block for block in self.blocks if block.name not in reasons)
         return Coverage(kept, (*self.left_out, *left), self.trainable)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """As a dictionary for the manifest."""
         return {
             "share": self.share,
@@ -68,12 +68,14 @@ class Coverage:
         }
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Coverage:
+    def from_json(cls, values: Mapping[str, Any]) -> Coverage:
         """The inverse of :meth:`to_json`."""
         blocks = tuple(
-            Block(**(b | {"shape": tuple(b["shape"]), "sizes": tuple(b["sizes"])})) for b in values["blocks"]
+            Block(**(block | {"shape": tuple(block["shape"]), "sizes": tuple(block["sizes"])}))
+            for block in values["blocks"]
         )
-        return cls(blocks, tuple((n, s, r) for n, s, r in values["left_out"]), values["trainable"])
+        left_out = tuple((name, size, reason) for name, size, reason in values["left_out"])
+        return cls(blocks, left_out, values["trainable"])
 
 
 def find_blocks(

@@ -8,9 +8,10 @@ network put into the call.
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,11 +53,31 @@ class LossCall:
         return self.elements if self.reduction == "none" else self.elements.sum() / self.normalizer
 
 
-Reader = Callable[[dict[str, Any]], LossCall | None]
-_READERS: dict[Callable[..., Any], tuple[inspect.Signature, Reader]] = {}
+class LossArguments(TypedDict, total=False):
+    """A call's arguments by name: those that the function has, defaults filled in."""
+
+    input: Tensor
+    target: Tensor
+    weight: Tensor | None
+    reduction: str
+    ignore_index: int
+    label_smoothing: float
+    pos_weight: Tensor | None
+    delta: float
+    beta: float
+    var: Tensor | float
+    full: bool
+    eps: float
+    log_input: bool
+    log_target: bool
 
 
-def register_loss(function: Callable[..., Any]) -> Callable[[Reader], Reader]:
+LossFunction = Callable[..., Tensor]
+Reader = Callable[[LossArguments], LossCall | None]
+_READERS: dict[Callable[..., object], tuple[inspect.Signature, Reader]] = {}
+
+
+def register_loss(function: LossFunction) -> Callable[[Reader], Reader]:
     """Decorator: the decorated function reads calls of ``function``, given its bound arguments."""
 
     def enter(reader: Reader) -> Reader:
@@ -66,7 +87,7 @@ def register_loss(function: Callable[..., Any]) -> Callable[[Reader], Reader]:
     return enter
 
 
-def read_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossCall | None:
+def read_call(function: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]) -> LossCall | None:
     """The call as a :class:`LossCall`; ``None`` if it is not one of a loss that is known here as a likelihood."""
     if function not in _READERS:
         return None
@@ -77,20 +98,20 @@ def read_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     if arguments.get("size_average") is not None or arguments.get("reduce") is not None:
         mean, reduce = arguments["size_average"], arguments["reduce"]
         arguments["reduction"] = "none" if reduce is False else "sum" if mean is False else "mean"
-    return reader(arguments)
+    return reader(cast(LossArguments, arguments))
 
 
-def unreduced(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def unreduced(function: LossFunction, args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor | None:
     """The elements of a call that :func:`read_call` may know, without looking at values: for use under ``vmap``."""
     if function not in _READERS:
         return None
     bound = _READERS[function][0].bind(*args, **kwargs)
     arguments = bound.arguments | {"reduction": "none"}
-    return function(**{k: v for k, v in arguments.items() if k not in ("size_average", "reduce")})
+    return function(**{name: value for name, value in arguments.items() if name not in ("size_average", "reduce")})
 
 
 @register_loss(F.cross_entropy)
-def _cross_entropy(call: dict[str, Any]) -> LossCall:
+def _cross_entropy(call: LossArguments) -> LossCall:
     logits, target, weight, smoothing = call["input"], call["target"], call["weight"], call["label_smoothing"]
     elements = F.cross_entropy(
         logits, target, weight=weight, ignore_index=call["ignore_index"], reduction="none", label_smoothing=smoothing
@@ -115,7 +136,7 @@ def _cross_entropy(call: dict[str, Any]) -> LossCall:
 
 
 @register_loss(F.nll_loss)
-def _nll_loss(call: dict[str, Any]) -> LossCall:
+def _nll_loss(call: LossArguments) -> LossCall:
     target, weight, ignored = call["target"], call["weight"], call["ignore_index"]
     elements = F.nll_loss(call["input"], target, weight=weight, ignore_index=ignored, reduction="none")
     rows = call["input"].movedim(1, -1) if call["input"].dim() > 1 else call["input"]
@@ -133,7 +154,7 @@ def _targets(target: Tensor, ignored: int, weight: Tensor | None, elements: Tens
 
 def _categorical(
     name: str,
-    call: dict[str, Any],
+    call: LossArguments,
     elements: Tensor,
     log_probs: Callable[[], Tensor],
     hard: Tensor | None,
@@ -195,7 +216,7 @@ def diagonal(information: Tensor | float) -> Information:
 
 
 @register_loss(F.binary_cross_entropy_with_logits)
-def _binary_with_logits(call: dict[str, Any]) -> LossCall:
+def _binary_with_logits(call: LossArguments) -> LossCall:
     logits, target, weight, positive = call["input"], call["target"], call["weight"], call["pos_weight"]
     elements = F.binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="none", pos_weight=positive)
     curvature = torch.ones_like(elements) if positive is None else 1 + (positive - 1) * target
@@ -214,7 +235,7 @@ def _binary_with_logits(call: dict[str, Any]) -> LossCall:
 
 
 @register_loss(F.binary_cross_entropy)
-def _binary_cross_entropy(call: dict[str, Any]) -> LossCall:
+def _binary_cross_entropy(call: LossArguments) -> LossCall:
     probability, target, weight = call["input"], call["target"], call["weight"]
     elements = F.binary_cross_entropy(probability, target, weight=weight, reduction="none")
     ones = torch.ones_like(elements)
@@ -233,7 +254,7 @@ def _binary_cross_entropy(call: dict[str, Any]) -> LossCall:
 
 def _binary(
     name: str,
-    call: dict[str, Any],
+    call: LossArguments,
     elements: Tensor,
     probability: Tensor,
     curvature: Tensor,
@@ -265,19 +286,19 @@ def _binary(
 
 
 @register_loss(F.mse_loss)
-def _mse_loss(call: dict[str, Any]) -> LossCall:
+def _mse_loss(call: LossArguments) -> LossCall:
     """Normal with variance 1/2: the Fisher is the Gauss-Newton matrix, 2."""
     return _residual("mse_loss", call, F.mse_loss(call["input"], call["target"], reduction="none"), 2.0)
 
 
 @register_loss(F.l1_loss)
-def _l1_loss(call: dict[str, Any]) -> LossCall:
+def _l1_loss(call: LossArguments) -> LossCall:
     """Laplace with scale 1. The second derivative is 0 but at the target; the squared score, a sign's, is 1."""
     return _residual("l1_loss", call, F.l1_loss(call["input"], call["target"], reduction="none"), 1.0)
 
 
 @register_loss(F.huber_loss)
-def _huber_loss(call: dict[str, Any]) -> LossCall:
+def _huber_loss(call: LossArguments) -> LossCall:
     """Normal in the middle, Laplace in the tails; see :func:`_huber_information`."""
     elements = F.huber_loss(call["input"], call["target"], reduction="none", delta=call["delta"])
     # Other than its siblings', torch's weighted mean divides by the number of elements.
@@ -285,7 +306,7 @@ def _huber_loss(call: dict[str, Any]) -> LossCall:
 
 
 @register_loss(F.smooth_l1_loss)
-def _smooth_l1_loss(call: dict[str, Any]) -> LossCall:
+def _smooth_l1_loss(call: LossArguments) -> LossCall:
     """Huber's loss over ``beta``; the L1 loss where that is 0."""
     beta = call["beta"]
     elements = F.smooth_l1_loss(call["input"], call["target"], reduction="none", beta=beta)
@@ -303,10 +324,11 @@ def _huber_information(slope: float, threshold: float) -> float:
 
 
 def _residual(
-    name: str, call: dict[str, Any], elements: Tensor, information: float, normalized: bool = True
+    name: str, call: LossArguments, elements: Tensor, information: float, normalized: bool = True
 ) -> LossCall:
     ones = torch.ones_like(elements).detach()
-    weight = ones if call.get("weight") is None else call["weight"]
+    given = call.get("weight")
+    weight = ones if given is None else given
     scale = (ones * weight).detach()
     # A weighted mean is divided by the sum of the weights as they are, before a broadcast target repeats them.
     weights = scale * (weight.numel() / max(1, ones.numel())) if normalized else ones
@@ -332,10 +354,11 @@ def _residual(
 
 
 @register_loss(F.gaussian_nll_loss)
-def _gaussian_nll_loss(call: dict[str, Any]) -> LossCall:
+def _gaussian_nll_loss(call: LossArguments) -> LossCall:
     """Normal, whose Fisher over mean and variance ``v`` is ``diag(1 / v, 1 / (2 v²))``; ``v`` at least ``eps``."""
-    options = {"full": call["full"], "eps": call["eps"]}
-    elements = F.gaussian_nll_loss(call["input"], call["target"], call["var"], reduction="none", **options)
+    elements = F.gaussian_nll_loss(
+        call["input"], call["target"], call["var"], full=call["full"], eps=call["eps"], reduction="none"
+    )
     residual = call["input"] - call["target"]
     var = call["var"] if isinstance(call["var"], Tensor) else torch.full_like(residual, call["var"]).detach()
     if var.shape == residual.shape[:-1]:
@@ -360,24 +383,24 @@ def _gaussian_nll_loss(call: dict[str, Any]) -> LossCall:
 
 
 @register_loss(F.poisson_nll_loss)
-def _poisson_nll_loss(call: dict[str, Any]) -> LossCall:
+def _poisson_nll_loss(call: LossArguments) -> LossCall:
     """Poisson, with Fisher ``rate`` over the logarithm of the rate and ``1 / rate`` over the rate."""
-    options = {"log_input": call["log_input"], "eps": call["eps"], "reduction": "none"}
-    elements = F.poisson_nll_loss(call["input"], call["target"], full=call["full"], **options)
+    nll = partial(F.poisson_nll_loss, log_input=call["log_input"], eps=call["eps"], reduction="none")
+    elements = nll(call["input"], call["target"], full=call["full"])
     output = call["input"].expand_as(elements)
     rate = output.detach().exp() if call["log_input"] else output.detach().clamp_min(0)
     information = rate if call["log_input"] else rate / (rate + call["eps"]).square()
 
     def sample(generator: torch.Generator) -> Tensor:
         rate = output.detach().float().exp() if call["log_input"] else output.detach().float().clamp_min(0)
-        return F.poisson_nll_loss(output, torch.poisson(rate, generator=generator).to(output.dtype), **options)
+        return nll(output, torch.poisson(rate, generator=generator).to(output.dtype))
 
     return _density("poisson_nll_loss", call, elements, sample, (output,), diagonal(information))
 
 
 def _density(
     name: str,
-    call: dict[str, Any],
+    call: LossArguments,
     elements: Tensor,
     sample: Callable[[torch.Generator], Tensor],
     outputs: tuple[Tensor, ...],
@@ -390,7 +413,7 @@ def _density(
 
 
 @register_loss(F.kl_div)
-def _kl_div(call: dict[str, Any]) -> LossCall | None:
+def _kl_div(call: LossArguments) -> LossCall | None:
     """Cross entropy with soft targets, less their entropy, where the last dimension holds the model's classes.
 
     That is so if ``input`` are logarithms of probabilities that sum to 1 along it and the targets are data: then a

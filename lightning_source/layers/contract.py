@@ -101,7 +101,7 @@ class LayerForm(Generic[ModuleT]):
         """
         return [block, replace(block, layout=1)]
 
-    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
+    def keep(self, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """What must be remembered of the arguments of a forward: by default the first, which must be a tensor."""
         given = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
         if not isinstance(given, Tensor):
@@ -148,7 +148,8 @@ class LayerForm(Generic[ModuleT]):
         return torch.cat([values.flatten() for values in (weight, bias) if values is not None]).view(shape)
 
 
-forms_by_name: dict[str, LayerForm[Any]] = {}  # filled by `register_layer`; a block names its form
+AnyForm = LayerForm[Any]  # of whichever kind of module
+forms_by_name: dict[str, AnyForm] = {}  # filled by `register_layer`; a block names its form
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Block:
     layout: int = 0  # the dimension of its layer's tensors that counts examples: 0, or 1 (sequence first)
 
     @property
-    def layer_form(self) -> LayerForm[Any]:
+    def layer_form(self) -> AnyForm:
         """The form, which says how the block is captured.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -37,7 +37,7 @@ class LocalForm(LayerForm[nn.Module]):
     local = True
     joint = False
 
-    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Use:
+    def keep(self, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Use:
         """All that is needed to call the module again."""
         args, kwargs = apply_to_collection((args, kwargs), Tensor, Tensor.detach)
         return Use(module, args, kwargs)

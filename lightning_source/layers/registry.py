@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
-from lightning_source.layers.contract import Block, GroupOf, LayerForm, forms_by_name
+from lightning_source.layers.contract import AnyForm, Block, GroupOf, forms_by_name
 from lightning_source.names import clean_name
 
-_FORMS: dict[type[nn.Module] | str, LayerForm[Any]] = {}
-FormT = TypeVar("FormT", bound=type[LayerForm[Any]])
+_FORMS: dict[type[nn.Module] | str, AnyForm] = {}
+FormT = TypeVar("FormT", bound=type[AnyForm])
 
 
 def register_layer(*kinds: type[nn.Module] | str) -> Callable[[FormT], FormT]:
@@ -36,7 +36,7 @@ def register_layer(*kinds: type[nn.Module] | str) -> Callable[[FormT], FormT]:
     return enter
 
 
-def form_of(module: nn.Module) -> LayerForm[Any] | None:
+def form_of(module: nn.Module) -> AnyForm | None:
     """The form for a module, looked up along its class's bases; ``None`` where there is none."""
     for kind in type(module).__mro__:
         if form := _FORMS.get(kind) or _FORMS.get(_full_name(kind)):
