@@ -220,12 +220,14 @@ class _Values:
         self.tensor = tensor
         self.saved = saved
         self.written = False  # was found to have others, at least once
-        self.version = _version(tensor)
+        self.version = _version(tensor)  # torch's count of in-place writes
 
     def suspected(self) -> bool:
+        """Whether it may have been written since it was restored."""
         return self.written or self.version is None or self.version != _version(self.tensor)
 
     def restore(self) -> None:
+        """Copy the values back where they differ."""
         saved = self.saved.to(self.tensor)
         if not torch.equal(self.tensor, saved):
             self.written, self.saved = True, saved

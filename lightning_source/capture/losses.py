@@ -1,113 +1,25 @@
 """Torch's losses as likelihoods: per-element losses, their normaliser, and labels sampled from the model.
 
-Each entry of the registry turns one call, as the user wrote it, into a :class:`LossCall`. Sampled elements have the
-Gauss-Newton matrix of the loss as second moment of their gradients (method §4): ``curvature`` carries what a class
-weight or ``pos_weight`` multiplies it by. ``information`` is that second moment in closed form, as seen by what the
-network put into the call.
+Each reader turns one call, as the user wrote it, into a :class:`LossCall`. Sampled elements have the Gauss-Newton
+matrix of the loss as second moment of their gradients (method §4): ``curvature`` carries what a class weight or
+``pos_weight`` multiplies it by. ``information`` is that second moment in closed form, as seen by what the network put
+into the call.
 """
 
-import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypedDict, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ``(weights, tangents) -> products``: each tangent ``[Q, *output.shape]`` times the Fisher matrix ``E[∇ℓ ∇ℓᵀ]`` of the
-# sampled elements with respect to the outputs, each element weighted (``weights`` are shaped like ``elements``).
-Information = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
-
-
-@dataclass
-class LossCall:
-    """One recognised loss call.
-
-    ``value`` is ``elements.sum() / weights.sum()`` for ``reduction="mean"``, ``elements.sum()`` for ``"sum"``. All
-    tensors below have the shape of ``elements``.
-    """
-
-    name: str
-    reduction: str  # the user's: "mean" | "sum" | "none"
-    elements: Tensor  # the loss with reduction="none", all of the user's arguments applied
-    weights: Tensor  # what "mean" divides by, element by element; 0 where the target is ignored
-    curvature: Tensor  # Gauss-Newton matrix of an element over that of its sampled form
-    sample: Callable[[torch.Generator], Tensor]  # elements with labels drawn from the model
-    margin: Callable[[], Tensor] | None = None  # log(p / (1 - p)) of the target, if the target is a class
-    log_prob: Callable[[], Tensor] | None = None  # log-likelihood of the target
-    outputs: tuple[Tensor, ...] = ()  # what the network put in, up to a constant
-    information: Information | None = None  # of the outputs; None where it is only known by sampling
-
-    @property
-    def normalizer(self) -> Tensor:
-        """What the user's reduction divided the sum of elements by."""
-        total = self.weights.sum() if self.reduction == "mean" else self.weights.new_ones(())
-        return torch.where(total == 0, 1.0, total)  # a batch of ignored targets only
-
-    @property
-    def value(self) -> Tensor:
-        """What the user's call returns."""
-        return self.elements if self.reduction == "none" else self.elements.sum() / self.normalizer
-
-
-class LossArguments(TypedDict, total=False):
-    """A call's arguments by name: those that the function has, defaults filled in."""
-
-    input: Tensor
-    target: Tensor
-    weight: Tensor | None
-    reduction: str
-    ignore_index: int
-    label_smoothing: float
-    pos_weight: Tensor | None
-    delta: float
-    beta: float
-    var: Tensor | float
-    full: bool
-    eps: float
-    log_input: bool
-    log_target: bool
-
-
-LossFunction = Callable[..., Tensor]
-Reader = Callable[[LossArguments], LossCall | None]
-_READERS: dict[Callable[..., object], tuple[inspect.Signature, Reader]] = {}
-
-
-def register_loss(function: LossFunction) -> Callable[[Reader], Reader]:
-    """Decorator: the decorated function reads calls of ``function``, given its bound arguments."""
-
-    def enter(reader: Reader) -> Reader:
-        _READERS[function] = (inspect.signature(function), reader)
-        return reader
-
-    return enter
-
-
-def read_call(function: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]) -> LossCall | None:
-    """The call as a :class:`LossCall`; ``None`` if it is not one of a loss that is known here as a likelihood."""
-    if function not in _READERS:
-        return None
-    signature, reader = _READERS[function]
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    arguments = bound.arguments
-    if arguments.get("size_average") is not None or arguments.get("reduce") is not None:
-        mean, reduce = arguments["size_average"], arguments["reduce"]
-        arguments["reduction"] = "none" if reduce is False else "sum" if mean is False else "mean"
-    return reader(cast(LossArguments, arguments))
-
-
-def unreduced(function: LossFunction, args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor | None:
-    """The elements of a call that :func:`read_call` may know, without looking at values: for use under ``vmap``."""
-    if function not in _READERS:
-        return None
-    bound = _READERS[function][0].bind(*args, **kwargs)
-    arguments = bound.arguments | {"reduction": "none"}
-    return function(**{name: value for name, value in arguments.items() if name not in ("size_average", "reduce")})
+from lightning_source.capture.loss_calls import Information as Information
+from lightning_source.capture.loss_calls import LossArguments, diagonal
+from lightning_source.capture.loss_calls import LossCall as LossCall
+from lightning_source.capture.loss_calls import read_call as read_call
+from lightning_source.capture.loss_calls import register_loss as register_loss
+from lightning_source.capture.loss_calls import unreduced as unreduced
 
 
 @register_loss(F.cross_entropy)
@@ -162,6 +74,19 @@ def _categorical(
     curvature: Tensor,
     product: Callable[[Tensor, Tensor, int], Tensor],
 ) -> LossCall:
+    """A loss of classes.
+
+    Args:
+        name: the function's.
+        call: its arguments.
+        elements: the loss of each row.
+        log_probs: the model's log-probabilities, ``[*elements.shape, C]``.
+        hard: the target classes, shaped like ``elements``; ``None`` where targets are distributions.
+        weights: what a mean divides by, shaped like ``elements``.
+        curvature: as in :class:`LossCall`.
+        product: ``(probabilities, tangents, dimension of classes in tangents)`` to the Fisher matrix times tangents.
+    """
+
     def pick(rows: Tensor, index: Tensor) -> Tensor:
         return rows.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
@@ -186,16 +111,16 @@ def _categorical(
 
     known = hard is not None
     return LossCall(
-        name,
-        call["reduction"],
-        elements,
-        weights.detach(),
-        curvature.detach(),
-        sample,
-        margin if known else None,
-        log_prob if known else None,
-        (call["input"],),
-        information,
+        name=name,
+        reduction=call["reduction"],
+        elements=elements,
+        weights=weights.detach(),
+        curvature=curvature.detach(),
+        sample=sample,
+        margin=margin if known else None,
+        log_prob=log_prob if known else None,
+        outputs=(call["input"],),
+        information=information,
     )
 
 
@@ -208,11 +133,6 @@ def _of_logits(probabilities: Tensor, tangents: Tensor, classes: int) -> Tensor:
 def _of_log_probs(probabilities: Tensor, tangents: Tensor, classes: int) -> Tensor:
     """``diag(p) u``: the softmax before the logarithm is the network's."""
     return probabilities * tangents
-
-
-def diagonal(information: Tensor | float) -> Information:
-    """Of one output that has its own information for each element."""
-    return lambda weights, tangents: [weights * information * tangents[0]]
 
 
 @register_loss(F.binary_cross_entropy_with_logits)
@@ -263,21 +183,35 @@ def _binary(
     target: Tensor,
     information: Callable[[Tensor], Tensor],
 ) -> LossCall:
+    """A loss of labels 0 and 1.
+
+    Args:
+        name: the function's.
+        call: its arguments.
+        elements: the loss of each label; all tensors below have its shape.
+        probability: the model's, of label 1.
+        curvature: as in :class:`LossCall`.
+        loss: the unweighted loss of given labels.
+        margin: logit of the target's probability.
+        target: the labels, which may lie between 0 and 1.
+        information: the Fisher information of the call's ``input``, from the probability.
+    """
+
     def sample(generator: torch.Generator) -> Tensor:
         return loss(torch.bernoulli(probability, generator=generator))
 
     hard = bool(((target == 0) | (target == 1)).all())
     return LossCall(
-        name,
-        call["reduction"],
-        elements,
-        torch.ones_like(elements).detach(),
-        curvature.detach(),
-        sample,
-        margin if hard else None,
-        (lambda: -loss(target)) if hard else None,
-        (call["input"],),
-        diagonal(information(probability)),
+        name=name,
+        reduction=call["reduction"],
+        elements=elements,
+        weights=torch.ones_like(elements).detach(),
+        curvature=curvature.detach(),
+        sample=sample,
+        margin=margin if hard else None,
+        log_prob=(lambda: -loss(target)) if hard else None,
+        outputs=(call["input"],),
+        information=diagonal(information(probability)),
     )
 
 
@@ -326,6 +260,7 @@ def _huber_information(slope: float, threshold: float) -> float:
 def _residual(
     name: str, call: LossArguments, elements: Tensor, information: float, normalized: bool = True
 ) -> LossCall:
+    """A loss of residuals; ``normalized`` where its weighted mean is divided by the sum of the weights."""
     ones = torch.ones_like(elements).detach()
     given = call.get("weight")
     weight = ones if given is None else given
@@ -340,16 +275,15 @@ def _residual(
 
     plain = call["input"].shape == elements.shape and not call["target"].requires_grad
     return LossCall(
-        name,
-        call["reduction"],
-        elements * weight,
-        weights,
-        scale,
-        sample,
-        None,
-        lambda: -elements,
-        (call["input"] if plain else call["input"] - call["target"],),
-        diagonal(information),
+        name=name,
+        reduction=call["reduction"],
+        elements=elements * weight,
+        weights=weights,
+        curvature=scale,
+        sample=sample,
+        log_prob=lambda: -elements,
+        outputs=(call["input"] if plain else call["input"] - call["target"],),
+        information=diagonal(information),
     )
 
 
@@ -406,9 +340,18 @@ def _density(
     outputs: tuple[Tensor, ...],
     information: Information,
 ) -> LossCall:
+    """A negative log-density of ``outputs``, unweighted."""
     ones = torch.ones_like(elements).detach()
     return LossCall(
-        name, call["reduction"], elements, ones, ones, sample, None, lambda: -elements, outputs, information
+        name=name,
+        reduction=call["reduction"],
+        elements=elements,
+        weights=ones,
+        curvature=ones,
+        sample=sample,
+        log_prob=lambda: -elements,
+        outputs=outputs,
+        information=information,
     )
 
 
@@ -439,12 +382,12 @@ def _kl_div(call: LossArguments) -> LossCall | None:
     reduction = "mean" if batchmean else call["reduction"]
     curvature = mass.expand_as(elements).detach()
     return LossCall(
-        "kl_div",
-        reduction,
-        elements,
-        weights,
-        curvature,
-        sample,
+        name="kl_div",
+        reduction=reduction,
+        elements=elements,
+        weights=weights,
+        curvature=curvature,
+        sample=sample,
         outputs=(rows,),
         information=diagonal(rows.detach().exp()),
     )

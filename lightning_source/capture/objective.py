@@ -39,6 +39,8 @@ Kind = Literal["mean", "sum", "examples"]
 
 
 class _LossTap(TorchFunctionMode):
+    """Keeps the calls of known losses, and gives ``manual`` the losses that are passed to ``Tensor.backward``."""
+
     def __init__(self, manual: ManualStep | None = None) -> None:
         super().__init__()
         self.calls: list[LossCall] = []
@@ -327,6 +329,7 @@ class Objective:
         return output.get("loss") if isinstance(output, dict) else output
 
     def _hooked(self, hook: str, batch: Batch, tap: _LossTap) -> Tensor:
+        """The mean of what the module's hook says it minimises, which stands in ``tap`` as its only call."""
         output = getattr(self.module, hook)(batch)
         tap.calls.clear()
         if hook == "attribution_losses":
@@ -357,8 +360,19 @@ def _plain_call(
     outputs: tuple[Tensor, ...] = (),
     information: Information | None = None,
 ) -> LossCall:
+    """Elements that the module gave by a hook: an unweighted mean."""
     ones = torch.ones_like(elements).detach()
-    return LossCall(name, "mean", elements, ones, ones, sample, None, log_prob, outputs, information)
+    return LossCall(
+        name=name,
+        reduction="mean",
+        elements=elements,
+        weights=ones,
+        curvature=ones,
+        sample=sample,
+        log_prob=log_prob,
+        outputs=outputs,
+        information=information,
+    )
 
 
 def _information_of(distribution: Distribution) -> tuple[tuple[Tensor, ...], Information | None]:
