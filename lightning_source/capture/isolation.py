@@ -175,7 +175,7 @@ def _attributes_kept(module: nn.Module) -> Iterator[None]:
         kept.restore()
 
 
-def _is_record(value: Any) -> bool:
+def _is_record(value: object) -> bool:
     """A user's meter or history. Anything with parts of other kinds (a client, a lock) is not ours to turn back."""
     own = getattr(value, "__dict__", None)
     kinds = (*_NUMBERS, *_CONTAINERS, Tensor, np.ndarray)
@@ -220,12 +220,14 @@ class _Values:
         self.tensor = tensor
         self.saved = saved
         self.written = False  # was found to have others, at least once
-        self.version = _version(tensor)
+        self.version = _version(tensor)  # torch's count of in-place writes
 
     def suspected(self) -> bool:
+        """Whether it may have been written since it was restored."""
         return self.written or self.version is None or self.version != _version(self.tensor)
 
     def restore(self) -> None:
+        """Copy the values back where they differ."""
         saved = self.saved.to(self.tensor)
         if not torch.equal(self.tensor, saved):
             self.written, self.saved = True, saved
@@ -242,10 +244,10 @@ class _SavedState:
     """The mutable objects that can be reached from some, each with its contents."""
 
     def __init__(self) -> None:
-        self.contents: list[Callable[[], Any]] = []
-        self.generators: list[Callable[[], Any]] = []
+        self.contents: list[Callable[[], object]] = []
+        self.generators: list[Callable[[], object]] = []
         self.tensors: list[_Values] = []
-        self.seen: dict[int, Any] = {}  # objects by id; held, so that no id is used twice
+        self.seen: dict[int, object] = {}  # objects by id; held, so that no id is used twice
         self.left = _MOST
 
     def restore(self) -> None:
@@ -254,7 +256,7 @@ class _SavedState:
         for tensor in self.tensors:
             tensor.restore()
 
-    def add(self, value: Any) -> None:
+    def add(self, value: object) -> None:
         """Keep an object's contents and, in turn, what they refer to."""
         if isinstance(value, _NUMBERS) or id(value) in self.seen or self.left <= 0:
             return
@@ -281,7 +283,7 @@ class _SavedState:
         elif _is_record(value):
             self._keep_attributes(value, list(vars(value)))
 
-    def _keep_attributes(self, owner: Any, names: list[str]) -> None:
+    def _keep_attributes(self, owner: object, names: list[str]) -> None:
         saved = {name: vars(owner)[name] for name in names}
 
         def restore() -> None:
@@ -306,7 +308,7 @@ class _SavedState:
             if buffer is not None:  # of any size
                 self._keep_values(buffer)
 
-    def _keep_values(self, values: Any) -> None:
+    def _keep_values(self, values: Tensor | np.ndarray) -> None:
         if isinstance(values, Tensor):
             self.tensors.append(_Values(values, values.detach().clone()))
         else:

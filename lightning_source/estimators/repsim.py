@@ -42,7 +42,7 @@ def repsim(query: Query, *, module: str | None = None) -> Iterator[DirectScores]
 
 
 def _last_linear(workspace: Workspace) -> str:
-    linear = [block.module for block in workspace.blocks if block.form == "LinearForm"]
+    linear = [block.module for block in workspace.blocks if block.layer_form.representation]
     if not linear:
         raise MisconfigurationException(
             'no linear layer is attributed whose input `method="repsim"` could compare. HINT: pass `module=` the'

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -138,7 +139,7 @@ def set_rate(run: Run, rate: float | Sequence[float]) -> None:
 
 
 def _covered(
-    model: nn.Module,
+    model: LightningModule,
     examples: Examples,
     groups: Sequence[Sequence[nn.Parameter]],
     include: Sequence[str] | None,
