@@ -11,14 +11,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_source.capture.data import Examples, GivenBatches, to_module
-from lightning_source.estimators.registry import DirectScores, Query, register_estimator
+from lightning_source.estimators.query import Query
+from lightning_source.estimators.registry import register_estimator
+from lightning_source.estimators.terms import DirectScores, Metadata
 from lightning_source.names import named_modules
 from lightning_source.passes.workspace import State, Workspace
 from lightning_source.scores import HIGHER_IS_BETTER
 
 
 @register_estimator("repsim", unit="cosine of representations")
-def repsim(query: Query, *, module: str | None = None) -> Iterator[DirectScores]:
+def repsim(query: Query, *, module: str | None = None) -> Iterator[DirectScores | Metadata]:
     """Cosine of the query's and the example's input of one module at the final model, in [-1, 1].
 
     No change of the measurement: labels and losses play no part. Like examples are taken to help, so the cosine is
@@ -37,7 +39,7 @@ def repsim(query: Query, *, module: str | None = None) -> Iterator[DirectScores]
     sign = -1.0 if query.measurement in HIGHER_IS_BETTER else 1.0
     state = run.final_of_stage()
     asked = _representations(run.query_workspace, run.final(), query.examples, None, layer)
-    query.extra_metadata.update(module=layer)
+    yield Metadata({"module": layer})
     yield DirectScores(lambda data, ids: sign * asked @ _representations(run.workspace, state, data, ids, layer).T)
 
 

@@ -39,6 +39,26 @@ State = Mapping[str, Tensor]  # parameters and buffers by clean name
 # Runs the user's code on a batch, given the ids of its examples, while the recording listens. Gives back what to
 # differentiate: one value for each example, or where that is not known a scalar that is their sum.
 Target = Callable[[Any, Tensor, GradientCapture], Tensor]
+# Takes the products of some of the examples, ``[Q, B]``, and where these stand among all that were asked for.
+Receive = Callable[[slice, Tensor], None]
+
+
+@dataclass(frozen=True)
+class QueryGradients:
+    """Gradients of a measurement, one for each query, or the vectors that an estimator made of them.
+
+    Attributes:
+        values: ``[Q, P, O, I]`` by block.
+        columns: for an embedding's block the tokens that its ``I`` columns stand for, in ascending order: those that
+            the queries use, the gradient being 0 at all others. A block that is not named has all its columns.
+    """
+
+    values: Mapping[str, Tensor]
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def restrict(self, name: str, values: Tensor) -> Tensor:
+        """A block's ``[P, O, I]`` (eigenvalues, a preconditioner) for the columns that its gradients have."""
+        return values[..., self.columns[name]] if name in self.columns else values
 
 
 @dataclass
@@ -206,87 +226,91 @@ class Workspace:
         queries: Examples | GivenBatches,
         measurement: str | Measurement,
         bases: Mapping[str, Basis] | None = None,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Gradients of the measurement by block, in the given bases or in parameter space.
-
-        Returns:
-            ``[Q, P, O, I]`` by block, and for an embedding the tokens that its ``I`` columns stand for: those that the
-            queries use, in ascending order.
-        """
-        found: dict[str, Tensor] = {}
+    ) -> QueryGradients:
+        """Gradients of the measurement by block, in the given bases or in parameter space."""
+        gradients: dict[str, Tensor] = {}
         rows: dict[str, list[Rows]] = {}
         with self.at(state):
             for index, captured in self.captures(queries, self.measured(measurement), what="queries"):
-                for name, one in captured.items():
+                for name, block_gradients in captured.items():
                     basis = bases[name] if bases else Basis(None, None)
-                    if one.vocabulary is not None:
-                        new = basis.rotate(one).rows()
+                    if block_gradients.vocabulary is not None:
+                        new = basis.rotate(block_gradients).rows()
                         rows.setdefault(name, []).append(new._replace(examples=index.to(new.examples)[new.examples]))
                         continue
-                    if name not in found:
-                        parts, _, _, outputs, inputs = one.shape
-                        found[name] = one.activations.new_zeros(len(queries), parts, outputs, inputs)
-                    found[name][index] = rotated_matrices(one, basis)
+                    if name not in gradients:
+                        parts, _, _, outputs, inputs = block_gradients.shape
+                        shape = (len(queries), parts, outputs, inputs)
+                        gradients[name] = block_gradients.activations.new_zeros(shape)
+                    gradients[name][index] = rotated_matrices(block_gradients, basis)
         columns = {}
         for name, pieces in rows.items():
-            examples, tokens, values = (torch.cat(x) for x in zip(*pieces, strict=True))
+            examples, tokens, values = (torch.cat(parts) for parts in zip(*pieces, strict=True))
             columns[name], where = tokens.unique(return_inverse=True)
-            found[name] = values.new_zeros(len(queries), 1, values.shape[1], len(columns[name]))
-            found[name][examples, 0, :, where] = values
-        for name, vectors in found.items():
+            gradients[name] = values.new_zeros(len(queries), 1, values.shape[1], len(columns[name]))
+            gradients[name][examples, 0, :, where] = values
+        for name, vectors in gradients.items():
             require_finite(vectors, name, "query gradients")
-        return found, columns
+        return QueryGradients(gradients, columns)
 
     def inner_products(
         self,
         state: State,
         data: Examples,
         ids: Tensor | None,
-        vectors: Mapping[str, Tensor],
+        vectors: QueryGradients,
+        receive: Receive,
         bases: Mapping[str, Basis] | None = None,
         normalize: bool = False,
-        tokens: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """``⟨vectors[q], g(z_n)⟩`` over all blocks, ``[Q, N]`` on the CPU: one pass over the examples.
+    ) -> None:
+        """``⟨vectors[q], g(z_n)⟩`` over all blocks: one pass over the examples, which hands over batch by batch.
 
         Args:
             state: parameters at which the examples' gradients are taken.
             data: the examples.
             ids: which of them; all by default.
-            vectors: ``[Q, P, O, I]`` by block.
+            vectors: the queries' vectors.
+            receive: is given each batch's products, ``[Q, B]`` on the CPU, in the order of the examples: as they come,
+                or where ranks share the pass all of them at its end, on every rank.
             bases: the eigenbases that ``vectors`` are written in; parameter space by default.
             normalize: divide by the norm of the example's gradient (cosine similarity).
-            tokens: what the columns of an embedding's ``vectors`` stand for (:meth:`query_gradients`).
         """
-        columns: list[Tensor] = []
-        queries = len(next(iter(vectors.values())))
+        own: list[Tensor] = []  # with several ranks
+        start = 0
+
+        def hand_over(products: Tensor) -> None:
+            nonlocal start
+            examples = slice(start, start + products.shape[1])
+            start = examples.stop
+            receive(examples, products)
 
         def own_part() -> None:
+            keep = hand_over if self.ranks.world == 1 else own.append
             with self.at(state):
                 for index, captured in self.captures(data, self.trained(), self.shard(data, ids)):
-                    columns.append(self._products(index, captured, queries, vectors, bases, normalize, tokens or {}))
+                    keep(self._products(index, captured, vectors, bases, normalize))
 
         self.ranks.on_all_ranks(own_part)
-        return torch.cat(self.ranks.collect(columns), dim=1)
+        for products in self.ranks.collect(own):
+            hand_over(products)
 
     def _products(
         self,
         index: Tensor,
         captured: Mapping[str, BlockGradients],
-        queries: int,
-        vectors: Mapping[str, Tensor],
+        vectors: QueryGradients,
         bases: Mapping[str, Basis] | None,
         normalize: bool,
-        tokens: Mapping[str, Tensor],
     ) -> Tensor:
+        queries = len(next(iter(vectors.values.values())))
         total = torch.zeros(queries, len(index), device=self.module.device)
         norms = torch.zeros(len(index), device=self.module.device)
-        for name, one in captured.items():
+        for name, block_gradients in captured.items():
             if normalize:
-                norms += squared_norms(one)
-            if name in vectors:
-                rotated = bases[name].rotate(one) if bases else one
-                total += contract(rotated, vectors[name], tokens.get(name))
+                norms += squared_norms(block_gradients)
+            if name in vectors.values:
+                rotated = bases[name].rotate(block_gradients) if bases else block_gradients
+                total += contract(rotated, vectors.values[name], vectors.columns.get(name))
         if not torch.isfinite(total).all():
             for name, one in captured.items():
                 seen = one.gradients if one.vocabulary else torch.stack([x.sum() for x in one[:2]])
