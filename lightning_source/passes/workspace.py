@@ -34,6 +34,7 @@ from lightning_source.curvature.ekfac import (
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.layers import Block
 from lightning_source.names import named_tensors
+from lightning_source.random_streams import stream_seed
 
 State = Mapping[str, Tensor]  # parameters and buffers by clean name
 # Runs the user's code on a batch, given the ids of its examples, while the recording listens. Gives back what to
@@ -165,7 +166,7 @@ class Workspace:
         generator = torch.Generator(self.module.device)
 
         def values(losses: Losses, spec: ObjectiveSpec, ids: Tensor) -> Tensor:
-            generator.manual_seed(hash((self.seed, draw, int(ids[0]))) % 2**63)
+            generator.manual_seed(stream_seed(self.seed, draw, int(ids[0])))
             return losses.fisher_target(spec, generator)
 
         return self.target(values)
