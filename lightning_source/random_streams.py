@@ -1,4 +1,4 @@
-"""Seeds of random streams: one number mixed from all that names a stream, such as the seed, the draw and the example."""
+"""Seeds of random streams: one number mixed from what names a stream, such as the seed, the draw and the example."""
 
 _PRIME_1, _PRIME_2, _PRIME_5 = 11400714785074694791, 14029467366897019727, 2870177450012600261  # of xxHash64
 _LANE_MODULUS = 2**61 - 1

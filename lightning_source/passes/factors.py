@@ -67,16 +67,16 @@ def fit_factors(
             for load, one in zip(states, covariances, strict=True)
         ]
         decomposed, device = [], workspace.module.device
-        exchange = device if workspace.ranks.world == 1 else torch.device("cpu")
+        exchange = device if workspace.ranks.world_size == 1 else torch.device("cpu")
 
         def own_part() -> None:
-            for name in workspace.ranks.share(names):
+            for name in workspace.ranks.shard(names):
                 mean = mean_covariances([sums[name] for sums in known], weights)
                 basis, kronecker = eigenbasis(*mean, dtype=known[0][name].activations.dtype)
                 decomposed.append((basis.to(exchange), kronecker.to(exchange)))
 
         workspace.ranks.on_all_ranks(own_part)
-        for name, (basis, kronecker) in zip(names, workspace.ranks.collect(decomposed), strict=True):
+        for name, (basis, kronecker) in zip(names, workspace.ranks.gather(decomposed), strict=True):
             bases[name], values[name] = basis.to(device), kronecker.to(device)
     if curvature != "kfac":
         values = {}
@@ -103,7 +103,7 @@ def covariances_of(workspace: Workspace, state: State, data: Examples, ids: Tens
             like = next(workspace.module.parameters()).detach()
             sums[block.name] = CovarianceSums.zeros(block.shape, block.indexed, like)
         one = sums[block.name]
-        workspace.ranks.sum_([one.activations, one.gradients])
+        workspace.ranks.all_reduce_([one.activations, one.gradients])
         require_finite(one.activations, block.name, "activations")
         require_finite(one.gradients, block.name, "gradients")
         one.examples = len(ids)  # a batch that skips the block has gradient 0 there
@@ -129,7 +129,7 @@ def eigenvalues_of(
         if block.name not in sums:  # control flow skipped it on every factor example: no curvature
             like = next(workspace.module.parameters()).detach()
             sums[block.name] = like.new_zeros(block.shape, dtype=accumulator_dtype(like))
-        workspace.ranks.sum_([sums[block.name]])
+        workspace.ranks.all_reduce_([sums[block.name]])
         require_finite(sums[block.name], block.name, "eigenvalues")
     return {name: total / (len(ids) * samples) for name, total in sums.items()}
 
@@ -170,6 +170,6 @@ def squared_traces(
                     pairs[1] += len(products) * (len(products) - 1)
 
     workspace.ranks.on_all_ranks(own_part)
-    workspace.ranks.sum_([pairs, sizes, *(half[block.name] for half in halves for block in workspace.blocks)])
+    workspace.ranks.all_reduce_([pairs, sizes, *(half[block.name] for half in halves for block in workspace.blocks)])
     blocks = sum(float((halves[0][b.name].double() * halves[1][b.name]).sum()) for b in workspace.blocks)
     return float(pairs[0] / pairs[1].clamp_min(1)), blocks / float(sizes.prod().clamp_min(1))

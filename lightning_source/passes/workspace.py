@@ -121,10 +121,10 @@ class Workspace:
 
     def shard(self, data: Examples, ids: Tensor | None) -> Tensor | None:
         """This rank's part of the examples: whole batches, so that no batch depends on the number of ranks."""
-        if self.ranks.world == 1:
+        if self.ranks.world_size == 1:
             return ids
         order = torch.arange(len(data)) if ids is None else ids
-        mine = self.ranks.share(order.split(data.batch_size))
+        mine = self.ranks.shard(order.split(data.batch_size))
         return torch.cat([*mine]) if mine else order[:0]
 
     def target(self, values: Callable[[Losses, ObjectiveSpec, Tensor], Tensor]) -> Target:
@@ -268,7 +268,7 @@ class Workspace:
                     columns.append(self._products(index, captured, queries, vectors, bases, normalize, tokens or {}))
 
         self.ranks.on_all_ranks(own_part)
-        return torch.cat(self.ranks.collect(columns), dim=1)
+        return torch.cat(self.ranks.gather(columns), dim=1)
 
     def _products(
         self,
