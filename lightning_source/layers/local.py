@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad
 
+from lightning_source.curvature.batched_autograd import batched_rows
 from lightning_source.curvature.block_gradients import BlockGradients
 from lightning_source.layers.registry import Block, Call, captured_vectors, register_layer
 
@@ -70,18 +71,13 @@ def _gradients(use: Use, key: str, gradients: Tensor, examples: int, layout: int
         args, kwargs = apply_to_collection((use.args, dict(use.kwargs)), Tensor, lambda _: x)
         return (tensors_of(functional_call(use.module, {key: value}, args, kwargs))[use.output] * g).sum()
 
-    one = grad(product)
+    gradient_of = partial(grad(product), parameter)
     rows = _by_example(given[0], examples, layout), _by_example(gradients, examples, layout)
     try:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # an operation without a batching rule is slower, not wrong
-                found = vmap(one, in_dims=(None, 0, 0))(parameter, *rows)
-        except RuntimeError:  # an operation that cannot run for several examples at once
-            found = torch.stack([one(parameter, x, g) for x, g in zip(*rows, strict=True)])
+        by_example = batched_rows(gradient_of, *rows)
     except RuntimeError as error:
         raise ValueError(f"{type(use.module).__name__} cannot be run on a single example: {error}") from error
-    return found.reshape(examples, -1)
+    return by_example.reshape(examples, -1)
 
 
 def _by_example(x: Tensor, examples: int, layout: int) -> Tensor:

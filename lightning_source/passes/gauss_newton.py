@@ -9,7 +9,6 @@ factors are made of, with fixed draws.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_source.capture.data import Examples, to_module
 from lightning_source.capture.layer_gradients import GradientCapture
 from lightning_source.capture.objective import Losses
+from lightning_source.curvature.batched_autograd import batched_gradients
 from lightning_source.curvature.block_gradients import BlockGradients, chunks, contract
 from lightning_source.layers import Block
 from lightning_source.names import named_parameters
@@ -237,23 +237,10 @@ class _Linearized:
 
 
 def _batched_grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], directions: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients for each of several directions ``[Q, *shape]``, the graph kept; 0 where nothing depends on an input."""
-    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-    found: Sequence[Tensor | None]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an operation without a batching rule is slower, not wrong
-            found = torch.autograd.grad(outputs, inputs, directions, is_grads_batched=True, **options)
-    except RuntimeError:
-        rows = [torch.autograd.grad(outputs, inputs, row, **options) for row in zip(*directions, strict=True)]
-        found = [_stack(column) for column in zip(*rows, strict=True)]
+    """:func:`batched_gradients`, 0 where nothing depends on an input."""
+    gradients = batched_gradients(outputs, inputs, directions)
     count = len(directions[0])
-    return [x.new_zeros(count, *x.shape) if g is None else g.to_dense() for x, g in zip(inputs, found, strict=True)]
-
-
-def _stack(column: Sequence[Tensor | None]) -> Tensor | None:
-    present = [x.to_dense() for x in column if x is not None]
-    return torch.stack(present) if len(present) == len(column) else None
+    return [x.new_zeros(count, *x.shape) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
 
 
 def expand(captured: BlockGradients, weights: Tensor) -> Tensor:
