@@ -28,6 +28,7 @@ from lightning_source._provenance import name_of, versions
 from lightning_source.capture.data import Examples, examples_of, query_of
 from lightning_source.capture.isolation import isolated_rng
 from lightning_source.capture.objective import Measurement
+from lightning_source.evaluation._inputs import Scores
 from lightning_source.evaluation.cosine import cosine_by_query, mean_and_error, select
 from lightning_source.evaluation.curves import CosineCurve
 from lightning_source.evaluation.further_runs.directory import FinishedRun, FurtherTrainingDirectory
@@ -106,7 +107,7 @@ class FurtherTraining:
 
     def cosine(
         self,
-        scores: Any,
+        scores: Scores,
         adjustment: Literal[13, 17] = 17,
         seeds: int | None = None,
         epochs: Sequence[int] | None = None,

@@ -14,6 +14,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -30,7 +31,7 @@ _ONE_RUN_PER_PROCESS = threading.RLock()
 
 def retrain(
     build: Build,
-    subsets: Any,
+    subsets: ArrayLike,
     seeds: Sequence[int],
     measure: Measure,
     dirpath: str | os.PathLike[str],
