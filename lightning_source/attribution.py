@@ -48,7 +48,7 @@ class AttributingCallback(Callback):
                 "there is no finished segment: no optimizer step was recorded. HINT: call `fit` first, for at least one"
                 " step."
             )
-        store = open_to_score(path) if ranks.world == 1 else SharedStore(path, ranks)
+        store = open_to_score(path) if ranks.world_size == 1 else SharedStore(path, ranks)
         count = len(store.manifest.get("stages", []))
         modules = [self._stage_data.get(index, (pl_module, None))[0] for index in range(count)]
         data = {index: examples for index, (_, examples) in self._stage_data.items()}

@@ -11,7 +11,6 @@ keeps the same of the calls of ``F.linear`` and ``F.embedding`` that take them.
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +24,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from lightning_source.capture.masked_rows import by_owner, owners_of
+from lightning_source.curvature.batched_autograd import batched_gradients
 from lightning_source.curvature.block_gradients import BlockGradients
 from lightning_source.layers import Block, Call, captured_vectors
 from lightning_source.names import named_modules, named_parameters
@@ -190,22 +190,11 @@ def per_example_gradients(target: Tensor, parameters: Sequence[Tensor]) -> list[
     for start in range(0, len(target), EXAMPLES_AT_ONCE):
         rows = target[start : start + EXAMPLES_AT_ONCE]
         eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-        pieces.append(_rows_of_jacobian(rows, parameters, eye))
+        pieces.append(batched_gradients([rows], parameters, [eye]))
     return [
         None if any(rows is None for rows in columns) else torch.cat([rows for rows in columns if rows is not None])
         for columns in zip(*pieces, strict=True)
     ]
-
-
-def _rows_of_jacobian(rows: Tensor, parameters: Sequence[Tensor], eye: Tensor) -> Sequence[Tensor | None]:
-    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an operation without a batching rule is slower, not wrong
-            return torch.autograd.grad(rows, parameters, eye, is_grads_batched=True, **options)
-    except RuntimeError:
-        found = [torch.autograd.grad(rows, parameters, one, **options) for one in eye]
-        return [None if any(x is None for x in xs) else torch.stack(xs) for xs in zip(*found, strict=True)]
 
 
 def _by_example(use: _Use, gradients: Tensor, examples: int) -> Call:

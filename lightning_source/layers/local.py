@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad
 
+from lightning_source.curvature.batched_autograd import batched_rows
 from lightning_source.curvature.block_gradients import BlockGradients
 from lightning_source.layers.contract import Block, Call, LayerForm
 from lightning_source.layers.forms import captured_vectors
@@ -77,18 +78,13 @@ def _gradients(call: Call, key: str, examples: int, layout: int) -> Tensor:
         outputs = tensors_of(functional_call(use.module, {key: value}, args, kwargs))
         return (outputs[call.output] * output_gradient).sum()
 
-    gradient = grad(product)
+    gradient_of = partial(grad(product), parameter)
     rows = _by_example(given[0], examples, layout), _by_example(call.gradients, examples, layout)
     try:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # an operation without a batching rule is slower, not wrong
-                gradients = vmap(gradient, in_dims=(None, 0, 0))(parameter, *rows)
-        except RuntimeError:  # an operation that cannot run for several examples at once
-            gradients = torch.stack([gradient(parameter, *example) for example in zip(*rows, strict=True)])
+        by_example = batched_rows(gradient_of, *rows)
     except RuntimeError as error:
         raise ValueError(f"{type(use.module).__name__} cannot be run on a single example: {error}") from error
-    return gradients.reshape(examples, -1)
+    return by_example.reshape(examples, -1)
 
 
 def _by_example(values: Tensor, examples: int, layout: int) -> Tensor:

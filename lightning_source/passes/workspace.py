@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -33,12 +33,13 @@ from lightning_source.curvature.ekfac import (
 )
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.layers import Block
-from lightning_source.names import named_tensors
+from lightning_source.names import named_parameters, named_tensors
+from lightning_source.random_streams import stream_seed
 
 State = Mapping[str, Tensor]  # parameters and buffers by clean name
 # Runs the user's code on a batch, given the ids of its examples, while the recording listens. Gives back what to
 # differentiate: one value for each example, or where that is not known a scalar that is their sum.
-Target = Callable[[Any, Tensor, GradientCapture], Tensor]
+Target = Callable[[object, Tensor, GradientCapture], Tensor]
 # Takes the products of some of the examples, ``[Q, B]``, and where these stand among all that were asked for.
 Receive = Callable[[slice, Tensor], None]
 
@@ -69,18 +70,18 @@ class Workspace:
         module: the LightningModule.
         blocks: what is attributed.
         objective: its training step.
-        spec: the objective's scale; ``None`` until :meth:`calibrate`.
+        spec: the objective's scale; ``None`` until :func:`~lightning_source.passes.calibration.calibrate`.
         seed: seeds label sampling, the choice of factor examples and the passes' global generators.
         hooks: the LightningDataModule, if one was used.
         ranks: the processes that share the passes over training examples; all of them make the same calls.
     """
 
-    module: Any
+    module: LightningModule
     blocks: Sequence[Block]
     objective: Objective
     spec: ObjectiveSpec | None = None
     seed: int = 0
-    hooks: Any = None
+    hooks: LightningDataModule | None = None
     ranks: Ranks = SINGLE_PROCESS
     _rewind: StateRestorer | None = field(default=None, init=False, repr=False)  # inside :meth:`at`
 
@@ -100,7 +101,8 @@ class Workspace:
         if missing:
             raise MisconfigurationException(_does_not_match(self.module, missing))
         # Without a gradient a layer frozen since training would not be seen, and would silently count for nothing.
-        trained: Any = [own[n] for block in self.blocks for n in block.parameters]
+        parameters = named_parameters(self.module)
+        trained = [parameters[n] for block in self.blocks for n in block.parameters]
         with undisturbed(self.module, self.seed), thawed(trained):
             kept = {n: x.detach().clone() for n, x in own.items() if n in state or isinstance(x, nn.Parameter)}
             # A state may be the module's own tensors, which would follow its writes.
@@ -126,7 +128,11 @@ class Workspace:
     # ---------------------------------------------------------------- one pass
 
     def captures(
-        self, data: Examples | GivenBatches, target: Target, ids: Any = None, what: str = "examples"
+        self,
+        data: Examples | GivenBatches,
+        target: Target,
+        ids: Sequence[int] | Tensor | None = None,
+        what: str = "examples",
     ) -> Iterator[tuple[Tensor, dict[str, BlockGradients]]]:
         """Run over data: ``(ids, blocks by name)`` for each batch, gradients being those of ``target``."""
         recording = GradientCapture(self.module, self.blocks)
@@ -140,10 +146,10 @@ class Workspace:
 
     def shard(self, data: Examples, ids: Tensor | None) -> Tensor | None:
         """This rank's part of the examples: whole batches, so that no batch depends on the number of ranks."""
-        if self.ranks.world == 1:
+        if self.ranks.world_size == 1:
             return ids
         order = torch.arange(len(data)) if ids is None else ids
-        mine = self.ranks.share(order.split(data.batch_size))
+        mine = self.ranks.shard(order.split(data.batch_size))
         return torch.cat([*mine]) if mine else order[:0]
 
     def target(self, values: Callable[[Losses, ObjectiveSpec, Tensor], Tensor]) -> Target:
@@ -151,7 +157,7 @@ class Workspace:
         spec = self.spec
         assert spec is not None
 
-        def run(batch: Any, ids: Tensor, recording: GradientCapture) -> Tensor:
+        def run(batch: object, ids: Tensor, recording: GradientCapture) -> Tensor:
             losses = self.losses(batch, len(ids), recording)
             if not torch.isfinite(losses.loss):
                 return losses.loss  # no label can be drawn from it; the caller names the examples
@@ -159,16 +165,16 @@ class Workspace:
 
         return run
 
-    def losses(self, batch: Any, size: int, recording: GradientCapture | None = None) -> Losses:
+    def losses(self, batch: object, size: int, recording: GradientCapture | None = None) -> Losses:
         """The training step's losses on a batch, which must be those that were calibrated where they are finite."""
         spec = self.spec
         assert spec is not None
         self.begin_step()
         losses = self.objective.evaluate(batch, size, recording)
-        found, expected = [call.name for call in losses.calls], [call.name for call in spec.calls]
-        if spec.origin != "whole" and found != expected and torch.isfinite(losses.loss):
+        computed, expected = [call.name for call in losses.calls], [call.name for call in spec.calls]
+        if spec.origin != "whole" and computed != expected and torch.isfinite(losses.loss):
             raise MisconfigurationException(
-                f"`training_step` computed the losses {found} where calibration saw {expected}; their scales cannot"
+                f"`training_step` computed the losses {computed} where calibration saw {expected}; their scales cannot"
                 " be matched."
             )
         return losses
@@ -185,7 +191,7 @@ class Workspace:
         generator = torch.Generator(self.module.device)
 
         def values(losses: Losses, spec: ObjectiveSpec, ids: Tensor) -> Tensor:
-            generator.manual_seed(hash((self.seed, draw, int(ids[0]))) % 2**63)
+            generator.manual_seed(stream_seed(self.seed, draw, int(ids[0])))
             return losses.fisher_target(spec, generator)
 
         return self.target(values)
@@ -195,7 +201,7 @@ class Workspace:
         if not callable(measurement):
             return self.target(lambda losses, spec, ids: losses.measurement(spec, measurement))
 
-        def run(batch: Any, ids: Tensor, recording: GradientCapture) -> Tensor:
+        def run(batch: object, ids: Tensor, recording: GradientCapture) -> Tensor:
             size = len(ids)
             self.begin_step()
             with recording.listening(size):
@@ -213,10 +219,6 @@ class Workspace:
             return values
 
         return run
-
-    # ---------------------------------------------------------------- calibration
-
-    # ---------------------------------------------------------------- factors
 
     # ---------------------------------------------------------------- scoring
 
@@ -285,13 +287,13 @@ class Workspace:
             receive(examples, products)
 
         def own_part() -> None:
-            keep = hand_over if self.ranks.world == 1 else own.append
+            keep = hand_over if self.ranks.world_size == 1 else own.append
             with self.at(state):
                 for index, captured in self.captures(data, self.trained(), self.shard(data, ids)):
                     keep(self._products(index, captured, vectors, bases, normalize))
 
         self.ranks.on_all_ranks(own_part)
-        for products in self.ranks.collect(own):
+        for products in self.ranks.gather(own):
             hand_over(products)
 
     def _products(
@@ -326,9 +328,9 @@ class Workspace:
         pieces: dict[str, list[BlockGradients]] = {}
         with self.at(state):
             for _, captured in self.captures(data, target, ids):
-                for name, one in captured.items():
-                    pieces.setdefault(name, []).append(bases[name].rotate(one) if bases else one)
-        return {name: join(p, dim=1) for name, p in pieces.items()}
+                for name, gradients in captured.items():
+                    pieces.setdefault(name, []).append(bases[name].rotate(gradients) if bases else gradients)
+        return {name: join(parts, dim=1) for name, parts in pieces.items()}
 
 
 def _does_not_match(module: nn.Module, missing: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from lightning_source.curvature.unroll import SegmentCurvature
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.layers import Block
 from lightning_source.passes.calibration import calibrate
-from lightning_source.passes.factors import factor_ids, fit_factors, squared_traces
+from lightning_source.passes.factors import WeightedState, factor_ids, fit_factors, squared_traces
 from lightning_source.passes.workspace import State, Workspace
 from lightning_source.recording.fingerprint import check_module
 from lightning_source.recording.intervals import StepInterval, cut, merge_all
@@ -324,9 +324,7 @@ class Run:
             stage.workspace,
             stage.data,
             factor_ids(len(stage.data), self.settings["factor_examples"], self.settings["seed"]),
-            loads,
-            weights,
-            known,
+            [WeightedState(*state) for state in zip(loads, weights, known, strict=True)],
             self.settings["curvature"],
             self.settings["label_samples"],
         )

@@ -112,10 +112,10 @@ def test_one_process_works_alone():
     assert Ranks.current() == ranks
     assert ranks.is_global_zero
     assert ranks.on_rank_zero(lambda: 3) == ranks.on_all_ranks(lambda: 3) == 3
-    assert ranks.collect(ranks.share([1, 2, 3])) == [1, 2, 3]
-    assert Ranks(1, 3).share([0, 1, 2, 3, 4]) == [1, 4]
+    assert ranks.gather(ranks.shard([1, 2, 3])) == [1, 2, 3]
+    assert Ranks(1, 3).shard([0, 1, 2, 3, 4]) == [1, 4]
     tensor = torch.ones(2)
-    ranks.sum_([tensor])
+    ranks.all_reduce_([tensor])
     assert torch.equal(tensor, torch.ones(2))
 
 
