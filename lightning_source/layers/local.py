@@ -77,15 +77,15 @@ def _gradients(call: Call, key: str, examples: int, layout: int) -> Tensor:
         outputs = tensors_of(functional_call(use.module, {key: value}, args, kwargs))
         return (outputs[call.output] * output_gradient).sum()
 
-    gradient = grad(product)
+    gradient_of = grad(product)
     rows = _by_example(given[0], examples, layout), _by_example(call.gradients, examples, layout)
     try:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # an operation without a batching rule is slower, not wrong
-                gradients = vmap(gradient, in_dims=(None, 0, 0))(parameter, *rows)
+                gradients = vmap(gradient_of, in_dims=(None, 0, 0))(parameter, *rows)
         except RuntimeError:  # an operation that cannot run for several examples at once
-            gradients = torch.stack([gradient(parameter, *example) for example in zip(*rows, strict=True)])
+            gradients = torch.stack([gradient_of(parameter, *example) for example in zip(*rows, strict=True)])
     except RuntimeError as error:
         raise ValueError(f"{type(use.module).__name__} cannot be run on a single example: {error}") from error
     return gradients.reshape(examples, -1)
