@@ -21,6 +21,8 @@ ORDER = (
     "distributed",
     "_trainer",
     "_files",
+    "_provenance",
+    "random_streams",
     "scores",
     "optimizers",
     "curvature",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -166,7 +166,7 @@ def further_training(
     dirpath: str | os.PathLike[str] | None = None,
     copies: int | None = None,
     vectorize: bool | None = None,
-    datamodule: object = None,
+    datamodule: LightningDataModule | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FurtherTraining:
     """Train a model further with and without each of some examples; the model itself comes back unchanged.

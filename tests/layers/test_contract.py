@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from singles import Apply, compare, floats
+from layers.singles import Apply, compare, floats
 from torch import nn
 
 from lightning_source.capture.coverage import Coverage
