@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
@@ -49,12 +50,12 @@ class SourceScorer:
     def from_run(
         cls,
         dirpath: str | os.PathLike[str],
-        model: Any,
+        model: LightningModule,
         *,
         measurement: str | Measurement = "loss",
-        datamodule: Any = None,
+        datamodule: LightningDataModule | None = None,
         stage: int | str | None = None,
-        stage_models: Sequence[Any] | None = None,
+        stage_models: Sequence[LightningModule] | None = None,
         memory: float = 4e9,
     ) -> SourceScorer:
         """Open a run in any process, on any day; scores are bit-equal to those of the training process.
@@ -78,7 +79,7 @@ class SourceScorer:
     @classmethod
     def from_model(
         cls,
-        model: Any,
+        model: LightningModule,
         train: Any,
         *,
         rate: float | Sequence[float] | None = None,
@@ -92,7 +93,7 @@ class SourceScorer:
         label_samples: int = 1,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
-        datamodule: Any = None,
+        datamodule: LightningDataModule | None = None,
         seed: int = 0,
         memory: float = 4e9,
     ) -> SourceScorer:
@@ -216,14 +217,14 @@ class SourceScorer:
         train_ids = torch.arange(len(data)) if ids is None else ids
         segments = len(run.segments(options.get("segments"))) if per_segment else None
         sink = MatrixSink(len(queries), len(train_ids), segments)
-        said = self._compute(estimator, options, queries, data, ids, sink)
+        extra_metadata = self._compute(estimator, options, queries, data, ids, sink)
         return InfluenceScores(
             sink.values,
             train_ids,
             torch.arange(len(queries)),
             sink.by_segment,
-            self._metadata(estimator, options) | said.to_json(),
-            None if said.kernel_weights is None else said.kernel_weights[train_ids],
+            self._metadata(estimator, options) | extra_metadata.to_json(),
+            None if extra_metadata.kernel_weights is None else extra_metadata.kernel_weights[train_ids],
         )
 
     def _compute(
@@ -235,18 +236,18 @@ class SourceScorer:
         ids: Tensor | None,
         sink: ScoreSink,
     ) -> Metadata:
-        """Scores into ``sink``, block by block of queries and term by term; gives back what the method says of them."""
-        said = Metadata()
+        """Scores into ``sink``, block by block of queries and term by term; gives back the method's own metadata."""
+        extra_metadata = Metadata()
         start = 0
         for block in queries.split(self._queries_at_once(estimator.floats_per_parameter(options))):
             rows = slice(start, start + len(block))
             for item in estimator(Query(self.run, block, self.measurement), **options):
                 if isinstance(item, Metadata):
-                    said = said.merged(item)
+                    extra_metadata = extra_metadata.merged(item)
                 else:
                     item.compute(self.run.workspace, data, ids, sink, rows)
             start = rows.stop
-        return said
+        return extra_metadata
 
     def self_influence(self, train: Any = None, *, train_ids: Sequence[int] | Tensor | None = None) -> Tensor:
         """Each training example's SOURCE score on its own loss: how much of its fit is owed to itself.
@@ -267,7 +268,7 @@ class SourceScorer:
             self.run, torch.arange(len(self.run.data)) if ids is None else ids, self._queries_at_once()
         )
 
-    def _use(self, train: Any) -> None:
+    def _use(self, train: object) -> None:
         self.run.use(
             None if train is None else examples_of(train, self.run.stage.record["batch_size"], self.run.stage.examples)
         )

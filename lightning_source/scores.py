@@ -108,15 +108,16 @@ class InfluenceScores:
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {}).get(_METADATA)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-            metadata = None if text is None else json.loads(text)
-        except FileNotFoundError:
+            metadata = json.loads(text or "null")
+            if isinstance(metadata, dict) and metadata.get("method") == "trak" and "weights" in metadata:
+                # Where earlier versions kept them.
+                tensors["kernel_weights"] = torch.tensor(metadata.pop("weights"), dtype=torch.float64)
+        except (FileNotFoundError, PermissionError):
             raise
-        except (SafetensorError, OSError, ValueError) as error:
-            raise _refused(path, f"it is damaged or no safetensors file ({error})") from error
+        except (SafetensorError, OSError, TypeError, ValueError) as error:
+            raise _refused(path, f"it is damaged or no file of tensors ({error})") from error
         if not isinstance(metadata, dict):
             raise _refused(path, f"its metadata has no `{_METADATA}`")
-        if "weights" in metadata and metadata.get("method") == "trak":  # where earlier versions kept them
-            tensors["kernel_weights"] = torch.tensor(metadata.pop("weights"), dtype=torch.float64)
         if complaint := _complaint(tensors):
             raise _refused(path, complaint)
         return cls(**tensors, metadata=metadata)
@@ -145,20 +146,18 @@ class InfluenceScores:
 
 def _complaint(tensors: Mapping[str, Tensor]) -> str | None:
     """What makes tensors no scores."""
-    if not tensors.keys() >= _REQUIRED or not tensors.keys() <= _SHAPES.keys():
+    if not _REQUIRED <= tensors.keys() <= _SHAPES.keys():
         return f"its tensors are {', '.join(f'`{name}`' for name in sorted(tensors)) or 'none'}"
     sizes: dict[str, int] = {}
     for name, letters in _SHAPES.items():
         if name not in tensors:
             continue
-        shape = tensors[name].shape
-        if len(shape) != len(letters) or any(
-            size != sizes.setdefault(letter, size) for letter, size in zip(letters, shape, strict=True)
-        ):
-            return f"`{name}` is {list(shape)}, where [{', '.join(letters)}] is expected and {sizes} was read so far"
-        ids = name.endswith("_ids")
-        if ids != (tensors[name].dtype == torch.int64) or not (ids or tensors[name].is_floating_point()):
-            return f"`{name}` is of {tensors[name].dtype}"
+        shape, dtype = tensors[name].shape, tensors[name].dtype
+        expected = [sizes.setdefault(letter, size) for letter, size in zip(letters, shape, strict=False)]
+        if len(shape) != len(letters) or expected != list(shape):
+            return f"`{name}` has the shape {list(shape)}, which is not [{', '.join(letters)}] of the others"
+        if not (dtype == torch.int64 if name.endswith("_ids") else dtype.is_floating_point):
+            return f"`{name}` is of {dtype}"
     return None
 
 

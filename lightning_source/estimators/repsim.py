@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_source.capture.data import Examples, GivenBatches, to_module
 from lightning_source.estimators.query import Query
@@ -61,27 +60,27 @@ def _representations(
     if name not in modules:
         raise MisconfigurationException(f"`module={name!r}` is no module of `{type(workspace.module).__name__}`.")
     first = {block.module: block.layout for block in workspace.blocks}.get(name, 0)
-    seen: list[Any] = []
+    inputs: list[Tensor | None] = []  # of each call of the module
 
-    def keep(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None))
+    def keep(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        inputs.append(next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None))
 
     rows = []
     with workspace.at(state):
         handle = modules[name].register_forward_pre_hook(keep, with_kwargs=True)
         try:
             for index, batch in data.batches(ids):
-                seen.clear()
+                inputs.clear()
                 workspace.losses(to_module(batch, workspace.module, workspace.hooks), len(index))
-                x = seen[-1] if seen else None  # of a module that is called several times, the last
-                if x is None or x.dim() <= first or x.shape[first] != len(index):
+                features = inputs[-1] if inputs else None  # of a module that is called several times, the last
+                if features is None or features.dim() <= first or features.shape[first] != len(index):
                     raise MisconfigurationException(
                         f"`{name}` was not called with a tensor of one row for each example. HINT: pass `module=` the"
                         " name of a module that is."
                     )
-                x = x.detach().float().movedim(first, 0)
-                x = x.flatten(1, -2).mean(1) if x.dim() > 2 else x.flatten(1)
-                rows.append(F.normalize(x, dim=1).cpu())
+                features = features.detach().float().movedim(first, 0)
+                features = features.flatten(1, -2).mean(1) if features.dim() > 2 else features.flatten(1)
+                rows.append(F.normalize(features, dim=1).cpu())
         finally:
             handle.remove()
     return torch.cat(rows)

@@ -153,10 +153,10 @@ class _Projector:
                         some = whole._replace(gradients=whole.gradients[..., start : start + count])
                         matrices = some.per_example().transpose(0, 1).reshape(size, -1)
                         total[rows] += (matrices @ piece.to(matrices)).cpu()
-        return total / self.dimension**0.5
+        scale: float = self.dimension**0.5
+        return total / scale
 
     def _draw(self, rows: int, generator: torch.Generator) -> Tensor:
         if self.kind == "gaussian":
             return torch.randn(rows, self.dimension, generator=generator)
-        signs = torch.randint(2, (rows, self.dimension), generator=generator, dtype=torch.int8).float()
-        return signs.mul_(2).sub_(1)
+        return torch.randint(2, (rows, self.dimension), generator=generator, dtype=torch.int8).float() * 2 - 1
