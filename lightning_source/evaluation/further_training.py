@@ -40,7 +40,8 @@ from lightning_source.evaluation.further_runs import (
     Trace,
 )
 from lightning_source.optimizers import rule_for
-from lightning_source.recording.store import MANIFEST, RunStore
+from lightning_source.recording.manifest import MANIFEST, Record
+from lightning_source.recording.store import TensorStore
 from lightning_source.scorer import MEASUREMENTS
 
 REMOVALS = ("downweight", "mask", "shift")
@@ -382,39 +383,59 @@ def _digest_examples(recipe: Recipe, points: Sequence[int]) -> str:
         return _digest([recipe.fetch(part) for part in ids.split(recipe.batch_size)])
 
 
+@dataclass(kw_only=True)
+class _FinishedBlock:
+    """Runs that were trained at once, and the file of their results."""
+
+    file: str
+    pairs: list[Pair]
+
+
+@dataclass(kw_only=True)
+class _SweepRecord(Record):
+    """The manifest of a sweep: what it trains, and which runs are finished."""
+
+    further_training: dict[str, Any] = field(default_factory=dict)
+    blocks: list[_FinishedBlock] = field(default_factory=list)
+
+
+class _SweepStore(TensorStore[_SweepRecord]):
+    record = _SweepRecord
+
+
 class _Sweep:
     """The finished runs, on disk as they come if there is a directory."""
 
     def __init__(self, dirpath: str | os.PathLike[str] | None, described: dict[str, Any]) -> None:
         self.found: dict[Pair, tuple[Tensor, Tensor]] = {}
-        self.store: RunStore | None = None
+        self.store: _SweepStore | None = None
         if dirpath is None:
             return
         path = os.fspath(dirpath)
         if not os.path.exists(os.path.join(path, MANIFEST)):
-            self.store = RunStore.create(path)
-            self.store.manifest |= {"further_training": described, "blocks": []}
+            self.store = _SweepStore.create(path)
+            self.store.manifest.further_training = described
             self.store.commit()
             return
-        self.store = RunStore.open(path)
-        known = self.store.manifest.get("further_training", {})
+        self.store = _SweepStore.open(path)
+        known = self.store.manifest.further_training
         differing = sorted(k for k in described.keys() | known.keys() if described.get(k) != known.get(k))
         if differing:
             raise MisconfigurationException(
                 f"`{path}` holds another sweep: {', '.join(f'`{k}`' for k in differing)} differ. HINT: give another"
                 " `dirpath`, or delete the directory."
             )
-        for block in self.store.manifest["blocks"]:
-            tensors = self.store.read(block["file"])
-            self._enter([tuple(pair) for pair in block["pairs"]], Trace(tensors["measurements"], tensors["distances"]))
+        for block in self.store.manifest.blocks:
+            tensors = self.store.read(block.file)
+            self._enter(block.pairs, Trace(tensors["measurements"], tensors["distances"]))
 
     def add(self, block: Sequence[Pair], trace: Trace) -> None:
         """Keep finished runs."""
         self._enter(block, trace)
         if self.store is not None:
-            name = f"blocks/{len(self.store.manifest['blocks']):06d}.safetensors"
+            name = f"blocks/{len(self.store.manifest.blocks):06d}.safetensors"
             self.store.write(name, {"measurements": trace.measurements, "distances": trace.distances})
-            self.store.manifest["blocks"].append({"file": name, "pairs": [list(pair) for pair in block]})
+            self.store.manifest.blocks.append(_FinishedBlock(file=name, pairs=list(block)))
             self.store.commit()
 
     def _enter(self, block: Sequence[Any], trace: Trace) -> None:
