@@ -67,14 +67,6 @@ class Coverage:
             "left_out": [list(item) for item in self.left_out],
         }
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Coverage:
-        """The inverse of :meth:`to_json`."""
-        blocks = tuple(
-            Block(**(b | {"shape": tuple(b["shape"]), "sizes": tuple(b["sizes"])})) for b in values["blocks"]
-        )
-        return cls(blocks, tuple((n, s, r) for n, s, r in values["left_out"]), values["trainable"])
-
 
 def find_blocks(
     module: nn.Module,

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -34,10 +34,12 @@ class Record:
     """What every directory of tensors says of itself.
 
     Attributes:
+        schema: of the manifest.
         run_id: tells a directory from another that was at the same place.
         files: sha256 by the name relative to the directory.
     """
 
+    schema: int = SCHEMA
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     files: dict[str, str] = field(default_factory=dict)
 
@@ -299,7 +301,7 @@ class Manifest(Record):
 
 def manifest_text(record: Record) -> str:
     """The contents of a manifest file."""
-    return json.dumps({"schema": SCHEMA} | to_json(record), indent=1)
+    return json.dumps(to_json(record), indent=1)
 
 
 def read_manifest(kind: type[R], path: Path) -> R:
@@ -314,7 +316,7 @@ def read_manifest(kind: type[R], path: Path) -> R:
             the file and the field.
     """
     try:
-        values: Any = json.loads(path.read_text())
+        values: object = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise MisconfigurationException(f"`{path}` is not valid JSON: {error}.") from None
     schema = values.get("schema") if isinstance(values, Mapping) else None
@@ -329,7 +331,7 @@ def read_manifest(kind: type[R], path: Path) -> R:
 def files_named_by(path: Path) -> list[str]:
     """Names of the files of a directory whose manifest need not be readable as a whole."""
     try:
-        values: Any = json.loads(path.read_text())
+        values: object = json.loads(path.read_text())
     except json.JSONDecodeError:
         return []
     return list(values.get("files", {})) if isinstance(values, dict) else []
