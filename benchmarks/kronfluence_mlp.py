@@ -56,7 +56,7 @@ class Classifier(L.LightningModule):
 def ours(model: Classifier, run: str, train: TensorDataset, query: TensorDataset) -> tuple[float, Tensor]:
     """Seconds and scores; the factors are deleted first, so that every repeat fits them again."""
     scorer = SourceScorer.from_run(run, model)
-    scorer.run.store.commit(remove=tuple(n for n in scorer.run.store.manifest["files"] if n.startswith("segments/")))
+    scorer.run.store.commit(remove=tuple(n for n in scorer.run.store.manifest.files if n.startswith("segments/")))
     start = time.perf_counter()
     scores = scorer.score(query, train, method="influence", batch_size=BATCH)
     return time.perf_counter() - start, scores.values

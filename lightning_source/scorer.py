@@ -18,8 +18,9 @@ from lightning_source.capture.objective import Measurement
 from lightning_source.estimators import MatrixSink, Metadata, Query, ScoreSink, estimator_for
 from lightning_source.estimators.registry import Estimator, Options
 from lightning_source.estimators.source import self_influence
+from lightning_source.recording.manifest import Curvature, Settings
 from lightning_source.recording.store import open_to_score
-from lightning_source.runs.final_model import open_final_model, set_rate
+from lightning_source.runs.final_model import FurtherTraining, open_final_model, set_rate
 from lightning_source.runs.run import Run
 from lightning_source.scores import SIGN, InfluenceScores
 
@@ -88,7 +89,7 @@ class SourceScorer:
         measurement: str | Measurement = "loss",
         dirpath: str | os.PathLike[str] | None = None,
         overwrite: bool = False,
-        curvature: str = "ekfac",
+        curvature: Curvature = "ekfac",
         factor_examples: int | None = 5000,
         label_samples: int = 1,
         include: Sequence[str] | None = None,
@@ -138,18 +139,19 @@ class SourceScorer:
         run = open_final_model(
             model,
             train,
-            rate=rate,
-            batch_size=batch_size,
-            optimizer=optimizer,
-            dirpath=dirpath,
-            overwrite=overwrite,
-            curvature=curvature,
-            factor_examples=factor_examples,
-            label_samples=label_samples,
-            include=include,
-            exclude=exclude,
-            datamodule=datamodule,
-            seed=seed,
+            FurtherTraining(
+                settings=Settings(
+                    curvature=curvature, factor_examples=factor_examples, label_samples=label_samples, seed=seed
+                ),
+                rate=rate,
+                batch_size=batch_size,
+                optimizer=optimizer,
+                include=include,
+                exclude=exclude,
+                datamodule=datamodule,
+            ),
+            dirpath,
+            overwrite,
         )
         return cls(run, measurement, memory)
 
@@ -270,7 +272,7 @@ class SourceScorer:
 
     def _use(self, train: object) -> None:
         self.run.use(
-            None if train is None else examples_of(train, self.run.stage.record["batch_size"], self.run.stage.examples)
+            None if train is None else examples_of(train, self.run.stage.record.batch_size, self.run.stage.examples)
         )
 
     def _queries_at_once(self, floats_per_parameter: float = 3) -> int:  # gradients, responses and one temporary
@@ -296,7 +298,7 @@ class SourceScorer:
             ],
             "coverage": run.coverage.share,
             "fisher": run.workspace.spec.fisher if run.workspace.spec else None,
-            "run_id": run.store.manifest["run_id"],
+            "run_id": run.store.manifest.run_id,
             "versions": versions(),
         }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from torch import nn
 
@@ -66,16 +65,6 @@ class Coverage:
             "blocks": [asdict(block) for block in self.blocks],
             "left_out": [list(item) for item in self.left_out],
         }
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Coverage:
-        """The inverse of :meth:`to_json`."""
-        blocks = tuple(
-            Block(**(block | {"shape": tuple(block["shape"]), "sizes": tuple(block["sizes"])}))
-            for block in values["blocks"]
-        )
-        left_out = tuple((name, size, reason) for name, size, reason in values["left_out"])
-        return cls(blocks, left_out, values["trainable"])
 
 
 def find_blocks(

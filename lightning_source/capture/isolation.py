@@ -17,15 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from lightning.fabric.strategies import ParallelStrategy as FabricParallelStrategy
 from lightning.fabric.utilities.apply_func import convert_to_tensors
 from lightning.pytorch import LightningModule
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+
+from lightning_source._trainer import gathers, silent_loggers
 
 # A plain tensor attribute up to this many scalars (a running statistic) is kept by value, a larger one by reference,
 # and so is everything after this many scalars and items in all (a data set that the module holds).
@@ -87,20 +85,15 @@ def _silent_log(module: nn.Module) -> Iterator[None]:
     """``self.log`` inside a hook of ours would raise, or add a metric under our hook's name; loggers take nothing."""
     names = [name for name in ("log", "log_dict") if hasattr(module, name)]
     previous = {name: module.__dict__[name] for name in names if name in module.__dict__}
-    trainer: Any = getattr(module, "_trainer", None)
-    loggers = trainer.loggers if trainer is not None else []
     try:
         for name in names:
             module.__dict__[name] = lambda *args, **kwargs: None
-        if loggers:
-            trainer.loggers = [DummyLogger() for _ in loggers]
-        yield
+        with silent_loggers(module):
+            yield
     finally:
         for name in names:
             del module.__dict__[name]
         module.__dict__.update(previous)
-        if loggers:
-            trainer.loggers = loggers
 
 
 @contextmanager
@@ -119,7 +112,7 @@ def _gathering_alone(module: nn.Module) -> Iterator[None]:
             return (values if sync_grads else values.detach()).unsqueeze(0)
 
         data = convert_to_tensors(data, device=module.device)
-        return apply_to_collection(data, Tensor, gather) if _gathers(module) else data
+        return apply_to_collection(data, Tensor, gather) if gathers(module) else data
 
     previous = {name: value for name, value in vars(module).items() if name == "all_gather"}
     try:
@@ -128,13 +121,6 @@ def _gathering_alone(module: nn.Module) -> Iterator[None]:
     finally:
         del vars(module)["all_gather"]
         vars(module).update(previous)
-
-
-def _gathers(module: LightningModule) -> bool:
-    """Whether Lightning would gather from processes, even if there is only one, and so add a dimension."""
-    owner: Any = module.fabric if module.fabric is not None else getattr(module, "_trainer", None)
-    parallel = isinstance(getattr(owner, "strategy", None), (ParallelStrategy, FabricParallelStrategy))
-    return parallel and dist.is_available() and dist.is_initialized()
 
 
 @contextmanager

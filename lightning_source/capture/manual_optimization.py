@@ -15,6 +15,8 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_source._trainer import optimizer_lists
+
 ItemT = TypeVar("ItemT")
 
 
@@ -94,14 +96,12 @@ class ManualStep:
         }
         with ExitStack() as stack:
             stack.enter_context(_replaced(module, stand_ins))
-            trainer = getattr(module, "_trainer", None)
-            if trainer is not None:  # a step may hold on to the real ones
-                for real in (trainer.optimizers, trainer.strategy._lightning_optimizers):
-                    for inert, optimizer in zip(self.optimizers, real, strict=False):
-                        self._real[id(optimizer)] = inert.index
-                        names = ("step", "zero_grad", "toggle_model")
-                        has = {name: getattr(inert, name) for name in names if hasattr(optimizer, name)}
-                        stack.enter_context(_replaced(optimizer, has))
+            for real in optimizer_lists(module):  # a step may hold on to the real ones
+                for inert, optimizer in zip(self.optimizers, real, strict=False):
+                    self._real[id(optimizer)] = inert.index
+                    names = ("step", "zero_grad", "toggle_model")
+                    has = {name: getattr(inert, name) for name in names if hasattr(optimizer, name)}
+                    stack.enter_context(_replaced(optimizer, has))
             yield
 
 

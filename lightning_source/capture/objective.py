@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -81,15 +81,6 @@ class ObjectiveSpec:
     origin: Literal["recognised", "hook", "whole"]
     fisher: Literal["true", "empirical"]
     calls: tuple[CallScale, ...]
-
-    def to_json(self) -> dict[str, object]:
-        """As a dictionary for the manifest."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> ObjectiveSpec:
-        """The inverse of :meth:`to_json`."""
-        return cls(values["origin"], values["fisher"], tuple(CallScale(**call) for call in values["calls"]))
 
 
 @dataclass

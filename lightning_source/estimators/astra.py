@@ -49,7 +49,7 @@ def astra(
     gradients = query.flat_gradients(run.final(), matrix.layout)
     shift = matrix.layout.each(amounts, gradients)
     inverse = ekfac_inverse(run.final_factors(), amounts, matrix.layout)
-    seed, whole = run.settings["seed"], examples_per_step >= len(run.data)
+    seed, whole = run.settings.seed, examples_per_step >= len(run.data)
     if step is None:
         step = 1 / largest_of_batches(matrix, examples_per_step, shift, seed, inverse)
     with matrix.minibatches(examples_per_step, iterations, seed + 1) as products:

@@ -58,7 +58,7 @@ def astra_source(
         MisconfigurationException: a later stage attributes other parameters than the asked one.
     """
     run = query.run
-    which = snapshots or run.settings["snapshots"]
+    which = snapshots or run.settings.snapshots
     parts = run.segments(segments)
     chain = [*parts, *run.later_segments()]
     _require_same_blocks(run)
@@ -94,14 +94,14 @@ class _Flow:
 
     def __init__(self, run: Run, segment: Segment, which: str, examples: int | None) -> None:
         stage = run.stages[segment.stage]
-        ids = factor_ids(len(stage.data), examples, run.settings["seed"])
+        ids = factor_ids(len(stage.data), examples, run.settings.seed)
         self.matrices = [
             GaussNewton(
                 stage.workspace,
                 stage.data,
                 partial(_given, run.state(snapshot, which)),
                 ids,
-                run.settings["label_samples"],
+                run.settings.label_samples,
             )
             for snapshot in segment.snapshots
         ]

@@ -73,8 +73,8 @@ def influence_cg(
 def final_gauss_newton(query: Query, examples: int | None) -> GaussNewton:
     """``H`` of the asked stage's objective and examples at the final parameters."""
     run = query.run
-    ids = factor_ids(len(run.data), examples, run.settings["seed"])
-    return GaussNewton(run.workspace, run.data, _once(run), ids, run.settings["label_samples"])
+    ids = factor_ids(len(run.data), examples, run.settings.seed)
+    return GaussNewton(run.workspace, run.data, _once(run), ids, run.settings.label_samples)
 
 
 def _once(run: Run) -> Callable[[], dict[str, Tensor]]:

@@ -34,7 +34,7 @@ def datainf(
         factor_examples: training examples that the curvature is averaged over, drawn once; all by default.
     """
     run = query.run
-    ids = factor_ids(len(run.data), factor_examples, run.settings["seed"])
+    ids = factor_ids(len(run.data), factor_examples, run.settings.seed)
     layout = layout_of(run.workspace)
     flat = query.flat_gradients(run.final(), layout)
     vectors = layout.by_block(flat)

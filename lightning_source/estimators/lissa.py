@@ -49,7 +49,7 @@ def influence_lissa(
     matrix = final_gauss_newton(query, None)
     gradients = query.flat_gradients(run.final(), matrix.layout)
     shift = matrix.layout.each(dampings(run, damping), gradients)
-    seed = run.settings["seed"]
+    seed = run.settings.seed
     if scale is None:
         scale = largest_of_batches(matrix, examples_per_step, shift, seed)
     total = torch.zeros_like(gradients)

@@ -46,7 +46,7 @@ def source(
             which has the right limit where the curvature is small (:mod:`lightning_source.curvature.unroll`).
     """
     run = query.run
-    which = snapshots or run.settings["snapshots"]
+    which = snapshots or run.settings.snapshots
     parts = run.segments(segments)
     load = run.cross_layer_factors if cross_layer else run.snapshot_factors
     factors = [load(segment, which) for segment in [*parts, *run.later_segments()]]
@@ -114,12 +114,12 @@ def self_influence(run: Run, ids: Tensor, chunk: int) -> Tensor:
         chunk: examples whose query vectors may be held at once.
     """
     segments = run.segments()
-    factors = [run.snapshot_factors(segment, run.settings["snapshots"]) for segment in segments]
+    factors = [run.snapshot_factors(segment, run.settings.snapshots) for segment in segments]
     return torch.cat([_self_influence_of(run, piece, segments, factors) for piece in torch.split(ids, chunk)])
 
 
 def _self_influence_of(run: Run, ids: Tensor, segments: Sequence[Segment], factors: Sequence[Factors]) -> Tensor:
-    last, which = len(segments) - 1, run.settings["snapshots"]
+    last, which = len(segments) - 1, run.settings.snapshots
     query = run.workspace.capture_examples(
         final_parameters(run.store, run.stage.index), run.data, ids, _bases(factors[last]), query=True
     )

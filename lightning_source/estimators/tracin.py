@@ -26,7 +26,7 @@ def tracin(query: Query, *, snapshots: Literal["mean", "point"] | None = None) -
         snapshots: ``"mean"`` or ``"point"`` parameters of the snapshots; the run's own setting by default.
     """
     run = query.run
-    which = snapshots or run.settings["snapshots"]
+    which = snapshots or run.settings.snapshots
     for index, segment in enumerate(run.segments()):
         for snapshot in segment.snapshots:
             load = partial(run.state, snapshot, which)

@@ -48,16 +48,16 @@ def test_two_ranks_give_what_one_gives_on_the_union(folders, form):
     measured(max(errors))
     assert max(errors) < TOLERANCE, dict(zip(single, errors, strict=True))
     one, two = (RunStore.open(folders[devices] / form) for devices in (1, 2))
-    assert one.manifest["files"].keys() == two.manifest["files"].keys()
+    assert one.manifest.files.keys() == two.manifest.files.keys()
     compared = 0
-    for name in one.manifest["files"]:
+    for name in one.manifest.files:
         if "covariances" in name:
             expected, found = one.read(name), two.read(name)
             for key, value in expected.items():
                 torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-9 * float(value.abs().max() + 1))
                 compared += key.startswith("activations")
     assert compared == 2 * 4  # blocks, snapshots
-    assert two.manifest["segments"][0]["rates"] == pytest.approx(one.manifest["segments"][0]["rates"])
+    assert two.manifest.segments[0].rates == pytest.approx(one.manifest.segments[0].rates)
 
 
 @pytest.mark.check("engine", "DDP, BatchNorm on each rank", "all ranks have the scores; from_run equal")
@@ -88,11 +88,9 @@ def test_a_run_is_resumed_on_one_rank(folders, tmp_path, monkeypatch, devices):
     trainer = quiet_trainer(tmp_path, source, gradient_clip_val=0.3, max_epochs=3, accumulate_grad_batches=2)
     trainer.fit(Net(), DataLoader(classes(), 4), ckpt_path=folders[devices] / "ckpt" / "epoch=1.ckpt")
     manifest = RunStore.open(folder).manifest
-    assert len(manifest["stages"]) == 1
+    assert len(manifest.stages) == 1
     whole = RunStore.open(folders[devices] / "mean").manifest
-    assert [(s["first"], s["last"]) for s in manifest["segments"]] == [
-        (s["first"], s["last"]) for s in whole["segments"]
-    ]
+    assert [(s.first, s.last) for s in manifest.segments] == [(s.first, s.last) for s in whole.segments]
     assert difference(trainer.attribute(QUERY).values, results(folders, "mean", devices)["source"]) < TOLERANCE
 
 
