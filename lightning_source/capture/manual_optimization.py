@@ -165,7 +165,7 @@ def _one_or_all(items: list[ItemT]) -> ItemT | list[ItemT]:
     return items[0] if len(items) == 1 else items
 
 
-def numbers_of(optimizer: Optimizer | LightningOptimizer) -> list[dict[str, object]]:
+def numbers_of(optimizer: Optimizer | LightningOptimizer) -> list[dict[str, int | float | str | bool]]:
     """What is plain in an optimizer's parameter groups, for :class:`ManualStep` in another process."""
     return [
         {
