@@ -30,9 +30,7 @@ def test_runs_come_back_as_they_were(tmp_path: Path) -> None:
 
 def test_another_sweep_is_refused_with_all_that_differs_in_few_words(tmp_path: Path) -> None:
     filled(tmp_path)
-    with pytest.raises(
-        MisconfigurationException, match="its epochs is 2, not 3; its mode is None, not 'eval'"
-    ) as caught:
+    with pytest.raises(MisconfigurationException, match="epochs is 2, not 3; its mode is None, not 'eval'") as caught:
         FurtherTrainingDirectory(tmp_path, ASKED | {"epochs": 3, "mode": "eval"})
     assert "leave_out" not in str(caught.value)
     with pytest.raises(MisconfigurationException, match="its leave_out is") as caught:
