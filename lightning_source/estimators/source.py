@@ -16,7 +16,8 @@ from lightning_source.curvature.unroll import reverse_walk, segment_response
 from lightning_source.estimators.query import Query
 from lightning_source.estimators.registry import register_estimator
 from lightning_source.estimators.terms import Contraction
-from lightning_source.passes.workspace import QueryGradients, State
+from lightning_source.passes.query_gradients import QueryGradients
+from lightning_source.passes.workspace import State
 from lightning_source.recording.snapshots import final_parameters
 from lightning_source.runs.run import Run
 from lightning_source.runs.stage import Segment
@@ -115,7 +116,7 @@ def self_influence(run: Run, ids: Tensor, chunk: int) -> Tensor:
     """
     segments = run.segments()
     factors = [run.snapshot_factors(segment, run.settings["snapshots"]) for segment in segments]
-    return torch.cat([_self_influence_of(run, piece, segments, factors) for piece in torch.split(ids, chunk)])
+    return torch.cat([_self_influence_of(run, piece, segments, factors) for piece in ids.split(chunk)])
 
 
 def _self_influence_of(run: Run, ids: Tensor, segments: Sequence[Segment], factors: Sequence[Factors]) -> Tensor:
