@@ -44,8 +44,7 @@ TRAINER_WINGS = ("capture", "attribution", "callback")
 MAX_LINES, MAX_CALLBACK_LINES = 450, 350
 
 # What is still to be mended: imports as (importer, imported), and files that are too long.
-KNOWN_IMPORTS = {
-}
+KNOWN_IMPORTS = {}
 KNOWN_LONG_FILES: set[str] = set()
 
 Imports = Mapping[str, Collection[str]]  # by module, those that it imports; names without the package's in front

@@ -20,6 +20,6 @@ from lightning_source.estimators.sinks import ScoreSink as ScoreSink
 from lightning_source.estimators.terms import Contraction as Contraction
 from lightning_source.estimators.terms import DirectScores as DirectScores
 from lightning_source.estimators.terms import Metadata as Metadata
-from lightning_source.passes.workspace import QueryGradients as QueryGradients
+from lightning_source.passes.query_gradients import QueryGradients as QueryGradients
 
 Table, estimates = DirectScores, register_estimator  # their earlier names

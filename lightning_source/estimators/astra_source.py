@@ -18,7 +18,8 @@ from lightning_source.estimators.source import Snapshots
 from lightning_source.estimators.terms import Contraction, Metadata
 from lightning_source.passes.factors import factor_ids
 from lightning_source.passes.gauss_newton import GaussNewton
-from lightning_source.passes.workspace import QueryGradients, State
+from lightning_source.passes.query_gradients import QueryGradients
+from lightning_source.passes.workspace import State
 from lightning_source.runs.run import Run
 from lightning_source.runs.stage import Segment
 

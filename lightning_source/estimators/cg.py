@@ -18,7 +18,7 @@ from lightning_source.estimators.registry import register_estimator
 from lightning_source.estimators.terms import Contraction, Metadata
 from lightning_source.passes.factors import factor_ids
 from lightning_source.passes.gauss_newton import GaussNewton, Layout
-from lightning_source.passes.workspace import QueryGradients
+from lightning_source.passes.query_gradients import QueryGradients
 from lightning_source.runs.run import Run
 
 

@@ -13,7 +13,7 @@ from lightning_source.estimators.influence import dampings
 from lightning_source.estimators.query import Query
 from lightning_source.estimators.registry import register_estimator
 from lightning_source.estimators.terms import Contraction, Metadata
-from lightning_source.passes.workspace import QueryGradients
+from lightning_source.passes.query_gradients import QueryGradients
 
 
 @register_estimator("influence-lissa", floats_per_parameter=10)

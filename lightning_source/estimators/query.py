@@ -11,7 +11,8 @@ from lightning_source.capture.data import Examples, GivenBatches
 from lightning_source.capture.objective import Measurement
 from lightning_source.curvature.ekfac import Basis
 from lightning_source.passes.gauss_newton import Layout
-from lightning_source.passes.workspace import QueryGradients, State
+from lightning_source.passes.query_gradients import QueryGradients
+from lightning_source.passes.workspace import State
 from lightning_source.runs.run import Run
 
 

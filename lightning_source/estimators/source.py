@@ -16,7 +16,8 @@ from lightning_source.curvature.unroll import reverse_walk, segment_response
 from lightning_source.estimators.query import Query
 from lightning_source.estimators.registry import register_estimator
 from lightning_source.estimators.terms import Contraction
-from lightning_source.passes.workspace import QueryGradients, State
+from lightning_source.passes.query_gradients import QueryGradients
+from lightning_source.passes.workspace import State
 from lightning_source.recording.snapshots import final_parameters
 from lightning_source.runs.run import Run
 from lightning_source.runs.stage import Segment

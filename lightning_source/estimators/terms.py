@@ -10,7 +10,8 @@ from torch import Tensor
 from lightning_source.capture.data import Examples
 from lightning_source.curvature.ekfac import Basis
 from lightning_source.estimators.sinks import ScoreSink
-from lightning_source.passes.workspace import QueryGradients, State, Workspace
+from lightning_source.passes.query_gradients import QueryGradients
+from lightning_source.passes.workspace import State, Workspace
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Metadata:
 
     def merged(self, later: Metadata) -> Metadata:
         """Together with what was said after it, which replaces what it repeats."""
-        residuals = [m.residual for m in (later, self) if m.residual is not None]
+        residuals = [said.residual for said in (later, self) if said.residual is not None]
         return Metadata(
             {**self.values, **later.values},
             max(residuals, default=None),

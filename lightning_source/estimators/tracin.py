@@ -12,7 +12,7 @@ import torch
 from lightning_source.estimators.query import Query
 from lightning_source.estimators.registry import register_estimator
 from lightning_source.estimators.terms import Contraction
-from lightning_source.passes.workspace import QueryGradients
+from lightning_source.passes.query_gradients import QueryGradients
 from lightning_source.recording.intervals import StepInterval, merge_all
 from lightning_source.runs.run import Run
 

@@ -34,32 +34,13 @@ from lightning_source.curvature.ekfac import (
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.layers import Block
 from lightning_source.names import named_parameters, named_tensors
+from lightning_source.passes.query_gradients import QueryGradients
 from lightning_source.random_streams import stream_seed
 
 State = Mapping[str, Tensor]  # parameters and buffers by clean name
 # Runs the user's code on a batch, given the ids of its examples, while the recording listens. Gives back what to
 # differentiate: one value for each example, or where that is not known a scalar that is their sum.
 Target = Callable[[object, Tensor, GradientCapture], Tensor]
-# Takes the products of some of the examples, ``[Q, B]``, and where these stand among all that were asked for.
-Receive = Callable[[slice, Tensor], None]
-
-
-@dataclass(frozen=True)
-class QueryGradients:
-    """Gradients of a measurement, one for each query, or the vectors that an estimator made of them.
-
-    Attributes:
-        values: ``[Q, P, O, I]`` by block.
-        columns: for an embedding's block the tokens that its ``I`` columns stand for, in ascending order: those that
-            the queries use, the gradient being 0 at all others. A block that is not named has all its columns.
-    """
-
-    values: Mapping[str, Tensor]
-    columns: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def restrict(self, name: str, values: Tensor) -> Tensor:
-        """A block's ``[P, O, I]`` (eigenvalues, a preconditioner) for the columns that its gradients have."""
-        return values[..., self.columns[name]] if name in self.columns else values
 
 
 @dataclass
@@ -261,7 +242,7 @@ class Workspace:
         data: Examples,
         ids: Tensor | None,
         vectors: QueryGradients,
-        receive: Receive,
+        receive: Callable[[slice, Tensor], None],
         bases: Mapping[str, Basis] | None = None,
         normalize: bool = False,
     ) -> None:
@@ -272,8 +253,8 @@ class Workspace:
             data: the examples.
             ids: which of them; all by default.
             vectors: the queries' vectors.
-            receive: is given each batch's products, ``[Q, B]`` on the CPU, in the order of the examples: as they come,
-                or where ranks share the pass all of them at its end, on every rank.
+            receive: is given each batch's products, ``[Q, B]`` on the CPU, and where its examples stand among all that
+                are asked for, in their order: as they come, or where ranks share the pass at its end, on every rank.
             bases: the eigenbases that ``vectors`` are written in; parameter space by default.
             normalize: divide by the norm of the example's gradient (cosine similarity).
         """

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_source import SourceCallback, SourceScorer
 from lightning_source.curvature.unroll import segment_decay, segment_response
-from lightning_source.passes.workspace import QueryGradients
+from lightning_source.passes.query_gradients import QueryGradients
 
 QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 FIRST, SECOND = classes(24, seed=3), classes(16, seed=4)
