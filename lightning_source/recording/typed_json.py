@@ -52,7 +52,7 @@ def from_json(kind: type[T], value: object, name: str = "") -> T:
 def _read(kind: object, value: object, name: str) -> object:
     """A value of any type that a field may have."""
     origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
+    if kind is Any or kind is object:
         return value
     if origin in (Union, types.UnionType):
         return _read_union(arguments, value, name)
