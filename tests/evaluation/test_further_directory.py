@@ -42,5 +42,6 @@ def test_another_sweep_is_refused_with_all_that_differs_in_few_words(tmp_path: P
 def test_a_damaged_file_is_named(tmp_path: Path, damage) -> None:
     filled(tmp_path)
     damage(tmp_path / "blocks" / "000000.safetensors")
-    with pytest.raises(MisconfigurationException, match=r"000000.safetensors` (is missing from the run|does not match the sha256)"):
+    reason = r"000000.safetensors` (is missing from the run|does not match the sha256)"
+    with pytest.raises(MisconfigurationException, match=reason):
         FurtherTrainingDirectory(tmp_path, ASKED)
