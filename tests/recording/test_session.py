@@ -151,3 +151,22 @@ def test_a_plain_loop_resumes_from_the_state_that_its_checkpoint_kept(tmp_path):
     ]
     assert torch.equal(scores[0], scores[1])
     assert [stage.name for stage in RunStore.open(tmp_path / "cut").manifest.stages] == ["fit"]
+
+
+def test_a_later_stage_does_not_take_back_what_the_flags_said(tmp_path):
+    module = model("momentum")
+    optimizer = module.configure_optimizers()
+    session = RecordingSession(Settings(**SETTINGS))
+    examples = examples_of(DataLoader(classes(), 4))
+    session.prepare(module, PlainLoop([optimizer], steps=4))
+    session.open(tmp_path)
+    with pytest.warns(UserWarning, match="Training resumes at step 4"):
+        session.begin(examples, "first")
+    for name in ("first", "second"):
+        if name == "second":
+            session.prepare(module, PlainLoop([optimizer], steps=22))
+            session.begin(examples, name)
+        train(session, module, optimizer)
+        session.close("finished")
+        assert RunStore.open(tmp_path).manifest.flags.history_incomplete
+    assert [stage.name for stage in RunStore.open(tmp_path).manifest.stages] == ["first", "second"]
