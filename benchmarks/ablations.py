@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from lds_study import Scores, Trial, by, parser, prepare, study
+from harness import Scores, Trial, by, parser, prepare
+from lds_study import study
 from tasks import TASKS, Trained
 from torch import Tensor
 
@@ -76,9 +76,9 @@ def as_long(method: str) -> Scores:
     """A method on a run that ends after as many steps as the retrainings on subsets take."""
 
     def scores(trial: Trial) -> InfluenceScores:
-        steps = trial.task.steps(round(trial.arguments.share * len(trial.data.train[0])))
+        steps = trial.task.steps(round(trial.share * len(trial.data.train[0])))
         task = replace(trial.task, steps_at_most=steps)
-        short = Trial(f"{trial.name}-{steps}", task, trial.data, trial.seed, trial.cache, trial.arguments)
+        short = Trial(f"{trial.name}-{steps}", task, trial.data, trial.seed, trial.cache, trial.share)
         return short.score(method)
 
     return scores
@@ -118,10 +118,9 @@ QUICK_ROWS = (REFERENCE, "L=3, points", "1 snapshots", "empirical Fisher", "run 
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    options = parser(__doc__)
+    options = parser(__doc__, trainings=3)
     options.add_argument("--rows", nargs="*", help="only these rows")
     arguments = options.parse_args(argv)
-    arguments.seeds = min(arguments.seeds, 3)
     prepare(arguments)
     reports = []
     for name in arguments.task:
@@ -129,8 +128,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         rows = ROWS if whole else SHARES
         if arguments.quick:
             rows = {row: ROWS[row] for row in QUICK_ROWS}
-        preconditioned = not isinstance(task.optimizer(torch.nn.Linear(1, 1).parameters()), torch.optim.SGD)
-        if whole and preconditioned:
+        if whole and task.adaptive:
             rows = rows | ADAM
         rows = {row: rows[row] for row in arguments.rows or rows}
         stem = "ablations" if whole else f"share_{arguments.share:g}"

@@ -22,12 +22,7 @@ so that further training is no annealing.
 """
 
 import argparse
-import gzip
-import json
-import logging
-import re
 import tempfile
-import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -38,9 +33,13 @@ import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
+from harness import quiet, rounded, versions, write
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from task_data import read_table
+from task_networks import mlp
+from tasks import quiet_trainer
+from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -110,9 +109,7 @@ class Mlp(L.LightningModule):
     def __init__(self, inputs: int, outputs: int, hidden: int, rate: float) -> None:
         super().__init__()
         self.rate = rate
-        self.net = nn.Sequential(
-            nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
-        )
+        self.net = mlp(inputs, hidden, hidden, outputs)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.net(inputs)
@@ -136,8 +133,7 @@ def load(task: Task, data: Path | None) -> tuple[TensorDataset, TensorDataset]:
     else:
         if data is None:
             raise SystemExit(f"--data is needed for {task.name}")
-        with gzip.open(data / task.name.split("-")[0] / "data.csv.gz", "rt") as file:
-            table = np.loadtxt(file, delimiter=",")
+        table = read_table(data / task.name.split("-")[0])
         inputs, targets = table[:, :-1], table[:, -1]
     order = np.random.default_rng(0).permutation(len(inputs))
     held = -(-len(inputs) // 10)
@@ -170,16 +166,7 @@ def final_model(task: Task, train: TensorDataset, directory: Path) -> Mlp:
 
 
 def fit(model: Mlp, train: TensorDataset, task: Task, epochs: int, *callbacks: L.Callback) -> L.Trainer:
-    trainer = L.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        precision="64-true" if task.dtype == torch.float64 else "32-true",
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(epochs, *callbacks, precision="64-true" if task.dtype == torch.float64 else "32-true")
     trainer.fit(model, DataLoader(train, task.batch_size, shuffle=True))
     return trainer
 
@@ -360,8 +347,8 @@ def summary(
     found: dict = {
         "loss": {"final": round(float(result.start.mean()), 6), "further": round(float(result.full[-1].mean()), 6)},
         "epochs": epochs,
-        "distance": _rounded(result.full_distances.mean(1)[[e - 1 for e in epochs]]),
-        "rate": _rounded(result.rates[[e - 1 for e in epochs], 0]),
+        "distance": rounded(result.full_distances.mean(1)[[e - 1 for e in epochs]]),
+        "rate": rounded(result.rates[[e - 1 for e in epochs], 0]),
     }
     for adjustment in (17, 13):
         curves: dict[str, CosineCurve] = {
@@ -377,10 +364,10 @@ def summary(
             split = result.cosine(other.gold(adjustment), adjustment, half).mean[[e - 1 for e in epochs]]
         found[f"adjustment {adjustment}"] = {
             "curves": {
-                label: {"cosine": _rounded(curve.mean), "sem": _rounded(curve.sem)} for label, curve in curves.items()
+                label: {"cosine": rounded(curve.mean), "sem": rounded(curve.sem)} for label, curve in curves.items()
             },
-            "random": [round(float(control["control"]), 4), round(float(control["control_sem"]), 4)],
-            "one half of the seeds to the other": None if split is None else _rounded(split),
+            "random": rounded([control["control"], control["control_sem"]]),
+            "one half of the seeds to the other": None if split is None else rounded(split),
         }
         report(task, curves, epochs, f"adjustment ({adjustment})", split)
         if plots:
@@ -396,10 +383,6 @@ def summary(
     return found
 
 
-def _rounded(values: Tensor) -> list[float]:
-    return [round(float(value), 4) for value in values]
-
-
 def report(task: Task, curves: dict[str, CosineCurve], epochs: list[int], title: str, split: Tensor | None) -> None:
     print(f"\n{task.name}, cosine to further training, {title}\n| epochs | " + " | ".join(map(str, epochs)) + " |")
     print("|" + "---|" * (len(epochs) + 1))
@@ -407,10 +390,6 @@ def report(task: Task, curves: dict[str, CosineCurve], epochs: list[int], title:
         print(f"| {label} | " + " | ".join(f"{float(x):.3f}" for x in curve.mean) + " |")
     if split is not None:
         print("| (one half of the seeds to the other) | " + " | ".join(f"{float(x):.3f}" for x in split) + " |")
-
-
-def _one_line(numbers: re.Match[str]) -> str:
-    return re.sub(r"\s+", " ", numbers[0]).replace("[ ", "[").replace(" ]", "]")
 
 
 def _command(arguments: argparse.Namespace) -> str:
@@ -437,9 +416,7 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, help="write figures into this folder (needs matplotlib)")
     parser.add_argument("--quick", action="store_true", help="a small version of the classification task")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet()
     tasks = {name: TASKS[name] for name in arguments.tasks}
     if arguments.epochs:
         tasks = {name: replace(t, further_epochs=min(t.further_epochs, arguments.epochs)) for name, t in tasks.items()}
@@ -454,11 +431,10 @@ def main() -> None:
         record = {
             "command": f"python benchmarks/final_model_only.py {_command(arguments)}",
             "seeds": arguments.seeds,
-            "versions": {"torch": torch.__version__, "lightning": L.__version__},
+            "versions": versions(),
             "tasks": results,
         }
-        text = json.dumps(record, indent=1, ensure_ascii=False)
-        arguments.out.write_text(re.sub(r"\[[^\[\]{}\"]*\]", _one_line, text) + "\n")
+        write(record, arguments.out)
 
 
 if __name__ == "__main__":

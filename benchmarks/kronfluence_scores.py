@@ -61,7 +61,46 @@ class Regression(Task):
         return (model(batch[0]).squeeze(-1) - batch[1]).abs().sum()
 
 
-def main(given: str, found: str) -> None:
+def ekfac_scores(
+    network: nn.Module, task: Task, train: TensorDataset, query: TensorDataset, name: str, folder: str
+) -> tuple[Tensor, float, float]:
+    """Scores ``[Q, N]`` of EK-FAC influence with its usual damping, seconds of the factors and seconds of all.
+
+    Args:
+        network: the trained network.
+        task: its loss and measurement.
+        train: training examples.
+        query: queries, taken all at once.
+        name: of the analysis; another one fits its factors anew.
+        folder: for files.
+    """
+    analyzer = Analyzer(
+        name,
+        prepare_model(network, task),
+        task,
+        cpu=True,
+        output_dir=folder,
+        disable_tqdm=True,
+        disable_model_save=True,
+    )
+    analyzer.set_dataloader_kwargs(DataLoaderKwargs(num_workers=0))
+    start = time.perf_counter()
+    analyzer.fit_all_factors("factors", train, per_device_batch_size=256, factor_args=FactorArguments(strategy="ekfac"))
+    fitted = time.perf_counter()
+    analyzer.compute_pairwise_scores(
+        "scores",
+        "factors",
+        query,
+        train,
+        per_device_query_batch_size=len(query),
+        per_device_train_batch_size=256,
+        score_args=ScoreArguments(damping_factor=None),  # 0.1 times the mean eigenvalue
+    )
+    scores = analyzer.load_pairwise_scores("scores")["all_modules"]
+    return scores, fitted - start, time.perf_counter() - start
+
+
+def main(given: str, scored: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tensors = load_file(given)
@@ -69,32 +108,8 @@ def main(given: str, found: str) -> None:
     train, query = (TensorDataset(tensors[f"{part}.0"], tensors[f"{part}.1"]) for part in ("train", "query"))
     task = Regression() if tensors["train.1"].is_floating_point() else Classification()
     with tempfile.TemporaryDirectory() as folder:
-        analyzer = Analyzer(
-            "scores",
-            prepare_model(network, task),
-            task,
-            cpu=True,
-            output_dir=folder,
-            disable_tqdm=True,
-            disable_model_save=True,
-        )
-        analyzer.set_dataloader_kwargs(DataLoaderKwargs(num_workers=0))
-        start = time.perf_counter()
-        analyzer.fit_all_factors(
-            "factors", train, per_device_batch_size=256, factor_args=FactorArguments(strategy="ekfac")
-        )
-        analyzer.compute_pairwise_scores(
-            "scores",
-            "factors",
-            query,
-            train,
-            per_device_query_batch_size=len(query),
-            per_device_train_batch_size=256,
-            score_args=ScoreArguments(damping_factor=None),  # 0.1 times the mean eigenvalue
-        )
-        scores = analyzer.load_pairwise_scores("scores")["all_modules"]
-        seconds = torch.tensor(time.perf_counter() - start)
-    save_file({"scores": (scores / len(train)).float().contiguous(), "seconds": seconds}, found)
+        scores, _, seconds = ekfac_scores(network, task, train, query, "study", folder)
+    save_file({"scores": (scores / len(train)).float().contiguous(), "seconds": torch.tensor(seconds)}, scored)
 
 
 if __name__ == "__main__":

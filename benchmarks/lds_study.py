@@ -13,126 +13,31 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 import torch.nn.functional as F
+from harness import Scores, Trial, by, command, parser, prepare, result_file, rounded, versions, write
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from safetensors.torch import load_file, save_file
-from tasks import TASKS, Data, Task, Trained, fit, ground_truth, measurement_of, sequence_loss
+from task_networks import sequence_loss
+from tasks import TASKS, Task, ground_truth
 from torch import Tensor
 from torch.func import grad, vmap
-from torch.utils.data import TensorDataset
 
-from lightning_source import InfluenceScores, SourceCallback, SourceScorer
+from lightning_source import InfluenceScores
 from lightning_source.ensembling import ensemble
 from lightning_source.evaluation import RemovalCorrelation, linear_datamodeling_score
 from lightning_source.evaluation.exact import flat_network
 from lightning_source.evaluation.lds import DatamodelingResult
 from lightning_source.evaluation.statistics import mean_interval
 from lightning_source.evaluation.unrolled import adam, batches, sgd, unrolled_scores
-from lightning_source.recording.snapshots import mean_preconditioner
-
-RESULTS = Path(__file__).parent / "results"
-QUICK = "quick"
-
-
-@dataclass
-class Trial:
-    """One training of a task's full model, recorded in the cache, and what may be asked of it."""
-
-    name: str
-    task: Task
-    data: Data
-    seed: int
-    cache: Path
-    arguments: argparse.Namespace
-    opened: dict[str, SourceScorer] = field(default_factory=dict)
-    peer_seconds: float | None = None  # as a peer measured itself, without the start of its interpreter
-
-    def scorer(self, kind: type[Trained] = Trained, **settings: Any) -> SourceScorer:
-        """The run of a module recorded with these settings of :class:`SourceCallback`; trained the first time."""
-        key = "-".join([kind.__name__, *(f"{k}={v}" for k, v in sorted(settings.items()))])
-        if key not in self.opened:
-            path = self.cache / "runs" / self.name / f"{self.seed}-{key}"
-            module = kind(self.task, len(self.data.train[0]))
-            if not (path / "manifest.json").exists():
-                callback = SourceCallback(str(path), mode="deferred", **settings)
-                fit(self.task, self.data, self.seed, callback, kind)
-            self.opened[key] = SourceScorer.from_run(
-                path, module, measurement=measurement_of(self.task, kind is Trained)
-            )
-        return self.opened[key]
-
-    def score(self, method: str, settings: dict[str, Any] | None = None, **options: Any) -> InfluenceScores:
-        """Scores of one of the package's estimators."""
-        scorer = self.scorer(**(settings or {}))
-        train = TensorDataset(*self.data.train)
-        return scorer.score(self.data.query, train, method=method, batch_size=512, **options)
-
-    def network(self) -> dict[str, Tensor]:
-        """The trained network's parameters and buffers, by their names in the network."""
-        return {name.removeprefix("net."): value for name, value in self.scorer().run.final().items()}
-
-    def learning(self) -> float:
-        """``Λ`` of the whole training."""
-        return sum(segment.stretch.weight for segment in self.scorer().run.segments())
-
-    def checkpoints(self, count: int) -> dict[str, Tensor]:
-        """Each snapshot's parameters and second moments, the segments' mean learning rates and steps.
-
-        The parameters are those in its middle, but the last one's are the trained network's: the query is taken there.
-        """
-        run = self.scorer().run
-        segments, found = run.segments(count), {}
-        for segment in segments:
-            for snapshot in segment.snapshots:
-                last = snapshot.last == segments[-1].stretch.last
-                for name, value in (run.final() if last else run.state(snapshot, "point")).items():
-                    found[f"checkpoint.{snapshot.last}.{name.removeprefix('net.')}"] = value
-                for name, value in mean_preconditioner(run.store, [snapshot]).items():
-                    found[f"square.{snapshot.last}.{name.removeprefix('net.')}"] = value**-2
-        stretches = [segment.stretch for segment in segments]
-        found["rates"] = torch.tensor([s.weight / s.steps for s in stretches], dtype=torch.float64)
-        found["steps"] = torch.tensor([s.steps for s in stretches])
-        return found
-
-    def peer(self, script: str, python: str, *options: str, further: dict[str, Tensor] | None = None) -> Tensor:
-        """Scores that a script in another environment computes from the trained network, the data and ``further``."""
-        with tempfile.TemporaryDirectory() as folder:
-            given, found = Path(folder) / "given.safetensors", Path(folder) / "found.safetensors"
-            tensors = {f"network.{name}": value for name, value in self.network().items()} | (further or {})
-            for part in ("train", "query"):
-                tensors |= {f"{part}.{i}": t for i, t in enumerate(getattr(self.data, part))}
-            save_file({k: v.contiguous() for k, v in tensors.items()}, given)
-            subprocess.run(
-                [python, str(Path(__file__).parent / script), str(given), str(found), *options],
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
-            result = load_file(found)
-        self.peer_seconds = float(result["seconds"])
-        return result["scores"]
-
-
-Scores = Callable[[Trial], Tensor | InfluenceScores]  # [Q, N], positive = removing raises the measurement
-
-
-def by(method: str, settings: dict[str, Any] | None = None, **options: Any) -> Scores:
-    return lambda trial: trial.score(method, settings, **options)
 
 
 def exact_unrolling(trial: Trial) -> Tensor:
@@ -289,67 +194,61 @@ def size_of(scores: InfluenceScores, kept: Tensor, measured: Tensor) -> tuple[Te
     return result.slope, result.slope_interval
 
 
-def rounded(values: Any) -> Any:
-    return [round(float(v), 4) for v in values] if isinstance(values, list) or values.dim() else round(float(values), 4)
-
-
 def study(
     name: str, task: Task, arguments: argparse.Namespace, rows: dict[str, Scores], reference: str, stem: str
 ) -> dict[str, Any]:
     """Every row on one task, written to the results after each."""
     data = task.load(arguments.data)
+    file = result_file(arguments, f"{stem}_{name}")
     with tempfile.TemporaryDirectory() as temporary:
         cache = arguments.cache or Path(temporary)
         start = time.perf_counter()
         kept, measured = ground_truth(name, task, data, arguments.share, cache)
-        retraining = time.perf_counter() - start
-        trials = [Trial(name, task, data, seed, cache, arguments) for seed in range(arguments.seeds)]
-        anchor, control, reliability = None, None, None
-        found: dict[str, Any] = {}
-        refused: dict[str, str] = {}  # rows that an estimator does not do on this task, and why
+        report: dict[str, Any] = {
+            "task": name,
+            "note": task.note,
+            "command": command(name, arguments, rows),
+            "versions": versions(),
+            "examples": len(data.train[0]),
+            "queries": len(data.query[0]),
+            "subsets": len(kept),
+            "share": arguments.share,
+            "retrainings": len(measured),
+            "training_seeds": list(range(arguments.seeds)),
+            "retraining_seconds": round(time.perf_counter() - start, 1),
+            "reliability": None,
+            "control": None,
+            "lds": {},
+            "refused": {},  # rows that an estimator does not do on this task, and why
+        }
+        trials = [Trial(name, task, data, seed, cache, arguments.share) for seed in range(arguments.seeds)]
+        anchor = None
         for row in rows:
             try:
                 scores = [scores_of(trial, row, rows) for trial in (trials[:FEW] if row in SLOW else trials)]
             except MisconfigurationException as refusal:
-                refused[row] = str(refusal)
+                report["refused"][row] = str(refusal)
                 continue
-            found[row], first, queries = figures(scores, kept, measured, anchor, row in SIZED)
-            found[row]["seconds"] = round(statistics.median(s.metadata["seconds"] for s in scores), 2)
+            entry, first, queries = figures(scores, kept, measured, anchor, row in SIZED)
+            entry["seconds"] = round(statistics.median(s.metadata["seconds"] for s in scores), 2)
+            report["lds"][row] = entry
             if row == reference:
                 anchor = queries
-                control = {"lds": rounded(first.control), "interval": rounded(first.control_interval)}
-                reliability = None if first.reliability is None else rounded(first.reliability)
-            print(f"{name:14s} {row:32s} {json.dumps(found[row], ensure_ascii=False)}", flush=True)
-            report = {
-                "task": name,
-                "note": task.note,
-                "command": command(name),
-                "versions": versions(),
-                "examples": len(data.train[0]),
-                "queries": len(data.query[0]),
-                "subsets": len(kept),
-                "share": arguments.share,
-                "retrainings": len(measured),
-                "training_seeds": list(range(arguments.seeds)),
-                "retraining_seconds": round(retraining, 1),
-                "reliability": reliability,
-                "control": control,
-                "lds": found,
-                "refused": refused,
-            }
-            write(with_earlier_rows(report, arguments, f"{stem}_{name}", reference), arguments, f"{stem}_{name}")
+                report["control"] = {"lds": rounded(first.control), "interval": rounded(first.control_interval)}
+                report["reliability"] = None if first.reliability is None else rounded(first.reliability)
+            print(f"{name:14s} {row:32s} {json.dumps(entry, ensure_ascii=False)}", flush=True)
+            write(with_earlier_rows(report, file, arguments, reference), file)
     return report
 
 
 def with_earlier_rows(
-    report: dict[str, Any], arguments: argparse.Namespace, stem: str, reference: str
+    report: dict[str, Any], file: Path | None, arguments: argparse.Namespace, reference: str
 ) -> dict[str, Any]:
     """The report with the rows that an earlier call found on the same ground truth.
 
     Where this call has found the reference anew, an earlier row's distance from it is the difference of the two means;
     its interval over queries is not known any more.
     """
-    file = None if arguments.out is None else arguments.out / f"{stem}.json"
     if file is None or not file.exists():
         return report
     earlier = json.loads(file.read_text())
@@ -357,55 +256,17 @@ def with_earlier_rows(
     if any(earlier[key] != report[key] for key in same):
         return report
     rows = {row: dict(entry) for row, entry in earlier["lds"].items() if row not in report["lds"]}
-    before, now = (found["lds"].get(reference, {}).get("mean") for found in (earlier, report))
+    before, now = (of["lds"].get(reference, {}).get("mean") for of in (earlier, report))
     if now is not None and now != before:
         for entry in rows.values():
             if "source_ahead" in entry:
                 entry["source_ahead"] = round(now - entry["mean"], 4)
                 entry.pop("source_ahead_interval", None)
-    return report | {"lds": rows | report["lds"], "refused": earlier["refused"] | report["refused"]}
-
-
-def write(report: dict[str, Any], arguments: argparse.Namespace, stem: str) -> None:
-    """Put a study's figures among the results."""
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(report, indent=1, ensure_ascii=False)
-        # Lists of numbers on one line each.
-        text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda found: "[" + re.sub(r"\s+", " ", found[1]) + "]", text)
-        (arguments.out / f"{stem}.json").write_text(text + "\n")
-
-
-def command(task: str) -> str:
-    """What makes these figures."""
-    return f"python benchmarks/{Path(sys.argv[0]).name} --task {task} --data DATA --cache CACHE"
-
-
-def versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "lightning": lightning.__version__}
-
-
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that the studies share."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--task", nargs="*", default=[], choices=list(TASKS), help="tasks, in this order")
-    made.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
-    made.add_argument("--cache", type=Path, help="folder for ground truths, runs and scores")
-    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    made.add_argument("--seeds", type=int, default=5, help="trainings of the full model")
-    made.add_argument("--share", type=float, default=0.5, help="share of the examples in a subset")
-    made.add_argument("--threads", type=int, default=1)
-    made.add_argument("--quick", action="store_true", help="a tiny digits task; writes no results")
-    return made
-
-
-def prepare(arguments: argparse.Namespace) -> None:
-    """Quiet, and what ``--quick`` stands for."""
-    torch.set_num_threads(arguments.threads)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    if arguments.quick:
-        arguments.task, arguments.seeds, arguments.out = [QUICK], min(arguments.seeds, 2), None
+    rows |= report["lds"]
+    of_reference = {key: report[key] or earlier[key] for key in ("reliability", "control")}
+    refused = {row: why for row, why in (earlier["refused"] | report["refused"]).items() if row not in rows}
+    line = command(report["task"], arguments, rows)
+    return report | of_reference | {"command": line, "lds": rows, "refused": refused}
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -418,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     reports = []
     for name in arguments.task:
         task = TASKS[name]
-        rows = dict(ROWS)
+        rows = {row: scores for row, scores in ROWS.items() if task.adaptive or "symmetric" not in row}
         if task.tags & {"mlp", "lm"}:
             rows["exact unrolling"] = exact_unrolling
         if arguments.kronfluence and "mlp" in task.tags:

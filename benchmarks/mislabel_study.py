@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lds_study import Trial, command, parser, prepare, rounded, versions, write
+from harness import Trial, command, parser, prepare, result_file, rounded, versions, write
 from tasks import TASKS, Data, Task
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -86,7 +86,7 @@ def study(name: str, task: Task, arguments: Namespace) -> dict[str, Any]:
         rows: dict[str, Any] = {}
         with tempfile.TemporaryDirectory() as temporary:
             cache = arguments.cache or Path(temporary)
-            trials = [Trial(f"{name}-{share}", task, data, s, cache, arguments) for s in range(arguments.seeds)]
+            trials = [Trial(f"{name}-{share}", task, data, s, cache) for s in range(arguments.seeds)]
             for row, suspicion in ROWS.items():
                 results = []
                 for trial in trials:
@@ -106,19 +106,18 @@ def study(name: str, task: Task, arguments: Namespace) -> dict[str, Any]:
     report = {
         "task": name,
         "note": task.note,
-        "command": command(name),
+        "command": command(name, arguments),
         "versions": versions(),
         "training_seeds": list(range(arguments.seeds)),
         "inspected": INSPECTED,
         "noise": found,
     }
-    write(report, arguments, f"mislabel_{name}")
+    write(report, result_file(arguments, f"mislabel_{name}"))
     return report
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    arguments = parser(__doc__).parse_args(argv)
-    arguments.seeds = min(arguments.seeds, 3)
+    arguments = parser(__doc__, trainings=3).parse_args(argv)
     prepare(arguments)
     return [study(name, TASKS[name], arguments) for name in arguments.task]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lds_study import Scores, Trial, by, command, parser, prepare, rounded, versions, write
+from harness import Scores, Trial, by, command, parser, prepare, result_file, rounded, versions, write
 from tasks import TASKS, Data, Task, retrain
 from torch import Tensor
 
@@ -59,7 +59,7 @@ def study(name: str, task: Task, arguments: Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {
         "task": name,
         "note": task.note,
-        "command": command(name),
+        "command": command(name, arguments),
         "versions": versions(),
         "queries": len(data.query[0]),
         "examples": examples,
@@ -68,7 +68,7 @@ def study(name: str, task: Task, arguments: Namespace) -> dict[str, Any]:
         "flipped": {},
     }
     with tempfile.TemporaryDirectory() as temporary:
-        trial = Trial(f"{name}-removal", task, data, 0, arguments.cache or Path(temporary), arguments)
+        trial = Trial(f"{name}-removal", task, data, 0, arguments.cache or Path(temporary))
         random = outcomes(task, data, without_random_same_label(data.train[1], data.query[1], sizes))
         for row, scores in ROWS.items():
             masks = without_proponents(scores(trial), sizes, lower_is_better=False)
@@ -86,7 +86,7 @@ def study(name: str, task: Task, arguments: Namespace) -> dict[str, Any]:
                 "interval": [rounded(i) for i in result.random_interval],
             }
             print(f"{name} {row:12s} {json.dumps(report['flipped'][row])}", flush=True)
-            write(report, arguments, f"removal_{name}")
+            write(report, result_file(arguments, f"removal_{name}"))
     return report
 
 

@@ -1,40 +1,39 @@
 """The tasks of the studies: data, network, recipe and measurement of each, as close to SOURCE's as two cores allow.
 
-Every task that needs more than scikit-learn's digits reads a folder (``--data``); ``docs/results.md`` says where the
-files come from. ``note`` says where a recipe is smaller than the paper's.
+A task is a row of ``TASKS`` over the pieces of :mod:`task_data` and :mod:`task_networks`; ``note`` says where its
+recipe is smaller than the paper's. Here is also how it is trained under the callback and retrained for ground truth.
 """
 
 from __future__ import annotations
 
-import gzip
-import struct
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from task_data import SENTENCE_WORDS, Data, cifar, digits, fashion, sentences, two_stage_digits, uci, wikitext
+from task_networks import (
+    TextEncoder,
+    absolute_error,
+    classification,
+    gpt,
+    language_model,
+    margin,
+    mlp,
+    regression,
+    resnet,
+    sequence_loss,
+)
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_source.evaluation.batched import retrain_batched
-
-
-@dataclass(frozen=True)
-class Data:
-    """Tensors with the examples along the first dimension, one for each item of a batch."""
-
-    train: list[Tensor]
-    query: list[Tensor]
+from lightning_source.evaluation.batched import State, measure_copies, train_batched
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class Task:
     optimizer: Callable[[Any], torch.optim.Optimizer]
     epochs: int
     batch_size: int
+    later_epochs: int = 0  # of the second stage, where the data have one; an optimizer of its own begins it
     schedule: Callable[[torch.optim.Optimizer, int], LRScheduler] | None = None  # given the number of steps
     subsets: int = 100
     retrainings: int = 5
@@ -58,6 +58,15 @@ class Task:
     def steps(self, examples: int) -> int:
         """Optimizer steps of a training on so many examples; each epoch's short last batch is left out."""
         return self.epochs * (examples // self.batch_size)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether its steps are preconditioned."""
+        return not isinstance(self.optimizer(nn.Linear(1, 1).parameters()), torch.optim.SGD)
+
+    def stages(self, data: Data) -> list[tuple[list[Tensor], int]]:
+        """Examples and epochs of each stage of training."""
+        return [(data.train, self.epochs), *([(data.later, self.later_epochs)] if data.later else [])]
 
 
 class Trained(L.LightningModule):
@@ -88,44 +97,50 @@ def measurement_of(task: Task, by_name: bool = True) -> str | Callable[[Trained,
     return lambda module, batch: task.measurement(module.net, *batch)
 
 
-def fit(
-    task: Task, data: Data, seed: int, callback: L.Callback, kind: type[Trained] = Trained
-) -> tuple[Trained, L.Trainer]:
+def fit(task: Task, data: Data, seed: int, callback: L.Callback, kind: type[Trained] = Trained) -> None:
     """Train one model on all examples."""
     L.seed_everything(seed, verbose=False)
     module = kind(task, len(data.train[0]))
-    trainer = L.Trainer(
-        max_epochs=task.epochs,
-        max_steps=task.steps_at_most,
+    for examples, epochs in task.stages(data):
+        loader = DataLoader(TensorDataset(*examples), task.batch_size, shuffle=True, drop_last=True)
+        quiet_trainer(epochs, callback, max_steps=task.steps_at_most).fit(module, loader)
+
+
+def quiet_trainer(epochs: int, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
+    """A Trainer on the CPU that prints and keeps nothing."""
+    return L.Trainer(
+        max_epochs=epochs,
         accelerator="cpu",
-        callbacks=[callback],
+        callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **settings,
     )
-    trainer.fit(module, DataLoader(TensorDataset(*data.train), task.batch_size, shuffle=True, drop_last=True))
-    return module, trainer
 
 
 def retrain(task: Task, data: Data, kept: Tensor, seeds: Sequence[int], progress: bool = False) -> Tensor:
     """``[C, Q]``: the measurement after training on each row of ``kept``, by the task's own recipe."""
     steps = task.steps(int(kept[0].sum()))
-    return retrain_batched(
-        task.build,
-        task.loss,
-        task.measurement,
-        data.train,
-        data.query,
-        kept,
-        seeds,
-        optimizer=task.optimizer,
-        epochs=task.epochs,
-        batch_size=task.batch_size,
-        drop_last=True,
-        schedule=None if task.schedule is None else lambda optimizer: task.schedule(optimizer, steps),
-        progress=progress,
-    )
+    state: State | None = None
+    for examples, epochs in task.stages(data):
+        state = train_batched(
+            task.build,
+            task.loss,
+            examples,
+            kept if state is None else torch.ones(len(kept), len(examples[0])),
+            seeds,
+            optimizer=task.optimizer,
+            epochs=epochs,
+            batch_size=task.batch_size,
+            drop_last=True,
+            schedule=None if task.schedule is None else lambda optimizer: task.schedule(optimizer, steps),
+            start=state,
+            progress=progress,
+        )
+    assert state is not None
+    return measure_copies(task.build(), state, task.measurement, data.query)
 
 
 def subsets(count: int, examples: int, share: float, seed: int = 0) -> Tensor:
@@ -150,212 +165,6 @@ def ground_truth(
             save_file({"kept": kept, "measurement": torch.stack(rounds)}, file)
         print(f"{name}: retraining {len(rounds)} of {task.retrainings}", file=sys.stderr, flush=True)
     return kept, torch.stack(rounds)
-
-
-# -------------------------------------------------------------------- losses and measurements
-
-
-def classification(network: Callable[..., Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(network(inputs), labels)
-
-
-def margin(network: Callable[..., Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
-    """``log p - log(1 - p)`` of the true class."""
-    output, target = network(inputs), labels.unsqueeze(-1)
-    rest = output.scatter(-1, target, -torch.inf).logsumexp(-1)
-    return output.gather(-1, target).squeeze(-1) - rest
-
-
-def regression(network: Callable[..., Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-    return F.mse_loss(network(inputs).squeeze(-1), targets)
-
-
-def absolute_error(network: Callable[..., Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-    return (network(inputs).squeeze(-1) - targets).abs()
-
-
-def language_model(network: Callable[..., Any], tokens: Tensor) -> Tensor:
-    logits = network(input_ids=tokens).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def sequence_loss(network: Callable[..., Any], tokens: Tensor) -> Tensor:
-    """Mean loss of each sequence's tokens."""
-    logits = network(input_ids=tokens).logits
-    return F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
-
-
-# -------------------------------------------------------------------- networks
-
-
-def mlp(*widths: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise(widths):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-class TextEncoder(nn.Module):
-    """One transformer layer over words, the mean of its outputs, and a linear head."""
-
-    def __init__(self, vocabulary: int, width: int = 32, length: int = 24) -> None:
-        super().__init__()
-        self.words = nn.Embedding(vocabulary, width, padding_idx=0)
-        self.positions = nn.Embedding(length, width)
-        self.layer = nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.0, batch_first=True)
-        self.head = nn.Linear(width, 2)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        empty = tokens == 0
-        places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        states = self.layer(self.words(tokens) + self.positions(places), src_key_padding_mask=empty)
-        present = (~empty).unsqueeze(-1).to(states.dtype)
-        return self.head((states * present).sum(1) / present.sum(1))
-
-
-class Residual(nn.Module):
-    """Two convolutions with batch normalisation around a shortcut."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(*conv(channels, channels), *conv(channels, channels))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return inputs + self.body(inputs)
-
-
-def conv(before: int, after: int, stride: int = 1) -> list[nn.Module]:
-    return [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-
-
-def resnet() -> nn.Sequential:
-    return nn.Sequential(
-        *conv(3, 8, 2),
-        Residual(8),
-        *conv(8, 16, 2),
-        Residual(16),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(16, 10),
-    )
-
-
-VOCABULARY, CONTEXT = 800, 16
-
-
-def gpt() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=CONTEXT,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-        attn_implementation="eager",  # the fused kernels cannot be vectorised over copies
-    )
-    return GPT2LMHeadModel(config)
-
-
-# -------------------------------------------------------------------- data
-
-
-def digits(folder: Path, train: int = 1000, queries: int = 200) -> Data:
-    """Scikit-learn's digits, every pixel standardised."""
-    from sklearn.datasets import load_digits
-
-    raw = load_digits()
-    images, labels = torch.tensor(raw.data, dtype=torch.float32) / 16, torch.tensor(raw.target)
-    images = ((images - images.mean(0)) / (images.std(0) + 1e-2)).clamp(-5, 5)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: train + queries]
-    return split([images[order], labels[order]], train)
-
-
-def split(tensors: Sequence[Tensor], train: int) -> Data:
-    return Data([t[:train] for t in tensors], [t[train:] for t in tensors])
-
-
-def uci(name: str, train: int, queries: int, folder: Path) -> Data:
-    """A UCI regression set, inputs and target standardised by the training examples; the last column is the target."""
-    with gzip.open(folder / "uci" / name / "data.csv.gz") as file:
-        table = torch.tensor(np.loadtxt(file, delimiter=","), dtype=torch.float32)
-    table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
-    table = (table - table[:train].mean(0)) / table[:train].std(0)
-    return split([table[: train + queries, :-1], table[: train + queries, -1]], train)
-
-
-def fashion(train: int, queries: int, folder: Path, noise: float = 0.0) -> Data:
-    """Fashion-MNIST's first images at half the resolution, a share of the training labels drawn at random."""
-    images, labels = [], []
-    for part, count in (("train", train), ("t10k", queries)):
-        images.append(idx(next(folder.rglob(f"{part}-images-idx3-ubyte.gz")))[:count])
-        labels.append(idx(next(folder.rglob(f"{part}-labels-idx1-ubyte.gz")))[:count])
-    pixels = [F.avg_pool2d(torch.tensor(i, dtype=torch.float32)[:, None], 2).flatten(1) / 255 for i in images]
-    mean, deviation = pixels[0].mean(), pixels[0].std()
-    inputs = [(p - mean) / deviation for p in pixels]
-    targets = [torch.tensor(label, dtype=torch.int64) for label in labels]
-    generator = torch.Generator().manual_seed(1)
-    wrong = torch.rand(train, generator=generator) < noise
-    targets[0] = torch.where(wrong, torch.randint(10, (train,), generator=generator), targets[0])
-    return Data([inputs[0], targets[0]], [inputs[1], targets[1]])
-
-
-def idx(path: Path) -> np.ndarray[Any, Any]:
-    """An IDX file of bytes: a magic number whose last byte counts the dimensions, their sizes, the values."""
-    raw = gzip.decompress(path.read_bytes())
-    dimensions = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(dimensions).copy()
-
-
-def cifar(train: int, queries: int, folder: Path) -> Data:
-    found = load_file(folder / "cifar10_subset.safetensors")
-    parts = [
-        (found["train_images"][:train], found["train_labels"][:train]),
-        (found["test_images"][:queries], found["test_labels"][:queries]),
-    ]
-    mean = parts[0][0].float().mean((0, 1, 2))
-    deviation = parts[0][0].float().std((0, 1, 2))
-    scaled = [((x.float() - mean) / deviation).permute(0, 3, 1, 2) for x, _ in parts]
-    made = [[F.avg_pool2d(x, 2).contiguous(), y.long()] for x, (_, y) in zip(scaled, parts, strict=True)]
-    return Data(*made)
-
-
-def sentences(train: int, queries: int, folder: Path, length: int = 24) -> Data:
-    """SST-2's first sentences as numbers of words; 0 pads, 1 stands for words that training has once only."""
-    rows = [line.rsplit("\t", 1) for line in (folder / "sst2" / "train.tsv").read_text().splitlines()][:train]
-    rows += [line.rsplit("\t", 1) for line in (folder / "sst2" / "dev.tsv").read_text().splitlines()][:queries]
-    counts = Counter(word for text, _ in rows[:train] for word in text.split())
-    number = {word: i + 2 for i, word in enumerate(w for w, c in counts.most_common(SENTENCE_WORDS - 2) if c > 1)}
-    tokens = torch.zeros(len(rows), length, dtype=torch.int64)
-    for row, (text, _) in enumerate(rows):
-        words = [number.get(word, 1) for word in text.split()][:length]
-        tokens[row, : len(words)] = torch.tensor(words)
-    return split([tokens, torch.tensor([int(label) for _, label in rows])], train)
-
-
-SENTENCE_WORDS = 2000
-
-
-def wikitext(train: int, queries: int, folder: Path) -> Data:
-    """Stretches of WikiText-2's valid and test articles, the most common words numbered and the others 0."""
-    texts = [(folder / "wikitext2" / f"{part}.txt").read_text().split() for part in ("valid", "test")]
-    common = Counter(texts[0]).most_common(VOCABULARY - 1)
-    number = {word: i + 1 for i, (word, _) in enumerate(common)}
-    parts = []
-    for text, count in zip(texts, (train, queries), strict=True):
-        stride = len(text) // count  # spread over the articles
-        starts = range(0, stride * count, stride)
-        parts.append([torch.tensor([[number.get(w, 0) for w in text[s : s + CONTEXT]] for s in starts])])
-    return Data(*parts)
-
-
-# -------------------------------------------------------------------- the tasks
 
 
 def sgd(rate: float, decay: float = 0.0) -> Callable[[Any], torch.optim.Optimizer]:
@@ -397,6 +206,21 @@ TASKS: dict[str, Task] = {
         partial(digits, queries=100),
         *(DIGITS, classification, margin, partial(torch.optim.AdamW, lr=3e-3, weight_decay=1e-2), 20, 32),
         tags=_MLP,
+    ),
+    "two-stage-upright": Task(
+        "640 digits, then 640 others turned by 45 degrees: the first 640 are attributed from the end of the second"
+        " stage, for upright queries. MLP 64-32, SGD 0.03, momentum 0.9, batch 32, 20 epochs and 10",
+        partial(two_stage_digits, 0.0),
+        *(DIGITS, classification, margin, sgd(0.03), 20, 32),
+        later_epochs=10,
+        retrainings=40,
+    ),
+    "two-stage-rotated": Task(
+        "two-stage-upright with queries turned by 45 degrees",
+        partial(two_stage_digits, 45.0),
+        *(DIGITS, classification, margin, sgd(0.03), 20, 32),
+        later_epochs=10,
+        retrainings=40,
     ),
     "concrete": Task(
         "Concrete as in the paper: 896 examples, MLP 3 x 128, SGD 0.03, momentum 0.9, decay 1e-5, batch 32, 20 epochs",

@@ -1,26 +1,99 @@
-"""The only file that knows the Trainer from inside: what it supports, where it writes, which data it trains on."""
+"""The only file that knows the Trainer from inside: what it supports, where it writes, what it trains with and on.
+
+It gives plain facts, and knows nothing of what the package makes of them.
+"""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from lightning.fabric.strategies import ParallelStrategy as FabricParallelStrategy
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
-from lightning_source.capture.data import Examples, examples_of
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
-from lightning_source.recording.store import MANIFEST
+
+C = TypeVar("C")
+# How Lightning's learning rate and batch size finders name their checkpoints.
+TUNERS = (".lr_find_", ".scale_batch_size_")
 
 
-def check_trainer(trainer: Any, module: Any, optimizer: int | None) -> None:
+# ---------------------------------------------------------------- what trains
+
+
+class TrainerLoop:
+    """A Trainer as the :class:`~lightning_source.recording.optimizer_hooks.TrainingLoop` that a recording asks.
+
+    Args:
+        trainer: the Trainer.
+        module: the module that it trains.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self._trainer = trainer
+        self._module = module
+
+    @property
+    def optimizers(self) -> Sequence[Optimizer]:
+        """The optimizers as they are now."""
+        return self._trainer.optimizers
+
+    @property
+    def schedulers(self) -> int:
+        """Number of learning rate schedulers."""
+        return len(self._trainer.lr_scheduler_configs)
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether the module optimizes by hand."""
+        return not self._module.automatic_optimization
+
+    @property
+    def accumulate_grad_batches(self) -> int:
+        """What each micro-batch's loss is divided by; a callback may change it from epoch to epoch."""
+        return self._trainer.accumulate_grad_batches
+
+    @property
+    def clips_gradients(self) -> bool:
+        """Whether a step's gradient may be scaled before the optimizer sees it."""
+        return bool(self._trainer.gradient_clip_val) or is_overridden("configure_gradient_clipping", self._module)
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether a loss scaler multiplies the loss."""
+        return self._trainer.scaler is not None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done, those of the checkpoint included."""
+        return self._trainer.global_step
+
+    @property
+    def within_epoch(self) -> bool:
+        """Whether training resumes within an epoch; its loader starts again, in another order."""
+        return 0 < self._trainer.fit_loop.epoch_loop.batch_progress.current.ready < self._trainer.num_training_batches
+
+    @property
+    def more_in_first_epoch(self) -> bool:
+        """Whether another batch of the first epoch follows the present one."""
+        return self._trainer.current_epoch == 0 and not self._trainer.is_last_batch
+
+
+def check_trainer(trainer: Trainer, module: LightningModule, optimizer: int | None) -> None:
     """Refuse what would be recorded wrongly.
 
     Args:
@@ -37,7 +110,7 @@ def check_trainer(trainer: Any, module: Any, optimizer: int | None) -> None:
             f"SourceCallback does not support the strategy `{type(strategy).__name__}`: parameters are not whole on"
             ' every rank. HINT: train on one device, or with `strategy="ddp"`.'
         )
-    for callback in trainer.callbacks:
+    for callback in _callbacks(trainer):
         if isinstance(callback, StochasticWeightAveraging):
             raise MisconfigurationException(
                 "SourceCallback does not support `StochasticWeightAveraging`, which replaces the weights while training"
@@ -56,35 +129,44 @@ def check_trainer(trainer: Any, module: Any, optimizer: int | None) -> None:
         )
 
 
-def run_directory(trainer: Any, dirpath: str | None) -> Path:
+# ---------------------------------------------------------------- where it writes
+
+
+def run_directory(trainer: Trainer, dirpath: str | None, taken: Callable[[Path], bool]) -> Path:
     """Where the run goes: the argument, else beside the logger's files, else a fresh ``source-run`` directory.
 
     A collective call under distributed strategies, as ``trainer.log_dir`` is; rank 0 decides. ``fast_dev_run`` writes
     to a temporary directory, since it must leave nothing behind that looks like a run.
+
+    Args:
+        trainer: the Trainer.
+        dirpath: what the user named.
+        taken: whether a directory holds a run already.
     """
     log_dir = trainer.log_dir
-    return trainer.strategy.broadcast(_run_directory(trainer, log_dir, dirpath) if trainer.is_global_zero else None)
+    chosen = _run_directory(trainer, log_dir, dirpath, taken) if trainer.is_global_zero else None
+    path: Path | None = trainer.strategy.broadcast(chosen)
+    assert path is not None
+    return path
 
 
-def _run_directory(trainer: Any, log_dir: str | None, dirpath: str | None) -> Path:
+def _run_directory(trainer: Any, log_dir: str | None, dirpath: str | None, taken: Callable[[Path], bool]) -> Path:
     if trainer.fast_dev_run:
         return Path(tempfile.mkdtemp(prefix="source-run-"))
     if dirpath is not None:
         return Path(dirpath).resolve()
     base = Path(log_dir or trainer.default_root_dir).absolute() / "source-run"
     path, version = base, 1
-    while (path / MANIFEST).exists():
+    while taken(path):
         path, version = base.with_name(f"source-run-v{version}"), version + 1
     return path
 
 
-def clips_gradients(trainer: Any, module: Any) -> bool:
-    """Whether a step's gradient may be scaled before the optimizer sees it."""
-    return bool(trainer.gradient_clip_val) or is_overridden("configure_gradient_clipping", module)
+# ---------------------------------------------------------------- what it trains on
 
 
-def training_examples(trainer: Any) -> Examples | None:
-    """The fit's training set in its own order; ``None`` where it has none (iterable), with a word on what follows."""
+def training_loader(trainer: Trainer) -> DataLoader[Any] | None:
+    """The fit's training loader; ``None`` where its data have no order (iterable), with a word on what follows."""
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader):
         raise MisconfigurationException(
@@ -100,10 +182,10 @@ def training_examples(trainer: Any) -> Examples | None:
     unseen = _left_out(trainer, loader)
     if unseen:
         rank_zero_warn(f"Training does not visit all examples alike ({'; '.join(unseen)}): scores assume that it does.")
-    return examples_of(loader)
+    return loader
 
 
-def _left_out(trainer: Any, loader: DataLoader) -> Sequence[str]:
+def _left_out(trainer: Trainer, loader: DataLoader[Any]) -> Sequence[str]:
     reasons = []
     if trainer.num_training_batches < len(loader):
         reasons.append(f"`limit_train_batches` leaves {trainer.num_training_batches} of {len(loader)} batches")
@@ -116,21 +198,69 @@ def _left_out(trainer: Any, loader: DataLoader) -> Sequence[str]:
     return reasons
 
 
-def ranks_of(trainer: Any) -> Ranks:
+# ---------------------------------------------------------------- where it runs, and beside whom
+
+
+def ranks_of(trainer: Trainer) -> Ranks:
     """The processes that train together; an earlier fit's process group may outlive it."""
     return Ranks.current() if trainer.world_size > 1 else SINGLE_PROCESS
 
 
-def averages_weights(trainer: Any) -> bool:
+def _callbacks(trainer: Any) -> list[Callback]:
+    """The Trainer's callbacks, which it sets from elsewhere, so that type checkers do not see them."""
+    return list(trainer.callbacks)
+
+
+def averages_weights(trainer: Trainer) -> bool:
     """Whether some callback puts an average of the trained weights into the module when training ends."""
-    return any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+    return any(isinstance(callback, WeightAveraging) for callback in _callbacks(trainer))
 
 
-def other_callbacks(trainer: Any, callback: Any) -> list[Any]:
+def other_callbacks(trainer: Trainer, callback: C) -> list[C]:
     """The Trainer's other callbacks of the same class."""
-    return [other for other in trainer.callbacks if other is not callback and isinstance(other, type(callback))]
+    return [other for other in _callbacks(trainer) if other is not callback and isinstance(other, type(callback))]
 
 
-def scoring_device(trainer: Any) -> torch.device:
+def scoring_device(trainer: Trainer) -> torch.device:
     """The device that training ran on."""
     return trainer.strategy.root_device
+
+
+def loads_tuner_checkpoint(trainer: Trainer) -> bool:
+    """Whether the checkpoint that a fit begins with is the tuner's own, which it has put back."""
+    return Path(str(trainer.ckpt_path)).name.startswith(TUNERS)
+
+
+# ---------------------------------------------------------------- what a module knows of it
+
+
+def _trainer_of(module: nn.Module) -> Any:
+    """The Trainer that a module is attached to; ``None`` if there is none."""
+    return getattr(module, "_trainer", None)
+
+
+def optimizer_lists(module: nn.Module) -> list[Sequence[Any]]:
+    """The optimizers that a ``training_step`` may hold on to: torch's own, and Lightning's wrappers of them."""
+    trainer = _trainer_of(module)
+    return [] if trainer is None else [trainer.optimizers, list(trainer.strategy._lightning_optimizers)]
+
+
+@contextmanager
+def silent_loggers(module: nn.Module) -> Iterator[None]:
+    """Inside, the loggers that the module writes to take nothing."""
+    trainer = _trainer_of(module)
+    loggers = trainer.loggers if trainer is not None else []
+    try:
+        if loggers:
+            trainer.loggers = [DummyLogger() for _ in loggers]
+        yield
+    finally:
+        if loggers:
+            trainer.loggers = loggers
+
+
+def gathers(module: LightningModule) -> bool:
+    """Whether Lightning would gather from processes, even if there is only one, and so add a dimension."""
+    owner: Any = module.fabric if module.fabric is not None else _trainer_of(module)
+    parallel = isinstance(getattr(owner, "strategy", None), (ParallelStrategy, FabricParallelStrategy))
+    return parallel and dist.is_available() and dist.is_initialized()

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_source._trainer import ranks_of, scoring_device
 from lightning_source.capture.data import Examples
 from lightning_source.capture.objective import Measurement
-from lightning_source.recording.store import MANIFEST, SharedStore, open_to_score
+from lightning_source.recording.store import SharedStore, holds_run, open_to_score
 from lightning_source.runs.run import Run
 from lightning_source.scorer import SourceScorer
 from lightning_source.scores import InfluenceScores
@@ -43,13 +43,13 @@ class AttributingCallback(Callback):
         # Where child processes trained (ddp_spawn, notebooks), this one knows only where the run must be.
         path = self._path or (Path(self.dirpath).resolve() if self.dirpath else None)
         ranks = ranks_of(trainer)
-        if path is None or not ranks.on_rank_zero((path / MANIFEST).exists):
+        if path is None or not ranks.on_rank_zero(lambda: holds_run(path)):
             raise MisconfigurationException(
                 "there is no finished segment: no optimizer step was recorded. HINT: call `fit` first, for at least one"
                 " step."
             )
-        store = open_to_score(path) if ranks.world == 1 else SharedStore(path, ranks)
-        count = len(store.manifest.get("stages", []))
+        store = open_to_score(path) if ranks.world_size == 1 else SharedStore(path, ranks)
+        count = len(store.manifest.stages)
         modules = [self._stage_data.get(index, (pl_module, None))[0] for index in range(count)]
         data = {index: examples for index, (_, examples) in self._stage_data.items()}
         return Run(store, modules, data, getattr(trainer, "datamodule", None), stage, ranks)

@@ -1,4 +1,4 @@
-"""The processes that train one model: what one of them computes for all, what is summed, what is shared out.
+"""The processes that train one model: what one of them computes for all, what is summed, what is sharded.
 
 Whatever engine started them (a Trainer's strategy, Fabric, torchrun), this needs only its ``torch.distributed`` group.
 Every call is a collective: all ranks make it in the same order. With one process each is the plain computation.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -21,8 +21,8 @@ T = TypeVar("T")
 class Ranks:
     """This process among those that work together."""
 
-    rank: int = 0
-    world: int = 1
+    global_rank: int = 0
+    world_size: int = 1
 
     @classmethod
     def current(cls) -> Ranks:
@@ -34,61 +34,62 @@ class Ranks:
     @property
     def is_global_zero(self) -> bool:
         """Whether this is the rank that writes."""
-        return self.rank == 0
+        return self.global_rank == 0
 
     def on_rank_zero(self, compute: Callable[[], T]) -> T:
         """Compute on rank 0 and give the value, or the exception, to all ranks."""
-        if self.world == 1:
+        if self.world_size == 1:
             return compute()
-        outcome: list[Any] = [None, None]
+        outcome: list[object] = [None, None]  # the value and the exception
         if self.is_global_zero:
             try:
                 outcome[0] = compute()
             except Exception as error:
                 outcome[1] = _portable(error)
         dist.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+        value, failure = outcome
+        if isinstance(failure, Exception):
+            raise failure
+        return cast(T, value)
 
     def on_all_ranks(self, compute: Callable[[], T]) -> T:
         """Compute on every rank; if one fails all do, so that none waits for it in the next collective."""
-        if self.world == 1:
+        if self.world_size == 1:
             return compute()
         error: Exception | None = None
         try:
             value = compute()
         except Exception as raised:
             error = raised
-        for failed in self._gather(error and _portable(error)):
-            if failed is not None:
-                raise error or failed
+        for failure in self._gather_objects(error and _portable(error)):
+            if failure is not None:
+                raise error or failure
         return value
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
         """Sum each tensor over the ranks, in place."""
-        if self.world > 1:
+        if self.world_size > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's part of the items: every ``world``-th.
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's part of the items: every ``world_size``-th.
 
         Example:
-            >>> Ranks(rank=1, world=2).share(["a", "b", "c", "d"])
+            >>> Ranks(global_rank=1, world_size=2).shard(["a", "b", "c", "d"])
             ['b', 'd']
         """
-        return items[self.rank :: self.world]
+        return items[self.global_rank :: self.world_size]
 
-    def collect(self, parts: Sequence[T]) -> list[T]:
-        """What the ranks made of their shares, in the order of the items."""
-        if self.world == 1:
-            return list(parts)
-        gathered = self._gather(list(parts))
-        return [gathered[i % self.world][i // self.world] for i in range(sum(map(len, gathered)))]
+    def gather(self, shard: Sequence[T]) -> list[T]:
+        """What the ranks made of their shards, in the order of the items, on every rank."""
+        if self.world_size == 1:
+            return list(shard)
+        shards = self._gather_objects(list(shard))
+        return [shards[i % self.world_size][i // self.world_size] for i in range(sum(map(len, shards)))]
 
-    def _gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.world
+    def _gather_objects(self, value: T) -> list[T]:
+        values = [value] * self.world_size
         dist.all_gather_object(values, value)
         return values
 

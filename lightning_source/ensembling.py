@@ -44,25 +44,31 @@ def ensemble(scores: Sequence[InfluenceScores]) -> InfluenceScores:
             if not torch.equal(getattr(first, name), getattr(other, name)):
                 raise MisconfigurationException(f"the scores of members 0 and {index} have other `{name}`.")
         for key in _SHARED:
-            one, two = first.metadata.get(key), other.metadata.get(key)
-            if one != two:
+            expected, actual = first.metadata.get(key), other.metadata.get(key)
+            if actual != expected:
                 raise MisconfigurationException(
-                    f"the scores of members 0 and {index} do not belong together: {key} is {one!r} and {two!r}."
+                    f"the scores of members 0 and {index} do not belong together: {key} is {expected!r} and {actual!r}."
                 )
-    shares = [s.by_segment for s in scores]
-    together = None
-    if all(s is not None and first.by_segment is not None and len(s) == len(first.by_segment) for s in shares):
-        together = _mean([s for s in shares if s is not None])
+    shares = [member.by_segment for member in scores if member.by_segment is not None]
+    by_segment = None
+    if len(shares) == len(scores) and len({len(share) for share in shares}) == 1:
+        by_segment = _mean(shares)
     metadata = {key: first.metadata[key] for key in _SHARED if key in first.metadata}
-    metadata["members"] = [s.metadata.get("run_id") for s in scores]
-    metadata["options"] = [s.metadata.get("options") for s in scores]
-    if first.metadata.get("method") == "trak":
-        weights = [torch.tensor(s.metadata["weights"], dtype=torch.float64) for s in scores]
-        kernels = [s.values.double() / w for s, w in zip(scores, weights, strict=True)]
-        values = (_mean(kernels) * _mean(weights)).float()
-    else:
-        values = _mean([s.values for s in scores])
-    return InfluenceScores(values, first.train_ids, first.query_ids, together, metadata)
+    metadata["members"] = [member.metadata.get("run_id") for member in scores]
+    metadata["options"] = [member.metadata.get("options") for member in scores]
+    weights = [member.kernel_weights.double() for member in scores if member.kernel_weights is not None]
+    if not weights and first.metadata.get("method") != "trak":
+        values = _mean([member.values for member in scores])
+        return InfluenceScores(values, first.train_ids, first.query_ids, by_segment, metadata)
+    if len(weights) != len(scores):
+        lacking = ", ".join(str(index) for index, member in enumerate(scores) if member.kernel_weights is None)
+        raise MisconfigurationException(
+            f"members {lacking} have no `kernel_weights` to average apart from their kernels. HINT: score them anew."
+        )
+    kernels = [member.values.double() / weight for member, weight in zip(scores, weights, strict=True)]
+    mean_weights = _mean(weights)
+    values = (_mean(kernels) * mean_weights).float()
+    return InfluenceScores(values, first.train_ids, first.query_ids, by_segment, metadata, mean_weights)
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:

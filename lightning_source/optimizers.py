@@ -13,6 +13,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
+Settings = Mapping[str, Any]  # a parameter group, or a parameter's entry in ``optimizer.state``
+
 
 @dataclass(frozen=True)
 class StepRule:
@@ -24,12 +26,12 @@ class StepRule:
     rate_multiplier: float  # effective learning rate over ``lr``
     weight_decay: float = 0.0
     # P > 0, a diagonal, from a parameter's entry in ``optimizer.state``, shaped like the parameter. None: the identity.
-    preconditioner: Callable[[Mapping[str, Any]], Tensor] | None = None
+    preconditioner: Callable[[Settings], Tensor] | None = None
     decoupled: bool = False  # the decay is not preconditioned (AdamW)
     maximize: bool = False  # steps go up the loss
 
 
-Rule = Callable[[Mapping[str, Any]], StepRule]
+Rule = Callable[[Settings], StepRule]
 _RULES: dict[type[Optimizer], Rule] = {}
 
 
@@ -77,7 +79,7 @@ def rule_for(optimizer: Optimizer) -> Rule:
 @torch.no_grad()
 def preconditioners(optimizer: Optimizer, rule: Rule, names: Mapping[int, str]) -> dict[str, Tensor]:
     """The diagonal ``P`` of every parameter that has one, by the name that ``names`` gives its ``id``."""
-    found = {}
+    diagonals = {}
     for group in optimizer.param_groups:
         read = rule(group).preconditioner
         for parameter in group["params"]:
@@ -85,12 +87,12 @@ def preconditioners(optimizer: Optimizer, rule: Rule, names: Mapping[int, str]) 
             # Without a step yet (the loss scaler skipped it) there is a state, and no moment in it.
             if read is None or not state or not float(state.get("step", 1)) or id(parameter) not in names:
                 continue
-            found[names[id(parameter)]] = read(state)
-    return found
+            diagonals[names[id(parameter)]] = read(state)
+    return diagonals
 
 
 @register_optimizer(torch.optim.SGD)
-def _sgd(group: Mapping[str, Any]) -> StepRule:
+def _sgd(group: Settings) -> StepRule:
     """Heavy-ball and Nesterov momentum ``β``: terminal velocity ``η / (1 - β)``, dampening ``d``: times ``1 - d``."""
     momentum = float(group["momentum"])
     if momentum >= 1:
@@ -100,12 +102,12 @@ def _sgd(group: Mapping[str, Any]) -> StepRule:
 
 
 @register_optimizer(torch.optim.Adam, torch.optim.AdamW)
-def _adam(group: Mapping[str, Any]) -> StepRule:
+def _adam(group: Settings) -> StepRule:
     """``P = 1 / (√v̂ + ε)`` with the bias-corrected second moment; the first moment averages and keeps the rate."""
     beta, eps = float(group["betas"][1]), float(group["eps"])
 
-    def preconditioner(state: Mapping[str, Any]) -> Tensor:
-        moment = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+    def preconditioner(state: Settings) -> Tensor:
+        moment: Tensor = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
         return 1 / ((moment / (1 - beta ** float(state["step"]))).sqrt() + eps)
 
     decoupled = bool(group.get("decoupled_weight_decay"))
@@ -113,23 +115,26 @@ def _adam(group: Mapping[str, Any]) -> StepRule:
 
 
 @register_optimizer(torch.optim.Adagrad)
-def _adagrad(group: Mapping[str, Any]) -> StepRule:
+def _adagrad(group: Settings) -> StepRule:
     """``P = 1 / (√Σg² + ε)``, over ``1 + (t - 1) · lr_decay`` as the rate falls with the parameter's own steps."""
     eps, decay = float(group["eps"]), float(group["lr_decay"])
 
-    def preconditioner(state: Mapping[str, Any]) -> Tensor:
-        return 1 / ((state["sum"].sqrt() + eps) * (1 + (float(state["step"]) - 1) * decay))
+    def preconditioner(state: Settings) -> Tensor:
+        squares: Tensor = state["sum"]
+        return 1 / ((squares.sqrt() + eps) * (1 + (float(state["step"]) - 1) * decay))
 
     return StepRule(1.0, float(group["weight_decay"]), preconditioner, maximize=group["maximize"])
 
 
 @register_optimizer(torch.optim.RMSprop)
-def _rmsprop(group: Mapping[str, Any]) -> StepRule:
+def _rmsprop(group: Settings) -> StepRule:
     """``P = 1 / (√v + ε)``, centred or not; momentum ``β`` as in SGD, ``η / (1 - β)``."""
     eps = float(group["eps"])
 
-    def preconditioner(state: Mapping[str, Any]) -> Tensor:
-        moment = state["square_avg"] - state["grad_avg"].square() if group["centered"] else state["square_avg"]
+    def preconditioner(state: Settings) -> Tensor:
+        moment: Tensor = state["square_avg"]
+        if group["centered"]:
+            moment = moment - state["grad_avg"].square()
         return 1 / (moment.clamp_min(0).sqrt() + eps)
 
     multiplier = 1 / (1 - float(group["momentum"]))

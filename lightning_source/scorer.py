@@ -7,17 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_source._provenance import name_of, versions
-from lightning_source.capture.data import examples_of, query_of
+from lightning_source.capture.data import Examples, GivenBatches, examples_of, query_of
 from lightning_source.capture.objective import Measurement
-from lightning_source.estimators import Contraction, Query, estimator_for, floats_per_parameter_of, unit_of
+from lightning_source.estimators import MatrixSink, Metadata, Query, ScoreSink, estimator_for
+from lightning_source.estimators.registry import Estimator, Options
 from lightning_source.estimators.source import self_influence
+from lightning_source.recording.manifest import Curvature, Settings
 from lightning_source.recording.store import open_to_score
-from lightning_source.runs.final_model import open_final_model, set_rate
+from lightning_source.runs.final_model import FurtherTraining, open_final_model, set_rate
 from lightning_source.runs.run import Run
 from lightning_source.scores import SIGN, InfluenceScores
 
@@ -48,12 +51,12 @@ class SourceScorer:
     def from_run(
         cls,
         dirpath: str | os.PathLike[str],
-        model: Any,
+        model: LightningModule,
         *,
         measurement: str | Measurement = "loss",
-        datamodule: Any = None,
+        datamodule: LightningDataModule | None = None,
         stage: int | str | None = None,
-        stage_models: Sequence[Any] | None = None,
+        stage_models: Sequence[LightningModule] | None = None,
         memory: float = 4e9,
     ) -> SourceScorer:
         """Open a run in any process, on any day; scores are bit-equal to those of the training process.
@@ -77,7 +80,7 @@ class SourceScorer:
     @classmethod
     def from_model(
         cls,
-        model: Any,
+        model: LightningModule,
         train: Any,
         *,
         rate: float | Sequence[float] | None = None,
@@ -86,12 +89,12 @@ class SourceScorer:
         measurement: str | Measurement = "loss",
         dirpath: str | os.PathLike[str] | None = None,
         overwrite: bool = False,
-        curvature: str = "ekfac",
+        curvature: Curvature = "ekfac",
         factor_examples: int | None = 5000,
         label_samples: int = 1,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
-        datamodule: Any = None,
+        datamodule: LightningDataModule | None = None,
         seed: int = 0,
         memory: float = 4e9,
     ) -> SourceScorer:
@@ -136,18 +139,19 @@ class SourceScorer:
         run = open_final_model(
             model,
             train,
-            rate=rate,
-            batch_size=batch_size,
-            optimizer=optimizer,
-            dirpath=dirpath,
-            overwrite=overwrite,
-            curvature=curvature,
-            factor_examples=factor_examples,
-            label_samples=label_samples,
-            include=include,
-            exclude=exclude,
-            datamodule=datamodule,
-            seed=seed,
+            FurtherTraining(
+                settings=Settings(
+                    curvature=curvature, factor_examples=factor_examples, label_samples=label_samples, seed=seed
+                ),
+                rate=rate,
+                batch_size=batch_size,
+                optimizer=optimizer,
+                include=include,
+                exclude=exclude,
+                datamodule=datamodule,
+            ),
+            dirpath,
+            overwrite,
         )
         return cls(run, measurement, memory)
 
@@ -188,7 +192,7 @@ class SourceScorer:
                   DataInf's closed form;
                 - ``"trak"``: a linear model in randomly projected gradients;
                 - ``"tracin"``, ``"grad-dot"``, ``"grad-cos"``, ``"repsim"``: products of gradients, of representations.
-            per_segment: keep each segment's share in ``by_segment``.
+            per_segment: keep each segment's share in ``by_segment``; refused where a method's scores have none.
             train_ids: score only these training examples.
             batch_size: examples a pass takes at once; scores do not depend on it.
             **options: the method's own, such as ``damping`` (``"influence"``), ``segments`` and ``snapshots``
@@ -202,6 +206,8 @@ class SourceScorer:
             FloatingPointError: a non-finite gradient or factor; the message names the block or the examples.
         """
         estimator = estimator_for(method, options)
+        if per_segment:
+            estimator.require_segments()
         if batch_size is not None and batch_size < 1:
             raise MisconfigurationException(f"`batch_size={batch_size}` must be at least 1.")
         self._use(train)
@@ -210,31 +216,40 @@ class SourceScorer:
         run.calibrate()
         data = run.data if batch_size is None else examples_of(run.data.dataset, batch_size, run.data)
         ids = _ids(train_ids, len(data))
-        total = torch.zeros(len(queries), len(data) if ids is None else len(ids))
-        shares = torch.zeros(len(run.segments(options.get("segments"))), *total.shape) if per_segment else None
-        start = 0
-        extra_metadata: dict[str, Any] = {}
-        for piece in queries.split(self._queries_at_once(floats_per_parameter_of(method, options))):
-            rows = slice(start, start + len(piece))
-            asked = Query(run, piece, self.measurement, extra_metadata=extra_metadata)
-            for term in estimator(asked, **options):
-                if isinstance(term, Contraction):
-                    new = term.weight * run.workspace.inner_products(
-                        term.state(), data, ids, term.vectors, term.bases, term.normalize, asked.tokens
-                    )
-                else:
-                    new = term.values(data, ids)
-                total[rows] += new
-                if shares is not None:
-                    shares[term.segment, rows] += new
-            start = rows.stop
+        train_ids = torch.arange(len(data)) if ids is None else ids
+        segments = len(run.segments(options.get("segments"))) if per_segment else None
+        sink = MatrixSink(len(queries), len(train_ids), segments)
+        extra_metadata = self._compute(estimator, options, queries, data, ids, sink)
         return InfluenceScores(
-            total,
-            torch.arange(len(data)) if ids is None else ids,
+            sink.values,
+            train_ids,
             torch.arange(len(queries)),
-            shares,
-            self._metadata(method, options) | extra_metadata,
+            sink.by_segment,
+            self._metadata(estimator, options) | extra_metadata.to_json(),
+            None if extra_metadata.kernel_weights is None else extra_metadata.kernel_weights[train_ids],
         )
+
+    def _compute(
+        self,
+        estimator: Estimator,
+        options: Options,
+        queries: Examples | GivenBatches,
+        data: Examples,
+        ids: Tensor | None,
+        sink: ScoreSink,
+    ) -> Metadata:
+        """Scores into ``sink``, block by block of queries and term by term; gives back the method's own metadata."""
+        extra_metadata = Metadata()
+        start = 0
+        for block in queries.split(self._queries_at_once(estimator.floats_per_parameter(options))):
+            rows = slice(start, start + len(block))
+            for item in estimator(Query(self.run, block, self.measurement), **options):
+                if isinstance(item, Metadata):
+                    extra_metadata = extra_metadata.merged(item)
+                else:
+                    item.compute(self.run.workspace, data, ids, sink, rows)
+            start = rows.stop
+        return extra_metadata
 
     def self_influence(self, train: Any = None, *, train_ids: Sequence[int] | Tensor | None = None) -> Tensor:
         """Each training example's SOURCE score on its own loss: how much of its fit is owed to itself.
@@ -255,23 +270,26 @@ class SourceScorer:
             self.run, torch.arange(len(self.run.data)) if ids is None else ids, self._queries_at_once()
         )
 
-    def _use(self, train: Any) -> None:
+    def _use(self, train: object) -> None:
         self.run.use(
-            None if train is None else examples_of(train, self.run.stage.record["batch_size"], self.run.stage.examples)
+            None if train is None else examples_of(train, self.run.stage.record.batch_size, self.run.stage.examples)
         )
 
-    def _queries_at_once(self, held: float = 3) -> int:  # gradients, responses and one temporary
+    def _queries_at_once(self, floats_per_parameter: float = 3) -> int:  # gradients, responses and one temporary
         scalars = sum(block.numel for block in self.run.coverage.blocks)
-        return max(1, int(self.memory / (4 * held * scalars)))
+        return max(1, int(self.memory / (4 * floats_per_parameter * scalars)))
 
-    def _metadata(self, method: str, options: dict[str, Any]) -> dict[str, Any]:
+    def _metadata(self, estimator: Estimator, options: Options) -> dict[str, Any]:
         run = self.run
         return {
-            "method": method,
-            "options": {k: v if isinstance(v, (int, float, str, type(None))) else list(v) for k, v in options.items()},
+            "method": estimator.name,
+            "options": {
+                name: value if isinstance(value, (int, float, str, type(None))) else list(value)
+                for name, value in options.items()
+            },
             "measurement": self.measurement if isinstance(self.measurement, str) else name_of(self.measurement),
             "sign": SIGN,
-            "unit": unit_of(method),
+            "unit": estimator.unit,
             "stage": run.stage.name,
             "examples": run.examples,
             "segments": [
@@ -280,7 +298,7 @@ class SourceScorer:
             ],
             "coverage": run.coverage.share,
             "fisher": run.workspace.spec.fisher if run.workspace.spec else None,
-            "run_id": run.store.manifest["run_id"],
+            "run_id": run.store.manifest.run_id,
             "versions": versions(),
         }
 
@@ -288,9 +306,9 @@ class SourceScorer:
 def _ids(ids: Sequence[int] | Tensor | None, total: int) -> Tensor | None:
     if ids is None:
         return None
-    found = torch.as_tensor(ids, dtype=torch.int64)
-    if found.dim() != 1 or not len(found) or int(found.min()) < 0 or int(found.max()) >= total:
+    chosen = torch.as_tensor(ids, dtype=torch.int64)
+    if chosen.dim() != 1 or not len(chosen) or int(chosen.min()) < 0 or int(chosen.max()) >= total:
         raise MisconfigurationException(
             f"`train_ids` must name some of the {total} training examples, 0 to {total - 1}."
         )
-    return found
+    return chosen

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_source._files import write_tensors
 
 SIGN = "Positive: removing the training example raises the measurement. For a loss, a positive score is a proponent."
 HIGHER_IS_BETTER = ("margin", "log-prob")
+
+_METADATA = "influence_scores"  # the file's metadata entry, which marks it as scores
+# The file's tensors and their shapes: S segments, Q queries, N training examples.
+_SHAPES = {"values": "QN", "train_ids": "N", "query_ids": "Q", "by_segment": "SQN", "kernel_weights": "N"}
+_REQUIRED = {"values", "train_ids", "query_ids"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class InfluenceScores:
         query_ids: ``[Q]``, int64, positions in the query batch or dataset.
         by_segment: ``[S, Q, N]``, the segments' shares, which sum to ``values``; or ``None``.
         metadata: method, measurement, sign, unit, segments with their ``Λ``, ``N``, coverage, run id, versions.
+        kernel_weights: ``[N]``, what ``values`` are a kernel times of (``"trak"``: ``∂L/∂f`` of each example); or
+            ``None``.
     """
 
     values: Tensor
@@ -40,6 +48,7 @@ class InfluenceScores:
     query_ids: Tensor
     by_segment: Tensor | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    kernel_weights: Tensor | None = None
 
     def topk(self, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
         """The ``k`` highest (or lowest) scores of each query, best first.
@@ -84,24 +93,34 @@ class InfluenceScores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to one safetensors file, metadata included."""
-        tensors = {"values": self.values, "train_ids": self.train_ids, "query_ids": self.query_ids}
-        if self.by_segment is not None:
-            tensors["by_segment"] = self.by_segment
-        write_tensors(path, tensors, {"influence_scores": json.dumps(self.metadata)})
+        tensors = {name: getattr(self, name) for name in _SHAPES if getattr(self, name) is not None}
+        write_tensors(path, tensors, {_METADATA: json.dumps(self.metadata)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InfluenceScores:
         """The inverse of :meth:`save`.
 
         Raises:
-            MisconfigurationException: the file holds something else.
+            FileNotFoundError: there is no such file.
+            MisconfigurationException: the file is damaged or holds something else; the message says what is wrong.
         """
-        with safe_open(path, framework="pt") as file:
-            metadata = (file.metadata() or {}).get("influence_scores")
-            if metadata is None:
-                raise MisconfigurationException(f"`{path}` holds no influence scores.")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        return cls(**tensors, metadata=json.loads(metadata))
+        try:
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {}).get(_METADATA)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            metadata = json.loads(text or "null")
+            if isinstance(metadata, dict) and metadata.get("method") == "trak" and "weights" in metadata:
+                # Where earlier versions kept them.
+                tensors["kernel_weights"] = torch.tensor(metadata.pop("weights"), dtype=torch.float64)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except (SafetensorError, OSError, TypeError, ValueError) as error:
+            raise _refused(path, f"it is damaged or no file of tensors ({error})") from error
+        if not isinstance(metadata, dict):
+            raise _refused(path, f"its metadata has no `{_METADATA}`")
+        if complaint := _complaint(tensors):
+            raise _refused(path, complaint)
+        return cls(**tensors, metadata=metadata)
 
     def segment_shares(self) -> Tensor:
         """Each segment's share of the absolute score, ``[S, Q]``; shares of a query sum to 1.
@@ -123,3 +142,26 @@ class InfluenceScores:
     def __repr__(self) -> str:
         q, n = self.values.shape
         return f"InfluenceScores({q} queries x {n} training examples, method={self.metadata.get('method')!r}. {SIGN})"
+
+
+def _complaint(tensors: Mapping[str, Tensor]) -> str | None:
+    """What makes tensors no scores."""
+    if not _REQUIRED <= tensors.keys() <= _SHAPES.keys():
+        return f"its tensors are {', '.join(f'`{name}`' for name in sorted(tensors)) or 'none'}"
+    sizes: dict[str, int] = {}
+    for name, letters in _SHAPES.items():
+        if name not in tensors:
+            continue
+        shape, dtype = tensors[name].shape, tensors[name].dtype
+        expected = [sizes.setdefault(letter, size) for letter, size in zip(letters, shape, strict=False)]
+        if len(shape) != len(letters) or expected != list(shape):
+            return f"`{name}` has the shape {list(shape)}, which is not [{', '.join(letters)}] of the others"
+        if not (dtype == torch.int64 if name.endswith("_ids") else dtype.is_floating_point):
+            return f"`{name}` is of {dtype}"
+    return None
+
+
+def _refused(path: str | os.PathLike[str], complaint: str) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"`{path}` holds no influence scores: {complaint}. HINT: `InfluenceScores.save` writes them."
+    )

@@ -9,7 +9,8 @@ A test says what it checks by a mark, and what it measured by a call:
 
 ``{case}`` stands for the parametrised argument of that name; classes and functions are written by their names. Tests
 with the same table, row and column share a cell, which shows the worst of them: whether all passed, and the largest
-figure measured. A test may carry several marks.
+figure measured. A test may carry several marks. Where processes share the tests (``-n 2``), what they declare and
+measure comes back to the one that started them, which writes the page.
 """
 
 from __future__ import annotations
@@ -128,16 +129,29 @@ class Checks:
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+        """A report carries what its test declared and measured, also from one process to another."""
+        (yield).get_result().user_properties.append(("checks", (list(declared(item)), list(_measured))))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """The outcome of a test's body, or of a set-up that kept it from running."""
-        report = (yield).get_result()
         if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
-            for key in declared(item):
-                self.cells[key].outcomes.append(report.outcome)
-                self.cells[key].figures += _measured
+            keys, figures = dict(report.user_properties)["checks"]
+            for key in map(tuple, keys):
+                cell = self.cells.setdefault(key, Cell())
+                cell.outcomes.append(report.outcome)
+                cell.figures += figures
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """A process that ran a share of the tests collected all of them, in the order of the page."""
+        if cells := getattr(node, "workeroutput", {}).get("cells"):
+            self.cells = {key: self.cells.get(key, Cell()) for key in map(tuple, cells)}
 
     def pytest_sessionfinish(self) -> None:
         """Write the page if it was asked for."""
-        if path := self.config.getoption("checks"):
+        if hasattr(self.config, "workeroutput"):
+            self.config.workeroutput["cells"] = list(self.cells)
+        elif path := self.config.getoption("checks"):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(page(self.cells), encoding="utf-8")
 

@@ -1,5 +1,3 @@
-import warnings
-
 import pytest
 import torch
 from checks import Checks
@@ -17,11 +15,6 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def _quiet_and_seeded():
-    """Lightning's hints about workers and loggers are not what is tested; everything random starts at 0."""
+def _seeded():
+    """Everything random starts at 0."""
     torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*Consider setting `.*_every_n_steps`.*")
-        warnings.filterwarnings("ignore", message=".*`LeafSpec`.*|.*treespec.*")
-        yield

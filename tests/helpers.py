@@ -1,6 +1,10 @@
 """Small modules, data and trainers that the tests share."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -69,3 +73,13 @@ def fitted(
     loader = data if isinstance(data, DataLoader) else DataLoader(data or classes(), batch_size, shuffle=True)
     trainer.fit(module or Classifier(mlp()), loader)
     return trainer
+
+
+def run_python(*arguments: object) -> None:
+    """Another interpreter that finds the package and these helpers, with as many threads as here: sums depend on it."""
+    tests = Path(__file__).parent
+    paths = [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader
 
 from lightning_source import SourceCallback, SourceScorer
-from lightning_source.recording.intervals import StepInterval
+from lightning_source.recording.manifest import Flags
 from lightning_source.recording.snapshots import assemble, snapshot_parameters
 from lightning_source.recording.store import RunStore
 
@@ -84,9 +84,9 @@ class Record:
 def run_of(tmp_path):
     """The run directory; opening it completes a run that was interrupted."""
     store = RunStore.open(tmp_path / "run")
-    if store.manifest["status"] == "interrupted":
-        settings = store.manifest["settings"]
-        assemble(store, settings["segments"], settings["snapshots_per_segment"])
+    if store.manifest.status == "interrupted":
+        settings = store.manifest.settings
+        assemble(store, settings.segments, settings.snapshots_per_segment)
     return store
 
 
@@ -98,10 +98,7 @@ def step_log(tmp_path, groups=1):
 
 
 def stretches(tmp_path, what="segments"):
-    return [
-        StepInterval.from_json({k: v for k, v in one.items() if k != "snapshots"})
-        for one in run_of(tmp_path).manifest[what]
-    ]
+    return getattr(run_of(tmp_path).manifest, what)
 
 
 # ---------------------------------------------------------------- the step log
@@ -378,7 +375,7 @@ def test_however_a_run_ends_it_can_be_scored(tmp_path, end):
     trainer = quiet_trainer(tmp_path, source, *(make() for make in callbacks), **options)
     with pytest.raises(raised) if raised else nullcontext():
         trainer.fit(module, DataLoader(classes(), 8, shuffle=True))
-    assert run_of(tmp_path).manifest["status"] == ("interrupted" if raised else "finished")
+    assert run_of(tmp_path).manifest.status == ("interrupted" if raised else "finished")
     check_snapshots(tmp_path, module)
     segments = stretches(tmp_path)
     assert segments[-1].last == len(module.record.parameters) == len(step_log(tmp_path)["weight"])
@@ -407,7 +404,7 @@ def test_a_step_that_broke_off_is_not_part_of_the_mean(tmp_path):
 def check_opens(path):
     """The directory opens as the run up to some step: every file whole, segments without gaps, scores finite."""
     store = RunStore.open(path)
-    for name in store.manifest["files"]:
+    for name in store.manifest.files:
         store.read(name)
     scorer = SourceScorer.from_run(path, Classifier(mlp()))
     found = [s.stretch for s in scorer.run.segments()]
@@ -480,20 +477,20 @@ def test_segments_begin_where_they_should(tmp_path, segments, steps, expected):
 @pytest.mark.parametrize(
     ("options", "tracked", "why"),
     [
-        ({}, {"net.0", "net.2"}, set()),
-        ({"include": ["net.2"]}, {"net.2"}, {"not included"}),
-        ({"include": ["*"], "exclude": ["*.2", "nothing"]}, {"net.0"}, {"excluded"}),
+        ({}, ["net.0", "net.2"], []),
+        ({"include": ["net.2"]}, ["net.2"], ["not included"]),
+        ({"include": ["*"], "exclude": ["*.2", "nothing"]}, ["net.0"], ["excluded"]),
     ],
     ids=str,
 )
 def test_include_and_exclude(tmp_path, options, tracked, why):
     trainer = fitted(tmp_path, **options)
-    coverage = run_of(tmp_path).manifest["stages"][0]["coverage"]
-    assert {block["module"] for block in coverage["blocks"]} == tracked
-    assert {reason for _, _, reason in coverage["left_out"]} == why
+    coverage = run_of(tmp_path).manifest.stages[0].coverage
+    assert [block.module for block in coverage.blocks] == tracked
+    assert {reason for _, _, reason in coverage.left_out} == set(why)
     sizes = {"net.0": 35, "net.2": 18}
-    assert coverage["share"] == pytest.approx(sum(sizes[name] for name in tracked) / 53)
-    assert trainer.attribute(QUERY).metadata["coverage"] == coverage["share"]
+    assert coverage.share == pytest.approx(sum(sizes[name] for name in tracked) / 53)
+    assert trainer.attribute(QUERY).metadata["coverage"] == coverage.share
 
 
 def test_curvatures_differ_in_what_they_keep(tmp_path):
@@ -529,7 +526,7 @@ def test_factor_examples_limits_the_factor_passes(tmp_path, limit, expected):
 
 def test_the_coverage_is_said_once(tmp_path, monkeypatch):
     lines = []
-    monkeypatch.setattr("lightning_source.callback.rank_zero_info", lines.append)
+    monkeypatch.setattr("lightning_source.recording.session.rank_zero_info", lines.append)
     fitted(tmp_path, exclude=["net.2"])
     (line,) = lines
     assert "1 blocks, 66.04% of 53" in line
@@ -556,7 +553,7 @@ def test_the_state_in_a_checkpoint_is_small_and_plain(tmp_path):
     assert SourceCallback().state_dict() == {}
     state = fitted(tmp_path, segments=3).callbacks[0].state_dict()
     assert state["steps"] == 6
-    assert state["run_id"] == run_of(tmp_path).manifest["run_id"]
+    assert state["run_id"] == run_of(tmp_path).manifest.run_id
     assert primitive(state)
     assert len(pickle.dumps(state)) < 4096
     SourceCallback().load_state_dict(state)
@@ -568,7 +565,7 @@ def test_a_resumed_run_records_what_follows(tmp_path):
     trainer = quiet_trainer(tmp_path, source, max_epochs=4)
     with pytest.warns(UserWarning, match="resumes at step 6"):
         trainer.fit(Classifier(mlp()), DataLoader(classes(), 8, shuffle=True), ckpt_path=tmp_path / "old.ckpt")
-    assert run_of(tmp_path / "new").manifest["flags"] == {"history_incomplete": True}
+    assert run_of(tmp_path / "new").manifest.flags == Flags(history_incomplete=True)
     assert stretches(tmp_path / "new")[-1].last == 6
     assert trainer.attribute(QUERY).values.abs().max() > 0
 

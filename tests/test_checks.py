@@ -62,16 +62,7 @@ def run(tmp_path, text):
     path = tmp_path / f"test_{tmp_path.name}.py"
     path.write_text(text)
     own = Path(__file__).parent
-    arguments = [
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--import-mode=importlib",
-        "--rootdir",
-        tmp_path,
-        "-c",
-        own.parent / "pyproject.toml",
-    ]
+    arguments = ["-q", "-n", "0", "-p", "no:cacheprovider", "--rootdir", tmp_path, "-c", own.parent / "pyproject.toml"]
     options = ["--confcutdir", own, "--checks", tmp_path / "page.md", path]
     return pytest.main([*map(str, [*arguments, *options])], plugins=[conftest])
 

@@ -1,9 +1,8 @@
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import Classifier, classes, fitted, mlp
+from helpers import Classifier, classes, fitted, mlp, run_python
 
 from lightning_source import InfluenceScores, SourceScorer, attribute
 from lightning_source.capture.data import Examples
@@ -19,33 +18,48 @@ def close(a, b, rtol=1e-5):
 METHODS = ["source", "fast-source", "influence", "tracin", "grad-dot", "grad-cos"]
 
 
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A run of two segments that tests ask and leave as it is."""
+    torch.manual_seed(0)
+    return fitted(tmp_path_factory.mktemp("recorded"), segments=2, snapshots_per_segment=2)
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_scores_do_not_depend_on_the_batch_size(tmp_path, method):
-    trainer = fitted(tmp_path, segments=2, snapshots_per_segment=2)
-    one = trainer.attribute(QUERY, method=method, batch_size=1).values
-    many = trainer.attribute(QUERY, method=method, batch_size=64).values
+def test_scores_do_not_depend_on_the_batch_size(recorded, method):
+    one = recorded.attribute(QUERY, method=method, batch_size=1).values
+    many = recorded.attribute(QUERY, method=method, batch_size=64).values
     assert one.shape == (4, 24)
     assert one.abs().max() > 0
     close(one, many)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_another_process_gives_bit_equal_scores(tmp_path, method):
-    trainer = fitted(tmp_path, segments=2, snapshots_per_segment=2)
-    here = trainer.attribute(QUERY, method=method)
-    code = f"""
-import sys; sys.path.insert(0, {str(__file__).rsplit("/", 1)[0]!r})
+ELSEWHERE = """
+import sys
 import torch
-from helpers import *
-from test_scorer import QUERY
+from helpers import Classifier, classes, mlp
 from lightning_source import SourceScorer
+folder, *methods = sys.argv[1:]
 torch.manual_seed(7)
-torch.set_num_threads(1)  # as here: the order of sums depends on it
-scorer = SourceScorer.from_run({str(tmp_path / "run")!r}, Classifier(mlp()))
-scorer.score(QUERY, classes(), method={method!r}).save({str(tmp_path / "there.safetensors")!r})
+torch.set_num_threads(1)
+scorer = SourceScorer.from_run(f"{folder}/run", Classifier(mlp()))
+query = [x[:4] for x in classes(8, seed=2).tensors]
+for method in methods:
+    scorer.score(query, classes(), method=method).save(f"{folder}/{method}.safetensors")
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
-    there = InfluenceScores.load(tmp_path / "there.safetensors")
+
+
+@pytest.fixture(scope="module")
+def elsewhere(recorded):
+    """The folder in which another process leaves the scores of each method."""
+    run_python("-c", ELSEWHERE, recorded.default_root_dir, *METHODS)
+    return Path(recorded.default_root_dir)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_process_gives_bit_equal_scores(recorded, elsewhere, method):
+    here = recorded.attribute(QUERY, method=method)
+    there = InfluenceScores.load(elsewhere / f"{method}.safetensors")
     assert torch.equal(here.values, there.values)
     assert here.metadata == there.metadata
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from torch import nn
 
-from lightning_source.layers import Block, blocks_of, form_of
-from lightning_source.layers.embedding import tied_block
+from lightning_source.layers import Block, blocks_of
 from lightning_source.layers.free import free_block
+from lightning_source.layers.functional import tied_block
 from lightning_source.names import clean_name, parameter_names
 
 
@@ -58,7 +57,7 @@ class Coverage:
         kept = tuple(block for block in self.blocks if block.name not in reasons)
         return Coverage(kept, (*self.left_out, *left), self.trainable)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """As a dictionary for the manifest."""
         return {
             "share": self.share,
@@ -66,14 +65,6 @@ class Coverage:
             "blocks": [asdict(block) for block in self.blocks],
             "left_out": [list(item) for item in self.left_out],
         }
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Coverage:
-        """The inverse of :meth:`to_json`."""
-        blocks = tuple(
-            Block(**(b | {"shape": tuple(b["shape"]), "sizes": tuple(b["sizes"])})) for b in values["blocks"]
-        )
-        return cls(blocks, tuple((n, s, r) for n, s, r in values["left_out"]), values["trainable"])
 
 
 def find_blocks(
@@ -107,14 +98,14 @@ def find_blocks(
             reasons |= dict.fromkeys(own, reason)
             continue
         tied = {key for key in own if len(owners[key]) > 1}
-        found = [] if form_of(child) is None else blocks_of(name, child, _only(own.keys() - tied, group_of))
-        held = {parameter for block in found for parameter in block.parameters}
-        blocks += found
+        formed = blocks_of(name, child, _only(own.keys() - tied, group_of))
+        held = {parameter for block in formed for parameter in block.parameters}
+        blocks += formed
         for key, parameter in own.items():
             if names[key] in held:
                 continue
             if key in tied:
-                block = tied_block(names[key], clean_name(name), owners[key], group_of[key])
+                block = tied_block(names[key], clean_name(name), parameter, owners[key], group_of[key])
                 reason = "weights tied between modules"
             else:
                 block = free_block(names[key], clean_name(name), parameter, group_of[key])

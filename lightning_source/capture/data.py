@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -16,16 +17,29 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 
 from lightning_source.capture.isolation import isolated_rng
 
-Batch = tuple[Tensor, Any]  # ids of the batch's examples, and what training_step takes
+Batch = object  # what the user's training_step takes
+NumberedBatch = tuple[Tensor, Batch]  # with the ids of its examples
+
+
+class MapDataset(Protocol):
+    """A dataset that holds its examples in a fixed order; a list is one."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def __getitem__(self, index: int, /) -> object:
+        """The example at a position."""
+        ...
 
 
 @dataclass(frozen=True)
 class Examples:
     """A map-style dataset and how to make batches of it. An example's id is its position in the dataset."""
 
-    dataset: Any
+    dataset: MapDataset
     batch_size: int
-    collate: Callable[[list[Any]], Any] = default_collate
+    collate: Callable[[list[Any]], Batch] = default_collate
     workers: int = 0
 
     def __len__(self) -> int:
@@ -36,15 +50,18 @@ class Examples:
         if len(self) <= limit:
             return [self]
         pieces = [range(start, min(len(self), start + limit)) for start in range(0, len(self), limit)]
-        return [replace(self, dataset=Subset(self.dataset, piece)) for piece in pieces]
+        return [replace(self, dataset=self._subset(piece)) for piece in pieces]
 
-    def batches(self, ids: Sequence[int] | Tensor | None = None) -> Iterator[Batch]:
+    def _subset(self, ids: Sequence[int]) -> Subset[object]:
+        return Subset(cast("Dataset[object]", self.dataset), ids)
+
+    def batches(self, ids: Sequence[int] | Tensor | None = None) -> Iterator[NumberedBatch]:
         """Batches of the given examples (all by default), in the given order, none left out."""
         order = torch.arange(len(self)) if ids is None else torch.as_tensor(ids)
         if not len(order):  # more ranks than batches
             return
         loader = DataLoader(
-            self.dataset if ids is None else Subset(self.dataset, order.tolist()),
+            cast("Dataset[object]", self.dataset) if ids is None else self._subset(order.tolist()),
             batch_size=self.batch_size,
             shuffle=False,
             collate_fn=self.collate,
@@ -58,7 +75,7 @@ class Examples:
 class GivenBatches:
     """Batches as the user gave them; ids count their examples in order."""
 
-    given: Sequence[Any]
+    given: Sequence[Batch]
 
     def __len__(self) -> int:
         return sum(map(count_examples, self.given))
@@ -67,7 +84,7 @@ class GivenBatches:
         """In pieces of at most ``limit`` examples where the given batches allow it."""
         return [GivenBatches([batch]) for batch in self.given] if len(self) > limit else [self]
 
-    def batches(self, ids: Sequence[int] | Tensor | None = None) -> Iterator[Batch]:
+    def batches(self, ids: Sequence[int] | Tensor | None = None) -> Iterator[NumberedBatch]:
         """The batches, empty ones left out; some of their examples cannot be chosen."""
         assert ids is None
         start = 0
@@ -77,7 +94,7 @@ class GivenBatches:
             start += size
 
 
-def examples_of(data: Any, batch_size: int | None = None, like: Examples | None = None) -> Examples:
+def examples_of(data: object, batch_size: int | None = None, like: Examples | None = None) -> Examples:
     """A ``Dataset`` or ``DataLoader`` as :class:`Examples`.
 
     Args:
@@ -107,7 +124,7 @@ def loader_batch_size(loader: DataLoader) -> int:
     """Examples that a pass takes at once: the loader's or its batch sampler's ``batch_size``, if they have one."""
     if loader.batch_size is not None:
         return loader.batch_size
-    sampler: Any = loader.batch_sampler
+    sampler = loader.batch_sampler
     if sampler is None:
         raise MisconfigurationException(
             "the training DataLoader has `batch_size=None` (its dataset yields whole batches), so examples have no ids."
@@ -116,15 +133,12 @@ def loader_batch_size(loader: DataLoader) -> int:
     return int(getattr(sampler, "batch_size", None) or 32)  # to look at a batch would advance the sampler
 
 
-def query_of(query: Any, like: Examples | None, batch_size: int | None = None) -> Examples | GivenBatches:
+def query_of(query: object, like: Examples | None, batch_size: int | None = None) -> Examples | GivenBatches:
     """One batch, a ``Dataset`` or a ``DataLoader`` of queries; a loader over a map-style dataset is not shuffled."""
     if isinstance(query, DataLoader) and isinstance(query.dataset, IterableDataset):
         with isolated_rng(0):  # an iterator draws its base seed, and the dataset what it likes
             examples: Examples | GivenBatches = GivenBatches(list(query))
     elif isinstance(query, (DataLoader, Dataset)):
-        dataset: Any = query.dataset if isinstance(query, DataLoader) else query
-        if len(dataset) == 0:
-            raise MisconfigurationException("the query is empty: there is nothing to attribute.")
         examples = examples_of(query, batch_size, like)
     else:
         examples = GivenBatches([query])
@@ -133,18 +147,18 @@ def query_of(query: Any, like: Examples | None, batch_size: int | None = None) -
     return examples
 
 
-def count_examples(batch: Any) -> int:
+def count_examples(batch: Batch) -> int:
     """Number of examples in a batch: the first tensor's length, as Lightning infers it."""
     tensors: list[Tensor] = []
     apply_to_collection(batch, Tensor, tensors.append)
     if tensors:
-        return extract_batch_size(batch)
+        return extract_batch_size(cast(Any, batch))
     raise MisconfigurationException(
         f"a batch of type `{type(batch).__name__}` holds no tensor to count its examples by."
     )
 
 
-def to_module(batch: Any, module: Any, hooks: Any = None) -> Any:
+def to_module(batch: Batch, module: LightningModule, hooks: LightningDataModule | None = None) -> Batch:
     """Through the user's three batch-transfer hooks onto the module's device.
 
     Args:
@@ -164,8 +178,8 @@ def to_module(batch: Any, module: Any, hooks: Any = None) -> Any:
     dtype = next((p.dtype for p in module.parameters()), torch.float32)
     if dtype == torch.float32:
         return batch
-    return apply_to_collection(batch, Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x)
+    return apply_to_collection(batch, Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
-def _overrides(instance: Any, name: str) -> bool:
+def _overrides(instance: object, name: str) -> bool:
     return getattr(type(instance), name, None) is not getattr(DataHooks, name)

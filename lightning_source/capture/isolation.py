@@ -17,15 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from lightning.fabric.strategies import ParallelStrategy as FabricParallelStrategy
 from lightning.fabric.utilities.apply_func import convert_to_tensors
 from lightning.pytorch import LightningModule
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+
+from lightning_source._trainer import gathers, silent_loggers
 
 # A plain tensor attribute up to this many scalars (a running statistic) is kept by value, a larger one by reference,
 # and so is everything after this many scalars and items in all (a data set that the module holds).
@@ -87,20 +85,15 @@ def _silent_log(module: nn.Module) -> Iterator[None]:
     """``self.log`` inside a hook of ours would raise, or add a metric under our hook's name; loggers take nothing."""
     names = [name for name in ("log", "log_dict") if hasattr(module, name)]
     previous = {name: module.__dict__[name] for name in names if name in module.__dict__}
-    trainer: Any = getattr(module, "_trainer", None)
-    loggers = trainer.loggers if trainer is not None else []
     try:
         for name in names:
             module.__dict__[name] = lambda *args, **kwargs: None
-        if loggers:
-            trainer.loggers = [DummyLogger() for _ in loggers]
-        yield
+        with silent_loggers(module):
+            yield
     finally:
         for name in names:
             del module.__dict__[name]
         module.__dict__.update(previous)
-        if loggers:
-            trainer.loggers = loggers
 
 
 @contextmanager
@@ -119,7 +112,7 @@ def _gathering_alone(module: nn.Module) -> Iterator[None]:
             return (values if sync_grads else values.detach()).unsqueeze(0)
 
         data = convert_to_tensors(data, device=module.device)
-        return apply_to_collection(data, Tensor, gather) if _gathers(module) else data
+        return apply_to_collection(data, Tensor, gather) if gathers(module) else data
 
     previous = {name: value for name, value in vars(module).items() if name == "all_gather"}
     try:
@@ -128,13 +121,6 @@ def _gathering_alone(module: nn.Module) -> Iterator[None]:
     finally:
         del vars(module)["all_gather"]
         vars(module).update(previous)
-
-
-def _gathers(module: LightningModule) -> bool:
-    """Whether Lightning would gather from processes, even if there is only one, and so add a dimension."""
-    owner: Any = module.fabric if module.fabric is not None else getattr(module, "_trainer", None)
-    parallel = isinstance(getattr(owner, "strategy", None), (ParallelStrategy, FabricParallelStrategy))
-    return parallel and dist.is_available() and dist.is_initialized()
 
 
 @contextmanager
@@ -175,7 +161,7 @@ def _attributes_kept(module: nn.Module) -> Iterator[None]:
         kept.restore()
 
 
-def _is_record(value: Any) -> bool:
+def _is_record(value: object) -> bool:
     """A user's meter or history. Anything with parts of other kinds (a client, a lock) is not ours to turn back."""
     own = getattr(value, "__dict__", None)
     kinds = (*_NUMBERS, *_CONTAINERS, Tensor, np.ndarray)
@@ -220,12 +206,14 @@ class _Values:
         self.tensor = tensor
         self.saved = saved
         self.written = False  # was found to have others, at least once
-        self.version = _version(tensor)
+        self.version = _version(tensor)  # torch's count of in-place writes
 
     def suspected(self) -> bool:
+        """Whether it may have been written since it was restored."""
         return self.written or self.version is None or self.version != _version(self.tensor)
 
     def restore(self) -> None:
+        """Copy the values back where they differ."""
         saved = self.saved.to(self.tensor)
         if not torch.equal(self.tensor, saved):
             self.written, self.saved = True, saved
@@ -242,10 +230,10 @@ class _SavedState:
     """The mutable objects that can be reached from some, each with its contents."""
 
     def __init__(self) -> None:
-        self.contents: list[Callable[[], Any]] = []
-        self.generators: list[Callable[[], Any]] = []
+        self.contents: list[Callable[[], object]] = []
+        self.generators: list[Callable[[], object]] = []
         self.tensors: list[_Values] = []
-        self.seen: dict[int, Any] = {}  # objects by id; held, so that no id is used twice
+        self.seen: dict[int, object] = {}  # objects by id; held, so that no id is used twice
         self.left = _MOST
 
     def restore(self) -> None:
@@ -254,7 +242,7 @@ class _SavedState:
         for tensor in self.tensors:
             tensor.restore()
 
-    def add(self, value: Any) -> None:
+    def add(self, value: object) -> None:
         """Keep an object's contents and, in turn, what they refer to."""
         if isinstance(value, _NUMBERS) or id(value) in self.seen or self.left <= 0:
             return
@@ -281,7 +269,7 @@ class _SavedState:
         elif _is_record(value):
             self._keep_attributes(value, list(vars(value)))
 
-    def _keep_attributes(self, owner: Any, names: list[str]) -> None:
+    def _keep_attributes(self, owner: object, names: list[str]) -> None:
         saved = {name: vars(owner)[name] for name in names}
 
         def restore() -> None:
@@ -306,7 +294,7 @@ class _SavedState:
             if buffer is not None:  # of any size
                 self._keep_values(buffer)
 
-    def _keep_values(self, values: Any) -> None:
+    def _keep_values(self, values: Tensor | np.ndarray) -> None:
         if isinstance(values, Tensor):
             self.tensors.append(_Values(values, values.detach().clone()))
         else:

@@ -11,32 +11,31 @@ keeps the same of the calls of ``F.linear`` and ``F.embedding`` that take them.
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from lightning_source.capture.masked_rows import by_owner, owners_of
+from lightning_source.curvature.batched_autograd import batched_gradients
 from lightning_source.curvature.block_gradients import BlockGradients
 from lightning_source.layers import Block, Call, captured_vectors
-from lightning_source.layers.local import Use, tensors_of
 from lightning_source.names import named_modules, named_parameters
 
+ForwardHook = Callable[[nn.Module, tuple[object, ...], dict[str, object], object], object]
 # Examples whose own backwards run at once where a parameter has no form.
 EXAMPLES_AT_ONCE = 16
 _UNKNOWN = torch.empty(0)  # stands for the gradient until the backward has run
 
 
-class _Seen(NamedTuple):
+class _Use(NamedTuple):
     call: Call  # its gradient is not known yet
     edge: GradientEdge
     examples: int | None  # attention works on [T, N, ...] and rows [T · N, ...]: N
@@ -51,18 +50,21 @@ class GradientCapture:
         self.module = module
         by_name = named_modules(module)
         self._modules = {block.module: by_name[block.module] for block in blocks}
-        self._hooked = {self.key(block): block for block in blocks if not block.functional and not block.free}
+        self._hooked = {
+            self.key(block): block for block in blocks if not block.layer_form.functional and not block.free
+        }
         self._parameters = named_parameters(module)
-        self._calls: dict[str, list[_Seen]] = defaultdict(list)  # by key
+        self._calls: dict[str, list[_Use]] = defaultdict(list)  # by key
         self._examples = 1  # in the batch
-        self._clear: set[Any] = set()  # nodes of the graph behind which no mask picks rows
+        self._clear: set[Node] = set()  # nodes of the graph behind which no mask picks rows
         self.without_gradient: set[str] = set()  # keys of what ran with gradients off, at least once
         self.half: set[str] = set()  # keys of what has outputs in half precision
 
     @staticmethod
     def key(block: Block) -> str:
         """What a block's uses are kept under: its module, or its parameter where that is looked at by itself."""
-        return block.parameters[0] if block.functional or block.local else block.module
+        form = block.layer_form
+        return block.parameters[0] if form.functional or form.local else block.module
 
     @contextmanager
     def listening(self, examples: int) -> Iterator[GradientCapture]:
@@ -70,7 +72,8 @@ class GradientCapture:
         self._calls.clear()
         self._clear = set()
         self._examples = examples
-        names = {id(self._parameters[n]): n for block in self.blocks if block.functional for n in block.parameters}
+        functional = [block for block in self.blocks if block.layer_form.functional]
+        names = {id(self._parameters[name]): name for block in functional for name in block.parameters}
         with ExitStack() as stack:
             for block in self._hooked.values():
                 hook = self._modules[block.module].register_forward_hook(self._hook(block, examples), with_kwargs=True)
@@ -82,20 +85,19 @@ class GradientCapture:
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             yield self
 
-    def _hook(self, block: Block, examples: int) -> Any:
-        key = self.key(block)
+    def _hook(self, block: Block, examples: int) -> ForwardHook:
+        key, form = self.key(block), block.layer_form
 
-        def remember(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if block.local:
-                held, named = apply_to_collection((args, kwargs), Tensor, Tensor.detach)
-                for index, one in enumerate(tensors_of(output)):
-                    self.keep(key, one, Call(Use(layer, held, named, index), _UNKNOWN))
-            elif isinstance(output, Tensor):
-                inputs = block.keep(args, kwargs)
-                if block.repeats:
-                    output = block.repeat(output, examples)
-                    inputs = inputs.expand(output.shape[:-1])
-                self.keep(key, output, Call(inputs, _UNKNOWN))
+        def remember(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
+            outputs = form.outputs(output)
+            if not outputs:
+                return output
+            inputs = form.keep(layer, args, kwargs)
+            if form.repeats:
+                inputs, output = form.repeat(inputs, outputs[0], examples, block.layout)
+                outputs = [output]
+            for index, tensor in enumerate(outputs):
+                self.keep(key, tensor, Call(inputs, _UNKNOWN, output=index))
             return output
 
         return remember
@@ -106,7 +108,7 @@ class GradientCapture:
             self.half.add(key)
         if output.requires_grad:
             owners = owners_of(output, self._examples, self._clear) if output.dim() == 2 and examples is None else None
-            self._calls[key].append(_Seen(call, get_gradient_edge(output), examples, owners))
+            self._calls[key].append(_Use(call, get_gradient_edge(output), examples, owners))
         else:
             self.without_gradient.add(key)
 
@@ -137,22 +139,25 @@ class GradientCapture:
         if not target.requires_grad:
             return {}
         result = self._free(target if each is None else each, examples, refused)
-        seen = [one for calls in self._calls.values() for one in calls]
-        edges = [one.edge for one in seen]
-        found = torch.autograd.grad(target.sum(), edges, retain_graph=retain_graph, allow_unused=True) if edges else ()
-        gradients = dict(zip(map(id, seen), found, strict=True))
+        uses = [use for calls in self._calls.values() for use in calls]
+        edges = [use.edge for use in uses]
+        outputs = (
+            torch.autograd.grad(target.sum(), edges, retain_graph=retain_graph, allow_unused=True) if edges else ()
+        )
+        gradients = dict(zip(map(id, uses), outputs, strict=True))
         for block in self.blocks:
-            calls_of = self._calls.get(self.key(block), ())
-            used = [(one, g) for one in calls_of if (g := gradients[id(one)]) is not None]
-            if used and not block.free:
+            own = [(use, gradients[id(use)]) for use in self._calls.get(self.key(block), ())]
+            reached = [(use, gradient) for use, gradient in own if gradient is not None]
+            if reached and not block.free:
                 try:
-                    calls = [_by_example(one, g, examples) for one, g in used]
+                    calls = [_by_example(use, gradient, examples) for use, gradient in reached]
                     result[block.name] = block.capture(self._modules[block.module], calls, examples)
                 except ValueError as error:
                     _refuse(block, str(error), refused)
         return result
 
     def _free(self, target: Tensor, examples: int, refused: dict[str, str] | None) -> dict[str, BlockGradients]:
+        """The blocks that have no form, from the gradient of each entry of ``target [B]``."""
         blocks = [block for block in self.blocks if block.free]
         if not blocks:
             return {}
@@ -162,11 +167,11 @@ class GradientCapture:
             return {}
         parameters = [self._parameters[block.parameters[0]] for block in blocks]
         rows = per_example_gradients(target.reshape(examples), parameters)
-        found = {}
-        for block, gradients in zip(blocks, rows, strict=True):
-            if gradients is not None:
-                found[block.name] = captured_vectors(gradients.reshape(examples, -1))
-        return found
+        return {
+            block.name: captured_vectors(gradients.reshape(examples, -1))
+            for block, gradients in zip(blocks, rows, strict=True)
+            if gradients is not None
+        }
 
 
 def _refuse(block: Block, reason: str, refused: dict[str, str] | None) -> None:
@@ -185,35 +190,27 @@ def per_example_gradients(target: Tensor, parameters: Sequence[Tensor]) -> list[
     for start in range(0, len(target), EXAMPLES_AT_ONCE):
         rows = target[start : start + EXAMPLES_AT_ONCE]
         eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-        pieces.append(_rows_of_jacobian(rows, parameters, eye))
+        pieces.append(batched_gradients([rows], parameters, [eye]))
     return [
-        None if any(x is None for x in columns) else torch.cat([x for x in columns if x is not None])
+        None if any(rows is None for rows in columns) else torch.cat([rows for rows in columns if rows is not None])
         for columns in zip(*pieces, strict=True)
     ]
 
 
-def _rows_of_jacobian(rows: Tensor, parameters: Sequence[Tensor], eye: Tensor) -> Sequence[Tensor | None]:
-    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an operation without a batching rule is slower, not wrong
-            return torch.autograd.grad(rows, parameters, eye, is_grads_batched=True, **options)
-    except RuntimeError:
-        found = [torch.autograd.grad(rows, parameters, one, **options) for one in eye]
-        return [None if any(x is None for x in xs) else torch.stack(xs) for xs in zip(*found, strict=True)]
-
-
-def _by_example(seen: _Seen, gradients: Tensor, examples: int) -> Call:
-    call = seen.call._replace(gradients=gradients)
-    if seen.owners is not None:
+def _by_example(use: _Use, gradients: Tensor, examples: int) -> Call:
+    """The call with its gradient, and with examples in the first dimension of both where it is known to differ."""
+    call = use.call._replace(gradients=gradients)
+    if use.owners is not None:
         if not isinstance(call.inputs, Tensor) or len(call.inputs) != len(gradients):
             raise ValueError("a mask picked its rows, and its input is not made of rows")
-        inputs, g = (by_owner(x, seen.owners, examples) for x in (call.inputs, gradients))
-        return call._replace(inputs=inputs, gradients=g)
-    if seen.examples is None:
+        inputs, gradients = (by_owner(rows, use.owners, examples) for rows in (call.inputs, gradients))
+        return call._replace(inputs=inputs, gradients=gradients)
+    if use.examples is None:
         return call
-    inputs, g = (x.reshape(-1, seen.examples, x.shape[-1]).transpose(0, 1) for x in (call.inputs, gradients))
-    return call._replace(inputs=inputs, gradients=g)
+    inputs, gradients = (
+        rows.reshape(-1, use.examples, rows.shape[-1]).transpose(0, 1) for rows in (call.inputs, gradients)
+    )
+    return call._replace(inputs=inputs, gradients=gradients)
 
 
 # Under a mode, attention's function hands itself to the mode instead of running. This copy of it runs, so that the mode
@@ -235,8 +232,12 @@ class _FunctionTap(TorchFunctionMode):
         self.attending: int | None = None
 
     def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        function: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if function is F.multi_head_attention_forward and self.attending is None:
             query = args[0] if args else kwargs["query"]
@@ -247,9 +248,9 @@ class _FunctionTap(TorchFunctionMode):
             finally:
                 self.attending = None
         output = function(*args, **kwargs)
-        if function is F.linear:
+        if function is F.linear and isinstance(output, Tensor):
             self._linear(output, *args, **kwargs)
-        elif function is F.embedding:
+        elif function is F.embedding and isinstance(output, Tensor):
             self._embedding(output, *args, **kwargs)
         return output
 
@@ -262,18 +263,26 @@ class _FunctionTap(TorchFunctionMode):
                 self.recording.keep(name, output, call, self.attending)
 
     def _embedding(
-        self, output: Tensor, input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+        self,
+        output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        *args: object,
+        **kwargs: object,
     ) -> None:
         owner, _ = self._find(weight)
         if owner is not None:
             padding = padding_idx if padding_idx is None or padding_idx >= 0 else len(weight) + padding_idx
             self.recording.keep(owner, output, Call(input.detach(), _UNKNOWN, "embedding", padding=padding))
 
-    def _find(self, x: Tensor) -> tuple[str | None, int]:
-        """The parameter that ``x`` is, or some rows of it are, and the first of those rows."""
-        if id(x) in self.names:
-            return self.names[id(x)], 0
-        base = x._base
-        if base is None or id(base) not in self.names or x.shape[1:] != base.shape[1:] or x.stride() != base.stride():
+    def _find(self, used: Tensor) -> tuple[str | None, int]:
+        """The parameter that was used, whole or by some rows of it, and the first of those rows."""
+        if id(used) in self.names:
+            return self.names[id(used)], 0
+        base = used._base
+        if base is None or id(base) not in self.names:
             return None, 0
-        return self.names[id(base)], (x.storage_offset() - base.storage_offset()) // base.stride(0)
+        if used.shape[1:] != base.shape[1:] or used.stride() != base.stride():
+            return None, 0
+        return self.names[id(base)], (used.storage_offset() - base.storage_offset()) // base.stride(0)

@@ -1,96 +1,29 @@
 """Torch's losses as likelihoods: per-element losses, their normaliser, and labels sampled from the model.
 
-Each entry of the registry turns one call, as the user wrote it, into a :class:`LossCall`. Sampled elements have the
-Gauss-Newton matrix of the loss as second moment of their gradients (method §4): ``curvature`` carries what a class
-weight or ``pos_weight`` multiplies it by. ``information`` is that second moment in closed form, as seen by what the
-network put into the call.
+Each reader turns one call, as the user wrote it, into a :class:`LossCall`. Sampled elements have the Gauss-Newton
+matrix of the loss as second moment of their gradients (method §4): ``curvature`` carries what a class weight or
+``pos_weight`` multiplies it by. ``information`` is that second moment in closed form, as seen by what the network put
+into the call.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ``(weights, tangents) -> products``: each tangent ``[Q, *output.shape]`` times the Fisher matrix ``E[∇ℓ ∇ℓᵀ]`` of the
-# sampled elements with respect to the outputs, each element weighted (``weights`` are shaped like ``elements``).
-Information = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
-
-
-@dataclass
-class LossCall:
-    """One recognised loss call.
-
-    ``value`` is ``elements.sum() / weights.sum()`` for ``reduction="mean"``, ``elements.sum()`` for ``"sum"``. All
-    tensors below have the shape of ``elements``.
-    """
-
-    name: str
-    reduction: str  # the user's: "mean" | "sum" | "none"
-    elements: Tensor  # the loss with reduction="none", all of the user's arguments applied
-    weights: Tensor  # what "mean" divides by, element by element; 0 where the target is ignored
-    curvature: Tensor  # Gauss-Newton matrix of an element over that of its sampled form
-    sample: Callable[[torch.Generator], Tensor]  # elements with labels drawn from the model
-    margin: Callable[[], Tensor] | None = None  # log(p / (1 - p)) of the target, if the target is a class
-    log_prob: Callable[[], Tensor] | None = None  # log-likelihood of the target
-    outputs: tuple[Tensor, ...] = ()  # what the network put in, up to a constant
-    information: Information | None = None  # of the outputs; None where it is only known by sampling
-
-    @property
-    def normalizer(self) -> Tensor:
-        """What the user's reduction divided the sum of elements by."""
-        total = self.weights.sum() if self.reduction == "mean" else self.weights.new_ones(())
-        return torch.where(total == 0, 1.0, total)  # a batch of ignored targets only
-
-    @property
-    def value(self) -> Tensor:
-        """What the user's call returns."""
-        return self.elements if self.reduction == "none" else self.elements.sum() / self.normalizer
-
-
-Reader = Callable[[dict[str, Any]], LossCall | None]
-_READERS: dict[Callable[..., Any], tuple[inspect.Signature, Reader]] = {}
-
-
-def register_loss(function: Callable[..., Any]) -> Callable[[Reader], Reader]:
-    """Decorator: the decorated function reads calls of ``function``, given its bound arguments."""
-
-    def enter(reader: Reader) -> Reader:
-        _READERS[function] = (inspect.signature(function), reader)
-        return reader
-
-    return enter
-
-
-def read_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossCall | None:
-    """The call as a :class:`LossCall`; ``None`` if it is not one of a loss that is known here as a likelihood."""
-    if function not in _READERS:
-        return None
-    signature, reader = _READERS[function]
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    arguments = bound.arguments
-    if arguments.get("size_average") is not None or arguments.get("reduce") is not None:
-        mean, reduce = arguments["size_average"], arguments["reduce"]
-        arguments["reduction"] = "none" if reduce is False else "sum" if mean is False else "mean"
-    return reader(arguments)
-
-
-def unreduced(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The elements of a call that :func:`read_call` may know, without looking at values: for use under ``vmap``."""
-    if function not in _READERS:
-        return None
-    bound = _READERS[function][0].bind(*args, **kwargs)
-    arguments = bound.arguments | {"reduction": "none"}
-    return function(**{k: v for k, v in arguments.items() if k not in ("size_average", "reduce")})
+from lightning_source.capture.loss_calls import Information as Information
+from lightning_source.capture.loss_calls import LossArguments, diagonal
+from lightning_source.capture.loss_calls import LossCall as LossCall
+from lightning_source.capture.loss_calls import read_call as read_call
+from lightning_source.capture.loss_calls import register_loss as register_loss
+from lightning_source.capture.loss_calls import unreduced as unreduced
 
 
 @register_loss(F.cross_entropy)
-def _cross_entropy(call: dict[str, Any]) -> LossCall:
+def _cross_entropy(call: LossArguments) -> LossCall:
     logits, target, weight, smoothing = call["input"], call["target"], call["weight"], call["label_smoothing"]
     elements = F.cross_entropy(
         logits, target, weight=weight, ignore_index=call["ignore_index"], reduction="none", label_smoothing=smoothing
@@ -115,7 +48,7 @@ def _cross_entropy(call: dict[str, Any]) -> LossCall:
 
 
 @register_loss(F.nll_loss)
-def _nll_loss(call: dict[str, Any]) -> LossCall:
+def _nll_loss(call: LossArguments) -> LossCall:
     target, weight, ignored = call["target"], call["weight"], call["ignore_index"]
     elements = F.nll_loss(call["input"], target, weight=weight, ignore_index=ignored, reduction="none")
     rows = call["input"].movedim(1, -1) if call["input"].dim() > 1 else call["input"]
@@ -133,7 +66,7 @@ def _targets(target: Tensor, ignored: int, weight: Tensor | None, elements: Tens
 
 def _categorical(
     name: str,
-    call: dict[str, Any],
+    call: LossArguments,
     elements: Tensor,
     log_probs: Callable[[], Tensor],
     hard: Tensor | None,
@@ -141,6 +74,19 @@ def _categorical(
     curvature: Tensor,
     product: Callable[[Tensor, Tensor, int], Tensor],
 ) -> LossCall:
+    """A loss of classes.
+
+    Args:
+        name: the function's.
+        call: its arguments.
+        elements: the loss of each row.
+        log_probs: the model's log-probabilities, ``[*elements.shape, C]``.
+        hard: the target classes, shaped like ``elements``; ``None`` where targets are distributions.
+        weights: what a mean divides by, shaped like ``elements``.
+        curvature: as in :class:`LossCall`.
+        product: ``(probabilities, tangents, dimension of classes in tangents)`` to the Fisher matrix times tangents.
+    """
+
     def pick(rows: Tensor, index: Tensor) -> Tensor:
         return rows.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
@@ -165,16 +111,16 @@ def _categorical(
 
     known = hard is not None
     return LossCall(
-        name,
-        call["reduction"],
-        elements,
-        weights.detach(),
-        curvature.detach(),
-        sample,
-        margin if known else None,
-        log_prob if known else None,
-        (call["input"],),
-        information,
+        name=name,
+        reduction=call["reduction"],
+        elements=elements,
+        weights=weights.detach(),
+        curvature=curvature.detach(),
+        sample=sample,
+        margin=margin if known else None,
+        log_prob=log_prob if known else None,
+        outputs=(call["input"],),
+        information=information,
     )
 
 
@@ -189,13 +135,8 @@ def _of_log_probs(probabilities: Tensor, tangents: Tensor, classes: int) -> Tens
     return probabilities * tangents
 
 
-def diagonal(information: Tensor | float) -> Information:
-    """Of one output that has its own information for each element."""
-    return lambda weights, tangents: [weights * information * tangents[0]]
-
-
 @register_loss(F.binary_cross_entropy_with_logits)
-def _binary_with_logits(call: dict[str, Any]) -> LossCall:
+def _binary_with_logits(call: LossArguments) -> LossCall:
     logits, target, weight, positive = call["input"], call["target"], call["weight"], call["pos_weight"]
     elements = F.binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="none", pos_weight=positive)
     curvature = torch.ones_like(elements) if positive is None else 1 + (positive - 1) * target
@@ -214,7 +155,7 @@ def _binary_with_logits(call: dict[str, Any]) -> LossCall:
 
 
 @register_loss(F.binary_cross_entropy)
-def _binary_cross_entropy(call: dict[str, Any]) -> LossCall:
+def _binary_cross_entropy(call: LossArguments) -> LossCall:
     probability, target, weight = call["input"], call["target"], call["weight"]
     elements = F.binary_cross_entropy(probability, target, weight=weight, reduction="none")
     ones = torch.ones_like(elements)
@@ -233,7 +174,7 @@ def _binary_cross_entropy(call: dict[str, Any]) -> LossCall:
 
 def _binary(
     name: str,
-    call: dict[str, Any],
+    call: LossArguments,
     elements: Tensor,
     probability: Tensor,
     curvature: Tensor,
@@ -242,21 +183,35 @@ def _binary(
     target: Tensor,
     information: Callable[[Tensor], Tensor],
 ) -> LossCall:
+    """A loss of labels 0 and 1.
+
+    Args:
+        name: the function's.
+        call: its arguments.
+        elements: the loss of each label; all tensors below have its shape.
+        probability: the model's, of label 1.
+        curvature: as in :class:`LossCall`.
+        loss: the unweighted loss of given labels.
+        margin: logit of the target's probability.
+        target: the labels, which may lie between 0 and 1.
+        information: the Fisher information of the call's ``input``, from the probability.
+    """
+
     def sample(generator: torch.Generator) -> Tensor:
         return loss(torch.bernoulli(probability, generator=generator))
 
     hard = bool(((target == 0) | (target == 1)).all())
     return LossCall(
-        name,
-        call["reduction"],
-        elements,
-        torch.ones_like(elements).detach(),
-        curvature.detach(),
-        sample,
-        margin if hard else None,
-        (lambda: -loss(target)) if hard else None,
-        (call["input"],),
-        diagonal(information(probability)),
+        name=name,
+        reduction=call["reduction"],
+        elements=elements,
+        weights=torch.ones_like(elements).detach(),
+        curvature=curvature.detach(),
+        sample=sample,
+        margin=margin if hard else None,
+        log_prob=(lambda: -loss(target)) if hard else None,
+        outputs=(call["input"],),
+        information=diagonal(information(probability)),
     )
 
 
@@ -265,19 +220,19 @@ def _binary(
 
 
 @register_loss(F.mse_loss)
-def _mse_loss(call: dict[str, Any]) -> LossCall:
+def _mse_loss(call: LossArguments) -> LossCall:
     """Normal with variance 1/2: the Fisher is the Gauss-Newton matrix, 2."""
     return _residual("mse_loss", call, F.mse_loss(call["input"], call["target"], reduction="none"), 2.0)
 
 
 @register_loss(F.l1_loss)
-def _l1_loss(call: dict[str, Any]) -> LossCall:
+def _l1_loss(call: LossArguments) -> LossCall:
     """Laplace with scale 1. The second derivative is 0 but at the target; the squared score, a sign's, is 1."""
     return _residual("l1_loss", call, F.l1_loss(call["input"], call["target"], reduction="none"), 1.0)
 
 
 @register_loss(F.huber_loss)
-def _huber_loss(call: dict[str, Any]) -> LossCall:
+def _huber_loss(call: LossArguments) -> LossCall:
     """Normal in the middle, Laplace in the tails; see :func:`_huber_information`."""
     elements = F.huber_loss(call["input"], call["target"], reduction="none", delta=call["delta"])
     # Other than its siblings', torch's weighted mean divides by the number of elements.
@@ -285,7 +240,7 @@ def _huber_loss(call: dict[str, Any]) -> LossCall:
 
 
 @register_loss(F.smooth_l1_loss)
-def _smooth_l1_loss(call: dict[str, Any]) -> LossCall:
+def _smooth_l1_loss(call: LossArguments) -> LossCall:
     """Huber's loss over ``beta``; the L1 loss where that is 0."""
     beta = call["beta"]
     elements = F.smooth_l1_loss(call["input"], call["target"], reduction="none", beta=beta)
@@ -303,10 +258,12 @@ def _huber_information(slope: float, threshold: float) -> float:
 
 
 def _residual(
-    name: str, call: dict[str, Any], elements: Tensor, information: float, normalized: bool = True
+    name: str, call: LossArguments, elements: Tensor, information: float, normalized: bool = True
 ) -> LossCall:
+    """A loss of residuals; ``normalized`` where its weighted mean is divided by the sum of the weights."""
     ones = torch.ones_like(elements).detach()
-    weight = ones if call.get("weight") is None else call["weight"]
+    given = call.get("weight")
+    weight = ones if given is None else given
     scale = (ones * weight).detach()
     # A weighted mean is divided by the sum of the weights as they are, before a broadcast target repeats them.
     weights = scale * (weight.numel() / max(1, ones.numel())) if normalized else ones
@@ -318,24 +275,24 @@ def _residual(
 
     plain = call["input"].shape == elements.shape and not call["target"].requires_grad
     return LossCall(
-        name,
-        call["reduction"],
-        elements * weight,
-        weights,
-        scale,
-        sample,
-        None,
-        lambda: -elements,
-        (call["input"] if plain else call["input"] - call["target"],),
-        diagonal(information),
+        name=name,
+        reduction=call["reduction"],
+        elements=elements * weight,
+        weights=weights,
+        curvature=scale,
+        sample=sample,
+        log_prob=lambda: -elements,
+        outputs=(call["input"] if plain else call["input"] - call["target"],),
+        information=diagonal(information),
     )
 
 
 @register_loss(F.gaussian_nll_loss)
-def _gaussian_nll_loss(call: dict[str, Any]) -> LossCall:
+def _gaussian_nll_loss(call: LossArguments) -> LossCall:
     """Normal, whose Fisher over mean and variance ``v`` is ``diag(1 / v, 1 / (2 v²))``; ``v`` at least ``eps``."""
-    options = {"full": call["full"], "eps": call["eps"]}
-    elements = F.gaussian_nll_loss(call["input"], call["target"], call["var"], reduction="none", **options)
+    elements = F.gaussian_nll_loss(
+        call["input"], call["target"], call["var"], full=call["full"], eps=call["eps"], reduction="none"
+    )
     residual = call["input"] - call["target"]
     var = call["var"] if isinstance(call["var"], Tensor) else torch.full_like(residual, call["var"]).detach()
     if var.shape == residual.shape[:-1]:
@@ -360,37 +317,46 @@ def _gaussian_nll_loss(call: dict[str, Any]) -> LossCall:
 
 
 @register_loss(F.poisson_nll_loss)
-def _poisson_nll_loss(call: dict[str, Any]) -> LossCall:
+def _poisson_nll_loss(call: LossArguments) -> LossCall:
     """Poisson, with Fisher ``rate`` over the logarithm of the rate and ``1 / rate`` over the rate."""
-    options = {"log_input": call["log_input"], "eps": call["eps"], "reduction": "none"}
-    elements = F.poisson_nll_loss(call["input"], call["target"], full=call["full"], **options)
+    nll = partial(F.poisson_nll_loss, log_input=call["log_input"], eps=call["eps"], reduction="none")
+    elements = nll(call["input"], call["target"], full=call["full"])
     output = call["input"].expand_as(elements)
     rate = output.detach().exp() if call["log_input"] else output.detach().clamp_min(0)
     information = rate if call["log_input"] else rate / (rate + call["eps"]).square()
 
     def sample(generator: torch.Generator) -> Tensor:
         rate = output.detach().float().exp() if call["log_input"] else output.detach().float().clamp_min(0)
-        return F.poisson_nll_loss(output, torch.poisson(rate, generator=generator).to(output.dtype), **options)
+        return nll(output, torch.poisson(rate, generator=generator).to(output.dtype))
 
     return _density("poisson_nll_loss", call, elements, sample, (output,), diagonal(information))
 
 
 def _density(
     name: str,
-    call: dict[str, Any],
+    call: LossArguments,
     elements: Tensor,
     sample: Callable[[torch.Generator], Tensor],
     outputs: tuple[Tensor, ...],
     information: Information,
 ) -> LossCall:
+    """A negative log-density of ``outputs``, unweighted."""
     ones = torch.ones_like(elements).detach()
     return LossCall(
-        name, call["reduction"], elements, ones, ones, sample, None, lambda: -elements, outputs, information
+        name=name,
+        reduction=call["reduction"],
+        elements=elements,
+        weights=ones,
+        curvature=ones,
+        sample=sample,
+        log_prob=lambda: -elements,
+        outputs=outputs,
+        information=information,
     )
 
 
 @register_loss(F.kl_div)
-def _kl_div(call: dict[str, Any]) -> LossCall | None:
+def _kl_div(call: LossArguments) -> LossCall | None:
     """Cross entropy with soft targets, less their entropy, where the last dimension holds the model's classes.
 
     That is so if ``input`` are logarithms of probabilities that sum to 1 along it and the targets are data: then a
@@ -416,12 +382,12 @@ def _kl_div(call: dict[str, Any]) -> LossCall | None:
     reduction = "mean" if batchmean else call["reduction"]
     curvature = mass.expand_as(elements).detach()
     return LossCall(
-        "kl_div",
-        reduction,
-        elements,
-        weights,
-        curvature,
-        sample,
+        name="kl_div",
+        reduction=reduction,
+        elements=elements,
+        weights=weights,
+        curvature=curvature,
+        sample=sample,
         outputs=(rows,),
         information=diagonal(rows.detach().exp()),
     )

@@ -9,9 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_source._trainer import optimizer_lists
+
+ItemT = TypeVar("ItemT")
 
 
 class ManualStep:
@@ -29,10 +35,10 @@ class ManualStep:
         optimizers: int = 1,
         schedulers: int = 0,
         attributed: int = 0,
-        groups: Sequence[Sequence[Mapping[str, Any]]] = (),
+        groups: Sequence[Sequence[Mapping[str, object]]] = (),
     ) -> None:
         self.attributed = attributed
-        known = [*groups, *([{"lr": 0.0}] for _ in range(optimizers))]
+        known: list[Sequence[Mapping[str, object]]] = [*groups, *([{"lr": 0.0}] for _ in range(optimizers))]
         self.optimizers = [InertOptimizer(self, index, known[index]) for index in range(optimizers)]
         self.schedulers = [InertScheduler() for _ in range(schedulers)]
         self.pending: list[list[Tensor]] = [[] for _ in range(optimizers)]
@@ -40,7 +46,7 @@ class ManualStep:
         self._steps: list[list[Tensor]] = []
         self._real: dict[int, int] = {}  # the Trainer's own optimizers: index by id
 
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    def backward(self, loss: Tensor, *args: object, **kwargs: object) -> None:
         """A backward adds to the gradients of every optimizer, or of the one that is toggled."""
         for index, losses in enumerate(self.pending):
             if self.toggled in (None, index):
@@ -56,12 +62,11 @@ class ManualStep:
         """Whether the attributed optimizer made a step."""
         return bool(self._steps)
 
-    def toggle(self, optimizer: Any) -> None:
-        """Only this optimizer's parameters get gradients from now on."""
-        real = self._real.get(id(optimizer))
-        self.toggled = optimizer.index if real is None else real
+    def toggle(self, optimizer: object) -> None:
+        """Only the parameters of this optimizer, ours or the Trainer's, get gradients from now on."""
+        self.toggled = optimizer.index if isinstance(optimizer, InertOptimizer) else self._real[id(optimizer)]
 
-    def untoggle(self, optimizer: Any = None) -> None:
+    def untoggle(self, optimizer: object = None) -> None:
         """All parameters get gradients again."""
         self.toggled = None
 
@@ -91,14 +96,12 @@ class ManualStep:
         }
         with ExitStack() as stack:
             stack.enter_context(_replaced(module, stand_ins))
-            trainer = getattr(module, "_trainer", None)
-            if trainer is not None:  # a step may hold on to the real ones
-                for real in (trainer.optimizers, trainer.strategy._lightning_optimizers):
-                    for inert, optimizer in zip(self.optimizers, real, strict=False):
-                        self._real[id(optimizer)] = inert.index
-                        names = ("step", "zero_grad", "toggle_model")
-                        has = {name: getattr(inert, name) for name in names if hasattr(optimizer, name)}
-                        stack.enter_context(_replaced(optimizer, has))
+            for real in optimizer_lists(module):  # a step may hold on to the real ones
+                for inert, optimizer in zip(self.optimizers, real, strict=False):
+                    self._real[id(optimizer)] = inert.index
+                    names = ("step", "zero_grad", "toggle_model")
+                    has = {name: getattr(inert, name) for name in names if hasattr(optimizer, name)}
+                    stack.enter_context(_replaced(optimizer, has))
             yield
 
 
@@ -118,18 +121,18 @@ def _replaced(owner: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
 class InertOptimizer:
     """Looks like a LightningOptimizer to a ``training_step`` and moves nothing."""
 
-    def __init__(self, owner: ManualStep, index: int, groups: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, owner: ManualStep, index: int, groups: Sequence[Mapping[str, object]]) -> None:
         self.owner = owner
         self.index = index
-        self.param_groups: list[dict[str, Any]] = [{**group, "params": []} for group in groups]
-        self.state: dict[Any, Any] = {}
+        self.param_groups: list[dict[str, object]] = [{**group, "params": []} for group in groups]
+        self.state: dict[object, object] = {}
 
     @property
     def optimizer(self) -> InertOptimizer:
         """What a LightningOptimizer wraps."""
         return self
 
-    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+    def step(self, closure: Callable[[], object] | None = None, **kwargs: object) -> object:
         """Runs the closure, if there is one, as the optimizer would."""
         value = closure() if closure is not None else None
         self.owner.step(self.index)
@@ -150,7 +153,7 @@ class InertOptimizer:
 class InertScheduler:
     """A learning rate scheduler that does nothing."""
 
-    def step(self, *args: Any, **kwargs: Any) -> None:
+    def step(self, *args: object, **kwargs: object) -> None:
         """Nothing."""
 
     def get_last_lr(self) -> list[float]:
@@ -158,11 +161,11 @@ class InertScheduler:
         return [0.0]
 
 
-def _one_or_all(items: list[Any]) -> Any:
+def _one_or_all(items: list[ItemT]) -> ItemT | list[ItemT]:
     return items[0] if len(items) == 1 else items
 
 
-def numbers_of(optimizer: Any) -> list[dict[str, Any]]:
+def numbers_of(optimizer: Optimizer | LightningOptimizer) -> list[dict[str, int | float | str | bool]]:
     """What is plain in an optimizer's parameter groups, for :class:`ManualStep` in another process."""
     return [
         {

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 # How far a walk goes. The rows' operations behind a mask are a loss, perhaps a head of a few layers.
 MAX_NODES = 64
 _PARAMETERS = {"torch::autograd::AccumulateGrad", "TBackward0"}  # where a layer's weights come in
 
 
-def owners_of(rows: Tensor, examples: int, clear: set[Any] | None = None) -> Tensor | None:
+def owners_of(rows: Tensor, examples: int, clear: set[Node] | None = None) -> Tensor | None:
     """The example that each row belongs to, ``[K]``, if the rows were picked by a mask or by index tensors.
 
     The walk goes back through operations whose outputs have as many rows, to an indexing by a boolean mask over
@@ -30,8 +31,8 @@ def owners_of(rows: Tensor, examples: int, clear: set[Any] | None = None) -> Ten
         return None
     count = len(rows)
     clear = set() if clear is None else clear
-    waiting: list[Any] = [rows.grad_fn]
-    seen: set[Any] = set()
+    waiting: list[Node] = [rows.grad_fn]
+    seen: set[Node] = set()
     while waiting and len(seen) < MAX_NODES:
         node = waiting.pop()
         name = node.name()
@@ -41,7 +42,8 @@ def owners_of(rows: Tensor, examples: int, clear: set[Any] | None = None) -> Ten
         if not outputs or not outputs[0].shape or outputs[0].shape[0] != count:
             continue
         if name == "IndexBackward0":
-            return _owners(node._saved_indices, node._saved_self_sym_sizes, count, examples)
+            indexing: Any = node  # a node of this kind holds what it was indexed by
+            return _owners(indexing._saved_indices, indexing._saved_self_sym_sizes, count, examples)
         seen.add(node)
         waiting += [parent for parent, _ in node.next_functions if parent is not None]
     clear |= seen

@@ -14,17 +14,20 @@ whole, with the empirical Fisher.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal
 from torch.overrides import TorchFunctionMode
 
+from lightning_source.capture.data import Batch
 from lightning_source.capture.layer_gradients import GradientCapture
 from lightning_source.capture.losses import Information, LossCall, read_call
 from lightning_source.capture.manual_optimization import ManualStep
@@ -36,16 +39,23 @@ Kind = Literal["mean", "sum", "examples"]
 
 
 class _LossTap(TorchFunctionMode):
+    """Keeps the calls of known losses, and gives ``manual`` the losses that are passed to ``Tensor.backward``."""
+
     def __init__(self, manual: ManualStep | None = None) -> None:
         super().__init__()
         self.calls: list[LossCall] = []
         self.manual = manual
 
     def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if function is Tensor.backward and self.manual is not None:
-            return self.manual.backward(*args)
+        self,
+        function: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        if function is Tensor.backward and self.manual is not None and isinstance(args[0], Tensor):
+            self.manual.backward(args[0])
+            return None
         call = read_call(function, args, kwargs or {})
         if call is None:
             return function(*args, **(kwargs or {}))
@@ -71,15 +81,6 @@ class ObjectiveSpec:
     origin: Literal["recognised", "hook", "whole"]
     fisher: Literal["true", "empirical"]
     calls: tuple[CallScale, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """As a dictionary for the manifest."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> ObjectiveSpec:
-        """The inverse of :meth:`to_json`."""
-        return cls(values["origin"], values["fisher"], tuple(CallScale(**call) for call in values["calls"]))
 
 
 @dataclass
@@ -179,7 +180,7 @@ class Losses:
 
         ``H = (1/N) Σ_m Σ_{j∈m} curvature_j E[∇ℓ_j ∇ℓ_jᵀ]`` over examples ``m``.
         """
-        found = []
+        curvatures = []
         for i, scale in enumerate(spec.calls):
             h = self.weights(i, scale.kind)[0] * scale.factor * self.calls[i].curvature
             if (h < 0).any():
@@ -187,8 +188,8 @@ class Losses:
                     f"`{scale.name}` enters the training loss with a negative weight: a loss that is maximised has no"
                     " positive curvature to unroll"
                 )
-            found.append(h)
-        return found
+            curvatures.append(h)
+        return curvatures
 
     def multiplier(self, spec: ObjectiveSpec) -> float:
         """``c`` in ``g(z) = c · ∇L(z)`` for an example's own loss ``L``: 1 under a mean, the batch size under a sum."""
@@ -214,7 +215,7 @@ class Losses:
             if scale.kind != "sum":
                 value = value / self.by_example(i, weights).sum(1).clamp_min(1e-12)
             total.append(scale.alone * value)
-        return _sum(iter(total))
+        return _sum(total)
 
     def of_targets(self, measurement: str) -> Tensor:
         """``[B]``: ``"margin"`` or ``"log-prob"`` of the one loss that has such targets."""
@@ -224,10 +225,10 @@ class Losses:
             if (r := call.margin if measurement == "margin" else call.log_prob)
         ]
         if len(readers) != 1:
-            found = ", ".join(f"`{call.name}`" for call in self.calls) or "none"
+            recognised = ", ".join(f"`{call.name}`" for call in self.calls) or "none"
             raise MisconfigurationException(
                 f'`measurement="{measurement}"` needs exactly one loss with such targets in `training_step`'
-                f" (recognised: {found}). HINT: pass a callable `measurement(module, batch) -> Tensor[B]`."
+                f" (recognised: {recognised}). HINT: pass a callable `measurement(module, batch) -> Tensor[B]`."
             )
         i, call, reader = readers[0]
         valid = call.weights != 0
@@ -235,7 +236,7 @@ class Losses:
         return values if measurement == "log-prob" else values / self.by_example(i, valid).sum(1).clamp_min(1)
 
 
-def _sum(terms: Any) -> Tensor:
+def _sum(terms: Iterable[Tensor]) -> Tensor:
     total = None
     for term in terms:
         total = term if total is None else total + term
@@ -257,19 +258,18 @@ class Objective:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: LightningModule,
         optimizers: int = 1,
         schedulers: int = 0,
         attributed: int = 0,
-        groups: Sequence[Any] = (),
+        groups: Sequence[Sequence[Mapping[str, object]]] = (),
         batch_idx: int = 0,
     ) -> None:
-        self.module: Any = module
+        self.module = module
         self.batch_idx = batch_idx
         self.stepped = True  # whether the attributed optimizer made a step when the module was last evaluated
         self._manual = partial(ManualStep, optimizers, schedulers, attributed, groups)
-        step: Any = module.training_step
-        parameters = inspect.signature(step).parameters
+        parameters = inspect.signature(module.training_step).parameters
         if "dataloader_iter" in parameters:
             raise ValueError("`training_step(dataloader_iter)` hides the batches, so examples cannot be attributed")
         self._takes_index = "batch_idx" in parameters or len(parameters) >= 2
@@ -280,7 +280,9 @@ class Objective:
         names = ("attribution_distribution", "attribution_losses")
         return next((name for name in names if callable(getattr(self.module, name, None))), None)
 
-    def evaluate(self, batch: Any, size: int, recording: GradientCapture | None = None, hooked: bool = True) -> Losses:
+    def evaluate(
+        self, batch: Batch, size: int, recording: GradientCapture | None = None, hooked: bool = True
+    ) -> Losses:
         """Run the user's step, or the module's hook if it has one; ``recording`` listens to the layers meanwhile.
 
         Args:
@@ -302,12 +304,12 @@ class Objective:
         calls, scales = tap.calls, []
         if calls and loss.requires_grad:
             elements = [call.elements for call in calls]
-            found = torch.autograd.grad(loss, elements, retain_graph=True, allow_unused=True)
-            used = [(call, scale) for call, scale in zip(calls, found, strict=True) if scale is not None]
+            factors = torch.autograd.grad(loss, elements, retain_graph=True, allow_unused=True)
+            used = [(call, scale) for call, scale in zip(calls, factors, strict=True) if scale is not None]
             calls, scales = [call for call, _ in used], [scale for _, scale in used]
         return Losses(loss, calls, scales, size)
 
-    def step(self, batch: Any, manual: ManualStep | None = None) -> Any:
+    def step(self, batch: Batch, manual: ManualStep | None = None) -> Any:
         """The loss that the user's ``training_step`` returns for a batch, or gives to ``manual`` where it optimizes."""
         with nullcontext() if manual is None else manual.in_place_of(self.module):
             arguments = (batch, self.batch_idx) if self._takes_index else (batch,)
@@ -317,7 +319,8 @@ class Objective:
             return manual.loss
         return output.get("loss") if isinstance(output, dict) else output
 
-    def _hooked(self, hook: str, batch: Any, tap: _LossTap) -> Tensor:
+    def _hooked(self, hook: str, batch: Batch, tap: _LossTap) -> Tensor:
+        """The mean of what the module's hook says it minimises, which stands in ``tap`` as its only call."""
         output = getattr(self.module, hook)(batch)
         tap.calls.clear()
         if hook == "attribution_losses":
@@ -348,19 +351,30 @@ def _plain_call(
     outputs: tuple[Tensor, ...] = (),
     information: Information | None = None,
 ) -> LossCall:
+    """Elements that the module gave by a hook: an unweighted mean."""
     ones = torch.ones_like(elements).detach()
-    return LossCall(name, "mean", elements, ones, ones, sample, None, log_prob, outputs, information)
+    return LossCall(
+        name=name,
+        reduction="mean",
+        elements=elements,
+        weights=ones,
+        curvature=ones,
+        sample=sample,
+        log_prob=log_prob,
+        outputs=outputs,
+        information=information,
+    )
 
 
-def _information_of(distribution: Any) -> tuple[tuple[Tensor, ...], Information | None]:
+def _information_of(distribution: Distribution) -> tuple[tuple[Tensor, ...], Information | None]:
     """What a distribution's log-probabilities depend on and their Fisher information; ``None`` if only by sampling."""
     if distribution.has_enumerate_support:
         rows = distribution.log_prob(distribution.enumerate_support())
         return (rows,), lambda weights, tangents: [weights * rows.detach().exp() * tangents[0]]
     base, events = distribution, 0
-    while isinstance(base, torch.distributions.Independent):
+    while isinstance(base, Independent):
         base, events = base.base_dist, events + base.reinterpreted_batch_ndims
-    if not isinstance(base, torch.distributions.Normal):
+    if not isinstance(base, Normal):
         return (), None
     variance = base.scale.detach().square()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -12,46 +11,43 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_source.capture.coverage import Coverage
+from lightning_source.capture.data import Batch
 from lightning_source.capture.layer_gradients import GradientCapture
 from lightning_source.capture.objective import Losses, Objective
 from lightning_source.curvature.block_gradients import BlockGradients
 from lightning_source.layers import Block
-from lightning_source.layers.free import free_block
-from lightning_source.layers.local import LocalForm
-from lightning_source.layers.positions import PositionsForm
-from lightning_source.names import named_modules, named_parameters
+from lightning_source.names import named_parameters
 
 # A layer's captured gradient must match autograd's weight gradient to this share of its norm; float32 sums in another
 # order differ by about 1e-6, a missing use of the weight by its whole contribution.
 TOLERANCE = 1e-3
-
-
 # Under autocast autograd itself rounds to 8 bits.
 HALF_TOLERANCE = 3e-2
-
 
 _NO_GRADIENT = "its output carries no gradient (reentrant checkpointing, or torch.no_grad)"
 
 
-def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: Any, size: int) -> Coverage:
+def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: Batch, size: int) -> Coverage:
     """Check every block on a real batch; blocks that do not account for their weights' gradient are left out.
 
     Two checks, so that no layout or unusual use of a weight is guessed at: the captured gradients of all examples must
     add up to autograd's weight gradient, and an example's own loss must reach only its own rows. A block that fails is
-    tried in other ways (:func:`_ways`) before it is left out.
+    tried in the other ways that its form knows (``LayerForm.attempts``) before it is left out.
 
     Raises:
         MisconfigurationException: no block is left.
     """
     passed: dict[str, Block] = {}
     failed: dict[str, str] = {}
-    waiting = {block.name: _ways(block, module) for block in coverage.blocks}
+    waiting = {block.name: block.layer_form.attempts(block, module) for block in coverage.blocks}
     while waiting:
-        blocks = [ways.pop(0) for ways in waiting.values()]
-        plain = [block for block in blocks if not block.repeats]
-        found = dict(zip(plain, _check(module, objective, plain, batch, size), strict=True)) if plain else {}
-        found |= {block: _check_repeated(module, objective, block, batch, size) for block in blocks if block.repeats}
-        for block, reason in found.items():
+        blocks = [attempts.pop(0) for attempts in waiting.values()]
+        plain = [block for block in blocks if not block.layer_form.repeats]
+        reasons = dict(zip(plain, _check(module, objective, plain, batch, size), strict=True)) if plain else {}
+        for block in blocks:
+            if block.layer_form.repeats:
+                reasons[block] = _check_repeated(module, objective, block, batch, size)
+        for block, reason in reasons.items():
             if reason is None:
                 passed[block.name] = block
             elif reason == _NO_GRADIENT:  # no other way would see more
@@ -59,7 +55,7 @@ def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: An
                 waiting[block.name].clear()
             else:
                 failed.setdefault(block.name, reason)
-        waiting = {name: ways for name, ways in waiting.items() if ways and name not in passed}
+        waiting = {name: attempts for name, attempts in waiting.items() if attempts and name not in passed}
     checked = coverage.without({name: reason for name, reason in failed.items() if name not in passed})
     checked = replace(checked, blocks=tuple(passed[block.name] for block in checked.blocks))
     unknown = _unknown_share(module, objective, checked.blocks, batch, size)
@@ -76,7 +72,7 @@ def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: An
     return checked
 
 
-def _unknown_share(module: nn.Module, objective: Objective, blocks: Sequence[Block], batch: Any, size: int) -> float:
+def _unknown_share(module: nn.Module, objective: Objective, blocks: Sequence[Block], batch: Batch, size: int) -> float:
     """Norm of the layers' output gradients that known elements do not explain, over that of all."""
     recording = GradientCapture(module, [block for block in blocks if not block.free])
     losses = objective.evaluate(batch, size, recording)
@@ -85,41 +81,16 @@ def _unknown_share(module: nn.Module, objective: Objective, blocks: Sequence[Blo
     everything = recording.captured(losses.loss, size, True, {})
     known = recording.captured(losses.recognised, size, False, {})
     total, rest = 0.0, 0.0
-    for name, one in everything.items():
-        total += float(one.gradients.square().sum())
-        rest += float((one.gradients - known[name].gradients if name in known else one.gradients).square().sum())
+    for name, captured in everything.items():
+        unexplained = captured.gradients - known[name].gradients if name in known else captured.gradients
+        total += float(captured.gradients.square().sum())
+        rest += float(unexplained.square().sum())
     return (rest / total) ** 0.5 if total else 0.0
 
 
-def _ways(block: Block, module: nn.Module) -> list[Block]:
-    """The ways to capture a block, in the order in which they are tried.
-
-    Sequences may come before examples, a linear layer's or an embedding's weight may be used by functions as well as
-    by its forward, and an embedding of positions has no rows of single examples. Where there is no form, to run the
-    parameter's own module again is cheaper than to go backward through the network, unless it is most of the network.
-    """
-    if block.free:
-        owner = named_modules(module)[block.module]
-        if 2 * sum(p.numel() for p in owner.parameters()) > sum(p.numel() for p in module.parameters()):
-            return [block]
-        local = replace(block, form=LocalForm.__name__)
-        return [local, replace(local, layout=1), block]
-    found = [block, replace(block, layout=1)]
-    if block.weight is not None and block.form in ("LinearForm", "EmbeddingForm"):
-        _, first, second = block.shape
-        shape = (1, second, first) if block.indexed else block.shape
-        functional = replace(block, form="FunctionalLinearForm", shape=shape)
-        found += [functional, replace(functional, layout=1)]
-        if block.indexed:
-            rows = replace(block, form=PositionsForm.__name__)
-            found += [rows, replace(rows, layout=1)]
-            table = named_parameters(module)[block.weight]
-            free = free_block(block.name, block.module, table, block.group)
-            found += [] if free is None else [replace(free, weight=block.weight)]
-    return found
-
-
-def _check(module: nn.Module, objective: Objective, blocks: Sequence[Block], batch: Any, size: int) -> list[str | None]:
+def _check(
+    module: nn.Module, objective: Objective, blocks: Sequence[Block], batch: Batch, size: int
+) -> list[str | None]:
     """For each block, why it cannot be attributed."""
     recording = GradientCapture(module, blocks)
     losses = objective.evaluate(batch, size, recording)
@@ -129,13 +100,13 @@ def _check(module: nn.Module, objective: Objective, blocks: Sequence[Block], bat
     target = losses.recognised  # a penalty on the weights is not data
     refused: dict[str, str] = {}
     captured = recording.captured(target, size, True, refused, each)
-    one: dict[str, BlockGradients] = {}
+    of_last: dict[str, BlockGradients] = {}
     if size > 1 and each.shape == (size,):
-        one = recording.captured(each[-1], size, True, {})
+        of_last = recording.captured(each[-1], size, True, {})
     parameters = {name: p for name, p in named_parameters(module).items() if p.requires_grad}
     wanted = [name for block in blocks for name in block.parameters]
-    found = torch.autograd.grad(target, [parameters[n] for n in wanted], retain_graph=True, allow_unused=True)
-    gradients = {n: g for n, g in zip(wanted, found, strict=True) if g is not None}
+    totals = torch.autograd.grad(target, [parameters[n] for n in wanted], retain_graph=True, allow_unused=True)
+    gradients = {name: total for name, total in zip(wanted, totals, strict=True) if total is not None}
     return [
         refused.get(block.name)
         or _mismatch(
@@ -144,13 +115,13 @@ def _check(module: nn.Module, objective: Objective, blocks: Sequence[Block], bat
             gradients,
             HALF_TOLERANCE if recording.key(block) in recording.half else TOLERANCE,
         )
-        or (None if block.free else _mixing(one.get(block.name)))
+        or (None if block.free else _mixing(of_last.get(block.name)))
         or _unseen(block, captured, recording)
         for block in blocks
     ]
 
 
-def _check_repeated(module: nn.Module, objective: Objective, block: Block, batch: Any, size: int) -> str | None:
+def _check_repeated(module: nn.Module, objective: Objective, block: Block, batch: Batch, size: int) -> str | None:
     """Like :func:`_check` for a block whose layer's output is repeated, which the user's code must not notice."""
     reason = "its rows serve all examples, and cannot be repeated for each"
     try:
@@ -170,6 +141,7 @@ def _not_by_example(losses: Losses) -> str:
 
 
 def _unseen(block: Block, captured: Mapping[str, BlockGradients], recording: GradientCapture) -> str | None:
+    """Why a block's layer ran and yet nothing was captured; ``None`` if it was, or the layer did not run."""
     if block.name in captured or recording.key(block) not in recording.without_gradient:
         return None
     return _NO_GRADIENT
@@ -178,9 +150,10 @@ def _unseen(block: Block, captured: Mapping[str, BlockGradients], recording: Gra
 def _mismatch(
     block: Block, captured: BlockGradients | None, gradients: Mapping[str, Tensor], tolerance: float
 ) -> str | None:
-    present = {n: gradients[n].to_dense() for n in block.parameters if n in gradients}
+    """Why the captured gradients do not add up to autograd's, ``gradients`` by parameter; ``None`` if they do."""
+    present = {name: gradients[name].to_dense() for name in block.parameters if name in gradients}
     if captured is None:
-        return "used outside its layer's forward" if any(g.any() for g in present.values()) else None
+        return "used outside its layer's forward" if any(total.any() for total in present.values()) else None
     if len(present) < len(block.parameters):
         return "its layer ran but its parameters got no gradient"
     expected = block.matrix(present)
@@ -194,13 +167,15 @@ def _mismatch(
 
 def _total(captured: BlockGradients) -> Tensor:
     """The sum of all examples' gradients, ``[P, O, I]``."""
-    a, g = (x.flatten(1, 2) for x in captured[:2])
+    activations, gradients = (side.flatten(1, 2) for side in captured[:2])
     if captured.vocabulary is None:
-        return g.mT @ a
-    return g.new_zeros(1, captured.vocabulary, g.shape[-1]).index_add_(1, a[0], g).mT
+        return gradients.mT @ activations
+    table = gradients.new_zeros(1, captured.vocabulary, gradients.shape[-1])
+    return table.index_add_(1, activations[0], gradients).mT
 
 
 def _mixing(captured: BlockGradients | None) -> str | None:
+    """Why the last example's loss, of which the gradients were captured, is not its own; ``None`` if it is."""
     if captured is None:
         return None
     squares = captured.squares()

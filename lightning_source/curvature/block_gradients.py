@@ -63,7 +63,7 @@ class BlockGradients(NamedTuple):
         """The gradients of an indexed capture; an example's positions with one token are summed."""
         _, examples, _, outputs, vocabulary = self.shape
         offsets = vocabulary * torch.arange(examples, device=self.activations.device)
-        keys, where = (self.activations[0] + offsets[:, None]).unique(return_inverse=True)
+        keys, where = torch.unique(self.activations[0] + offsets[:, None], return_inverse=True)
         values = self.gradients.new_zeros(len(keys), outputs)
         values.index_add_(0, where.flatten(), self.gradients.reshape(-1, outputs))
         return Rows(keys // vocabulary, keys % vocabulary, values)
@@ -143,7 +143,7 @@ def gram(captured: BlockGradients) -> Tensor:
     """Inner products of all examples' gradients with each other, ``[B, B]``."""
     if captured.vocabulary is not None:
         rows = captured.rows()
-        tokens, where = rows.tokens.unique(return_inverse=True)
+        tokens, where = torch.unique(rows.tokens, return_inverse=True)
         dense = rows.values.new_zeros(captured.shape[1], len(tokens), rows.values.shape[1])
         dense[rows.examples, where] = rows.values
         flat = dense.flatten(1)

@@ -183,8 +183,8 @@ class BlockFactors:
 
     def to_tensors(self, name: str) -> dict[str, Tensor]:
         """Tensors for a file."""
-        found = {"activations": self.basis.activations, "gradients": self.basis.gradients, "values": self.eigenvalues}
-        return {f"{key}/{name}": value for key, value in found.items() if value is not None}
+        tensors = {"activations": self.basis.activations, "gradients": self.basis.gradients, "values": self.eigenvalues}
+        return {f"{key}/{name}": value for key, value in tensors.items() if value is not None}
 
     @classmethod
     def from_tensors(cls, name: str, tensors: Mapping[str, Tensor]) -> BlockFactors:

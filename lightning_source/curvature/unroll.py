@@ -170,5 +170,5 @@ def _symmetric_segment(vector: Tensor, here: Basis, segment: SegmentCurvature, f
 
 def _diagonal_in(basis: Basis, values: Tensor) -> Tensor:
     """Diagonal of ``Qᵀ diag(values) Q``, ``(Q_G∘Q_G)ᵀ values (Q_A∘Q_A)``, ``[P, O, I]``."""
-    found = values if basis.gradients is None else basis.gradients.square().mT @ values
-    return found if basis.activations is None else found @ basis.activations.square()
+    diagonal = values if basis.gradients is None else basis.gradients.square().mT @ values
+    return diagonal if basis.activations is None else diagonal @ basis.activations.square()

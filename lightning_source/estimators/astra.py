@@ -9,10 +9,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_source.curvature.solvers import Diverged, neumann, shifted
 from lightning_source.estimators.cg import ekfac_inverse, final_gauss_newton, largest_of_batches
 from lightning_source.estimators.influence import dampings
-from lightning_source.estimators.registry import Contraction, Query, register_estimator
+from lightning_source.estimators.query import Query
+from lightning_source.estimators.registry import register_estimator
+from lightning_source.estimators.terms import Contraction, Metadata
+from lightning_source.passes.query_gradients import QueryGradients
 
 
-@register_estimator("astra", floats_per_parameter=lambda options: 10)
+@register_estimator("astra", floats_per_parameter=10)
 def astra(
     query: Query,
     *,
@@ -20,7 +23,7 @@ def astra(
     iterations: int = 200,
     step: float | None = None,
     examples_per_step: int = 128,
-) -> Iterator[Contraction]:
+) -> Iterator[Contraction | Metadata]:
     """``(1/N) ∇fᵀ (H + damping)⁻¹ g`` by ``x ← x + step · P (∇f - (H_batch + damping) x)`` from ``P ∇f``.
 
     ``P = (H_EK-FAC + damping)⁻¹``: iteration 0 is the score of ``"influence"``, and what EK-FAC gets wrong decays with
@@ -46,12 +49,12 @@ def astra(
     gradients = query.flat_gradients(run.final(), matrix.layout)
     shift = matrix.layout.each(amounts, gradients)
     inverse = ekfac_inverse(run.final_factors(), amounts, matrix.layout)
-    seed, whole = run.settings["seed"], examples_per_step >= len(run.data)
+    seed, whole = run.settings.seed, examples_per_step >= len(run.data)
     if step is None:
         step = 1 / largest_of_batches(matrix, examples_per_step, shift, seed, inverse)
     with matrix.minibatches(examples_per_step, iterations, seed + 1) as products:
         try:
-            found = neumann(
+            solution = neumann(
                 shifted(products, shift),
                 gradients,
                 step=step,
@@ -63,5 +66,5 @@ def astra(
                 f'`method="astra"` diverged: {error}. HINT: lower `step={step:.3g}`, or raise `examples_per_step` or'
                 " `damping`."
             ) from error
-    query.extra_metadata.update(curvature=matrix.kind, step=step)
-    yield Contraction(run.final_of_stage, matrix.layout.by_block(found), 1 / run.examples)
+    yield Metadata({"curvature": matrix.kind, "step": step})
+    yield Contraction(run.final_of_stage, QueryGradients(matrix.layout.by_block(solution)), 1 / run.examples)

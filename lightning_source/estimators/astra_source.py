@@ -12,16 +12,21 @@ from torch import Tensor
 from lightning_source.curvature.ekfac import IDENTITY, Basis
 from lightning_source.curvature.krylov import Responses, spectral_responses
 from lightning_source.curvature.unroll import diagonal_of
-from lightning_source.estimators.registry import Contraction, Query, register_estimator
+from lightning_source.estimators.query import Query
+from lightning_source.estimators.registry import register_estimator
 from lightning_source.estimators.source import Snapshots
+from lightning_source.estimators.terms import Contraction, Metadata
 from lightning_source.passes.factors import factor_ids
 from lightning_source.passes.gauss_newton import GaussNewton
+from lightning_source.passes.query_gradients import QueryGradients
 from lightning_source.passes.workspace import State
 from lightning_source.runs.run import Run
 from lightning_source.runs.stage import Segment
 
 
-@register_estimator("astra-source", floats_per_parameter=lambda options: 2 * options.get("iterations", 20) + 10)
+@register_estimator(
+    "astra-source", floats_per_parameter=lambda options: 2 * options.get("iterations", 20) + 10, segments=True
+)
 def astra_source(
     query: Query,
     *,
@@ -30,7 +35,7 @@ def astra_source(
     iterations: int = 20,
     tolerance: float = 0.1,
     factor_examples: int | None = None,
-) -> Iterator[Contraction]:
+) -> Iterator[Contraction | Metadata]:
     """The scores of ``"source"`` with ``F_r(H)`` and ``exp(-Λ H)`` of the exact Gauss-Newton matrix, over all blocks.
 
     The iteration is :func:`~lightning_source.curvature.krylov.spectral_responses`, preconditioned by EK-FAC's
@@ -54,7 +59,7 @@ def astra_source(
         MisconfigurationException: a later stage attributes other parameters than the asked one.
     """
     run = query.run
-    which = snapshots or run.settings["snapshots"]
+    which = snapshots or run.settings.snapshots
     parts = run.segments(segments)
     chain = [*parts, *run.later_segments()]
     _require_same_blocks(run)
@@ -63,12 +68,11 @@ def astra_source(
         flow = _Flow(run, chain[index], which, factor_examples)
         if vectors is None:
             vectors = query.flat_gradients(run.final(), flow.layout)
-        found = flow.walk(vectors, iterations, tolerance)
-        worst = float(found.residuals.max())
-        query.extra_metadata.update(curvature=flow.kind, residual=max(worst, query.extra_metadata.get("residual", 0.0)))
-        vectors = found.decay
+        walked = flow.walk(vectors, iterations, tolerance)
+        yield Metadata({"curvature": flow.kind}, residual=float(walked.residuals.max()))
+        vectors = walked.decay
         if index < len(parts):
-            response = flow.layout.by_block(found.response)
+            response = QueryGradients(flow.layout.by_block(walked.response))
             for snapshot, weight in zip(parts[index].snapshots, parts[index].weights, strict=True):
                 load = partial(run.state, snapshot, which)
                 yield Contraction(load, response, weight / run.examples, segment=index)
@@ -91,14 +95,14 @@ class _Flow:
 
     def __init__(self, run: Run, segment: Segment, which: str, examples: int | None) -> None:
         stage = run.stages[segment.stage]
-        ids = factor_ids(len(stage.data), examples, run.settings["seed"])
+        ids = factor_ids(len(stage.data), examples, run.settings.seed)
         self.matrices = [
             GaussNewton(
                 stage.workspace,
                 stage.data,
                 partial(_given, run.state(snapshot, which)),
                 ids,
-                run.settings["label_samples"],
+                run.settings.label_samples,
             )
             for snapshot in segment.snapshots
         ]
@@ -110,16 +114,16 @@ class _Flow:
         self.spectra: dict[str, Tensor] = {}  # of the preconditioner's R^½ (H + W) R^½, in these bases
         rates, shifts = {}, {}  # R, and what weight decay adds to R^½ H R^½
         for block in stage.coverage.blocks:
-            one, rate = factors[block.name], segment.stretch.rates[block.group]
+            basis, rate = factors[block.name].basis, segment.stretch.rates[block.group]
             decay = segment.stretch.weight_decay(block.group)
-            eigenvalues = one.eigenvalues.clamp_min(0)
+            eigenvalues = factors[block.name].eigenvalues.clamp_min(0)
             rates[block.name] = torch.full_like(eigenvalues, rate) * scale.get(block.name, 1.0)
             decoupled = stage.decoupled(segment.stretch.first, block.group)
             shifts[block.name] = decay * (torch.full_like(eigenvalues, rate) if decoupled else rates[block.name])
             if block.name in scale:
-                self.bases[block.name], curvature = IDENTITY, diagonal_of(one.basis, eigenvalues)
+                self.bases[block.name], curvature = IDENTITY, diagonal_of(basis, eigenvalues)
             else:
-                self.bases[block.name], curvature = one.basis, eigenvalues
+                self.bases[block.name], curvature = basis, eigenvalues
             self.spectra[block.name] = rates[block.name] * curvature + shifts[block.name]
         self.rates, self.shifts = (
             self.layout.flat({name: value.unsqueeze(0) for name, value in values.items()})[0]
@@ -134,7 +138,7 @@ class _Flow:
     def walk(self, vectors: Tensor, iterations: int, tolerance: float) -> Responses:
         """``R^½ F_r(M) R^½ v`` and ``R^-½ exp(-M) R^½ v``, the transpose of what the flow does to parameters."""
         root = self.rates.sqrt()
-        found = spectral_responses(
+        responses = spectral_responses(
             self._symmetric,
             root * vectors,
             precondition=self._inverse,
@@ -142,8 +146,8 @@ class _Flow:
             tolerance=tolerance,
         )
         # What did not move was not changed either.
-        decay = torch.where(root > 0, found.decay / torch.where(root > 0, root, 1.0), vectors)
-        return found._replace(response=root * found.response, decay=decay)
+        decay = torch.where(root > 0, responses.decay / torch.where(root > 0, root, 1.0), vectors)
+        return responses._replace(response=root * responses.response, decay=decay)
 
     def _symmetric(self, vectors: Tensor) -> Tensor:
         """``R^½ H R^½ v``, and the weight decay's share."""
@@ -155,12 +159,12 @@ class _Flow:
         return total
 
     def _inverse(self, vectors: Tensor) -> Tensor:
-        found = torch.empty_like(vectors)
-        whole = self.layout.by_block(found)
+        result = torch.empty_like(vectors)
+        result_blocks = self.layout.by_block(result)
         for name, matrices in self.layout.by_block(vectors).items():
             rotated = self.bases[name].rotate_from(IDENTITY, matrices) / (1 + self.spectra[name])
-            whole[name].copy_(IDENTITY.rotate_from(self.bases[name], rotated))
-        return found
+            result_blocks[name].copy_(IDENTITY.rotate_from(self.bases[name], rotated))
+        return result
 
 
 def _given(state: State) -> State:

@@ -13,13 +13,16 @@ from lightning_source.curvature.ekfac import IDENTITY, Factors
 from lightning_source.curvature.solvers import Product, conjugate_gradient, shifted, top_eigenvalue
 from lightning_source.curvature.unroll import damped_inverse
 from lightning_source.estimators.influence import dampings
-from lightning_source.estimators.registry import Contraction, Query, register_estimator
+from lightning_source.estimators.query import Query
+from lightning_source.estimators.registry import register_estimator
+from lightning_source.estimators.terms import Contraction, Metadata
 from lightning_source.passes.factors import factor_ids
 from lightning_source.passes.gauss_newton import GaussNewton, Layout
+from lightning_source.passes.query_gradients import QueryGradients
 from lightning_source.runs.run import Run
 
 
-@register_estimator("influence-cg", floats_per_parameter=lambda options: 12)
+@register_estimator("influence-cg", floats_per_parameter=12)
 def influence_cg(
     query: Query,
     *,
@@ -28,7 +31,7 @@ def influence_cg(
     iterations: int = 100,
     preconditioner: Literal["ekfac"] | None = "ekfac",
     factor_examples: int | None = None,
-) -> Iterator[Contraction]:
+) -> Iterator[Contraction | Metadata]:
     """``(1/N) ∇fᵀ (H + damping)⁻¹ g`` with ``H`` over all blocks jointly, solved for each query.
 
     Costs one train pass, and each iteration a Gauss-Newton product with every query: over ``factor_examples`` examples
@@ -50,28 +53,28 @@ def influence_cg(
     amounts = dampings(run, damping)
     gradients = query.flat_gradients(run.final(), matrix.layout)
     shift = matrix.layout.each(amounts, gradients)
-    found = conjugate_gradient(
-        lambda x: matrix(x) + shift * x,
+    solution = conjugate_gradient(
+        lambda vectors: matrix(vectors) + shift * vectors,
         gradients,
         precondition=None if preconditioner is None else ekfac_inverse(run.final_factors(), amounts, matrix.layout),
         tolerance=tolerance,
         iterations=iterations,
     )
-    worst = float(found.residuals.max())
+    worst = float(solution.residuals.max())
     if worst > tolerance:
         rank_zero_warn(
-            f'`method="influence-cg"` stopped after {found.iterations} iterations with a residual of {worst:.1e} times'
-            f" the query gradient's norm where `tolerance={tolerance:g}`. HINT: raise `iterations` or `damping`."
+            f'`method="influence-cg"` stopped after {solution.iterations} iterations with a residual of {worst:.1e}'
+            f" times the query gradient's norm where `tolerance={tolerance:g}`. HINT: raise `iterations` or `damping`."
         )
-    query.extra_metadata.update(curvature=matrix.kind, residual=max(worst, query.extra_metadata.get("residual", 0.0)))
-    yield Contraction(run.final_of_stage, matrix.layout.by_block(found.values), 1 / run.examples)
+    yield Metadata({"curvature": matrix.kind}, residual=worst)
+    yield Contraction(run.final_of_stage, QueryGradients(matrix.layout.by_block(solution.values)), 1 / run.examples)
 
 
 def final_gauss_newton(query: Query, examples: int | None) -> GaussNewton:
     """``H`` of the asked stage's objective and examples at the final parameters."""
     run = query.run
-    ids = factor_ids(len(run.data), examples, run.settings["seed"])
-    return GaussNewton(run.workspace, run.data, _once(run), ids, run.settings["label_samples"])
+    ids = factor_ids(len(run.data), examples, run.settings.seed)
+    return GaussNewton(run.workspace, run.data, _once(run), ids, run.settings.label_samples)
 
 
 def _once(run: Run) -> Callable[[], dict[str, Tensor]]:
@@ -86,26 +89,26 @@ def largest_of_batches(
 
     Rare examples with much curvature make it larger in their batches than in the mean: that is what a step must bear.
     """
-    back = inverse or (lambda x: x)
-    found = 0.0
+    precondition = inverse or (lambda vectors: vectors)
+    largest = 0.0
     with matrix.minibatches(size, 8 if size < len(matrix) else 1, seed) as products:
         for product in shifted(products, shift):
-            repeated = (lambda x, product=product: back(product(x)) for _ in range(8))
-            found = max(found, top_eigenvalue(repeated, shift.unsqueeze(0), seed))
-    return max(found, 1e-30)
+            repeated = (lambda vectors, product=product: precondition(product(vectors)) for _ in range(8))
+            largest = max(largest, top_eigenvalue(repeated, shift.unsqueeze(0), seed))
+    return max(largest, 1e-30)
 
 
 def ekfac_inverse(factors: Factors, amounts: dict[str, float], layout: Layout) -> Callable[[Tensor], Tensor]:
     """``(H_EK-FAC + damping)⁻¹`` times vectors ``[Q, D]``."""
 
     def inverse(flat: Tensor) -> Tensor:
-        found = torch.empty_like(flat)
-        whole = layout.by_block(found)
+        result = torch.empty_like(flat)
+        result_blocks = layout.by_block(result)
         for name, matrices in layout.by_block(flat).items():
-            one = factors[name]
-            rotated = one.basis.rotate_from(IDENTITY, matrices)
-            rotated = damped_inverse(one.eigenvalues, max(amounts[name], 1e-30)) * rotated
-            whole[name].copy_(IDENTITY.rotate_from(one.basis, rotated))
-        return found
+            basis, eigenvalues = factors[name].basis, factors[name].eigenvalues
+            rotated = basis.rotate_from(IDENTITY, matrices)
+            rotated = damped_inverse(eigenvalues, max(amounts[name], 1e-30)) * rotated
+            result_blocks[name].copy_(IDENTITY.rotate_from(basis, rotated))
+        return result
 
     return inverse

@@ -9,14 +9,19 @@ from torch import Tensor
 
 from lightning_source.capture.data import to_module
 from lightning_source.curvature.block_gradients import contract, squared_norms
-from lightning_source.estimators.registry import Contraction, Query, register_estimator
+from lightning_source.estimators.query import Query
+from lightning_source.estimators.registry import register_estimator
+from lightning_source.estimators.terms import Contraction, Metadata
 from lightning_source.passes.factors import factor_ids
 from lightning_source.passes.gauss_newton import expand, layout_of
+from lightning_source.passes.query_gradients import QueryGradients
 from lightning_source.runs.run import Run
 
 
-@register_estimator("datainf", floats_per_parameter=lambda options: 5)
-def datainf(query: Query, *, damping: float | None = None, factor_examples: int | None = None) -> Iterator[Contraction]:
+@register_estimator("datainf", floats_per_parameter=5)
+def datainf(
+    query: Query, *, damping: float | None = None, factor_examples: int | None = None
+) -> Iterator[Contraction | Metadata]:
     """``(1/N) ∇fᵀ r`` with ``r = E_i[(λ + ∇L_i ∇L_iᵀ)⁻¹] g`` block by block, at the final model.
 
     The empirical Fisher of single examples stands for ``H``, and the mean of inverses for the inverse of the mean, so
@@ -29,7 +34,7 @@ def datainf(query: Query, *, damping: float | None = None, factor_examples: int 
         factor_examples: training examples that the curvature is averaged over, drawn once; all by default.
     """
     run = query.run
-    ids = factor_ids(len(run.data), factor_examples, run.settings["seed"])
+    ids = factor_ids(len(run.data), factor_examples, run.settings.seed)
     layout = layout_of(run.workspace)
     flat = query.flat_gradients(run.final(), layout)
     vectors = layout.by_block(flat)
@@ -39,22 +44,22 @@ def datainf(query: Query, *, damping: float | None = None, factor_examples: int 
     sizes: dict[str, Tensor] = {}
     with run.workspace.at(run.final_of_stage()):
         for _, captured in run.workspace.captures(run.data, run.workspace.trained(), ids):
-            for name, one in captured.items():
-                sizes[name] = sizes.get(name, 0) + scale * squared_norms(one).sum() / len(ids)
+            for name, gradients in captured.items():
+                sizes[name] = sizes.get(name, 0) + scale * squared_norms(gradients).sum() / len(ids)
         amounts = {
             block.name: float(0.1 * sizes[block.name] / block.numel if damping is None else damping)
             for block in layout.blocks
             if block.name in sizes and float(sizes[block.name]) > 0  # else no example has a gradient there
         }
         for _, captured in run.workspace.captures(run.data, run.workspace.trained(), ids):
-            for name, one in captured.items():
+            for name, gradients in captured.items():
                 if name in amounts:
-                    share = contract(one, vectors[name]) / (amounts[name] + scale * squared_norms(one))
-                    inverse[name] -= scale / len(ids) * expand(one, share)
+                    share = contract(gradients, vectors[name]) / (amounts[name] + scale * squared_norms(gradients))
+                    inverse[name] -= scale / len(ids) * expand(gradients, share)
     for name, amount in amounts.items():
         inverse[name].add_(vectors[name]).div_(amount)
-    query.extra_metadata.update(curvature="empirical")
-    yield Contraction(run.final_of_stage, inverse, 1 / run.examples)
+    yield Metadata({"curvature": "empirical"})
+    yield Contraction(run.final_of_stage, QueryGradients(inverse), 1 / run.examples)
 
 
 def _multiplier(run: Run) -> float:

@@ -10,10 +10,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_source.curvature.solvers import Diverged, neumann, shifted
 from lightning_source.estimators.cg import final_gauss_newton, largest_of_batches
 from lightning_source.estimators.influence import dampings
-from lightning_source.estimators.registry import Contraction, Query, register_estimator
+from lightning_source.estimators.query import Query
+from lightning_source.estimators.registry import register_estimator
+from lightning_source.estimators.terms import Contraction, Metadata
+from lightning_source.passes.query_gradients import QueryGradients
 
 
-@register_estimator("influence-lissa", floats_per_parameter=lambda options: 10)
+@register_estimator("influence-lissa", floats_per_parameter=10)
 def influence_lissa(
     query: Query,
     *,
@@ -22,7 +25,7 @@ def influence_lissa(
     scale: float | None = None,
     repeats: int = 1,
     examples_per_step: int = 32,
-) -> Iterator[Contraction]:
+) -> Iterator[Contraction | Metadata]:
     """``(1/N) ∇fᵀ (H + damping)⁻¹ g`` by ``x ← b + x - (H_batch + damping) x / scale``.
 
     Costs one train pass and ``repeats · depth`` Gauss-Newton products of ``examples_per_step`` examples with every
@@ -46,7 +49,7 @@ def influence_lissa(
     matrix = final_gauss_newton(query, None)
     gradients = query.flat_gradients(run.final(), matrix.layout)
     shift = matrix.layout.each(dampings(run, damping), gradients)
-    seed = run.settings["seed"]
+    seed = run.settings.seed
     if scale is None:
         scale = largest_of_batches(matrix, examples_per_step, shift, seed)
     total = torch.zeros_like(gradients)
@@ -59,5 +62,6 @@ def influence_lissa(
                     f'`method="influence-lissa"` diverged: {error}. HINT: raise `scale={scale:.3g}` (the series needs'
                     " more than half the top eigenvalue of each batch) or `examples_per_step`."
                 ) from error
-    query.extra_metadata.update(curvature=matrix.kind, scale=scale)
-    yield Contraction(run.final_of_stage, matrix.layout.by_block(total / repeats), 1 / run.examples)
+    yield Metadata({"curvature": matrix.kind, "scale": scale})
+    vectors = QueryGradients(matrix.layout.by_block(total / repeats))
+    yield Contraction(run.final_of_stage, vectors, 1 / run.examples)

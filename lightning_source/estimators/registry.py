@@ -1,114 +1,103 @@
-"""What an estimator is: how a query becomes vectors to contract with the examples' gradients."""
+"""The methods by name: the one way for an estimator to enter, and what it declares of itself there."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 
-from lightning_source.capture.data import Examples, GivenBatches
-from lightning_source.capture.objective import Measurement
-from lightning_source.curvature.ekfac import Basis
-from lightning_source.passes.gauss_newton import Layout
-from lightning_source.passes.workspace import State
-from lightning_source.runs.run import Run
+from lightning_source.estimators.query import Query
+from lightning_source.estimators.terms import Metadata, Term
 
-
-@dataclass(frozen=True)
-class Query:
-    """What is asked: examples and a measurement of each."""
-
-    run: Run
-    examples: Examples | GivenBatches
-    measurement: str | Measurement
-    # What the columns of an embedding's gradients stand for, by block: the tokens that the queries use.
-    tokens: dict[str, Tensor] = field(default_factory=dict)
-    # What the method has to say of these scores besides their values; goes into their metadata.
-    extra_metadata: dict[str, Any] = field(default_factory=dict)
-
-    def gradients(self, state: State, bases: Mapping[str, Basis] | None = None) -> dict[str, Tensor]:
-        """Gradients of the measurement at some parameters, ``[Q, P, O, I]`` by block; in parameter space by default."""
-        found, tokens = self.run.query_workspace.query_gradients(state, self.examples, self.measurement, bases)
-        self.tokens.update(tokens)
-        return found
-
-    def flat_gradients(self, state: State, layout: Layout) -> Tensor:
-        """The same over all blocks at once, ``[Q, D]``: columns that the queries leave at 0 are there as well."""
-        found = self.gradients(state)
-        flat = layout.flat(found, self.tokens)
-        self.tokens.clear()
-        return flat
-
-    def columns(self, name: str, values: Tensor) -> Tensor:
-        """A block's ``[P, O, I]`` (eigenvalues, a preconditioner) for the columns that its gradients have."""
-        return values[..., self.tokens[name]] if name in self.tokens else values
-
-
-@dataclass(frozen=True)
-class Contraction:
-    """One term of a score: ``weight · ⟨vectors[q], g(z_n)⟩`` with the examples' gradients at ``state``."""
-
-    state: Callable[[], State]
-    vectors: Mapping[str, Tensor]
-    weight: float
-    bases: Mapping[str, Basis] | None = None  # the eigenbases that vectors are written in
-    segment: int = 0
-    normalize: bool = False  # divide by the norm of the example's gradient
-
-
-@dataclass(frozen=True)
-class DirectScores:
-    """One term of a score that is no contraction: a function of the examples and ids (``None``: all), ``[Q, N]``."""
-
-    values: Callable[[Examples, Tensor | None], Tensor]
-    segment: int = 0
-
-
-Estimator = Callable[..., Iterator[Contraction | DirectScores]]
-_ESTIMATORS: dict[str, Estimator] = {}
-_FLOATS_PER_PARAMETER: dict[str, Callable[[Mapping[str, Any]], float]] = {}
+Options = Mapping[str, Any]  # of a method, by name
+EstimatorFunction = Callable[..., Iterator[Term | Metadata]]  # (query, **options)
 
 CHANGE = "change of the measurement on removing the example"
-# The unit of the methods whose scores are not changes of the measurement.
-_UNITS: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A method and what it declares.
+
+    Attributes:
+        name: what ``method=`` takes.
+        function: yields the terms of the scores of a query, and metadata where there is any, given its options.
+        unit: of its scores.
+        floats_per_parameter: how many numbers it holds at once for each query and attributed parameter, given its
+            options.
+        segments: whether each of its terms belongs to a segment of training.
+    """
+
+    name: str
+    function: EstimatorFunction
+    unit: str
+    floats_per_parameter: Callable[[Options], float]
+    segments: bool
+
+    def __call__(self, query: Query, **options: object) -> Iterator[Term | Metadata]:
+        """What the method yields for a query."""
+        return self.function(query, **options)
+
+    def check_options(self, options: Options) -> None:
+        """Refuse options that the method does not take.
+
+        Raises:
+            MisconfigurationException: there are some.
+        """
+        parameters = inspect.signature(self.function).parameters.values()
+        allowed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        if wrong := sorted(options.keys() - set(allowed)):
+            raise MisconfigurationException(
+                f'`method="{self.name}"` takes no option {", ".join(f"`{name}`" for name in wrong)}. HINT: its options'
+                f" are {', '.join(f'`{name}`' for name in allowed) or 'none'}."
+            )
+
+    def require_segments(self) -> None:
+        """Refuse to tell segments' shares where the method's terms belong to none.
+
+        Raises:
+            MisconfigurationException: they do.
+        """
+        if not self.segments:
+            others = ", ".join(f'"{estimator.name}"' for estimator in _ESTIMATORS.values() if estimator.segments)
+            raise MisconfigurationException(
+                f'`per_segment=True`: the scores of `method="{self.name}"` are not made of shares of the segments of'
+                f" training. HINT: leave `per_segment` out, or ask one of {others}."
+            )
+
+
+_ESTIMATORS: dict[str, Estimator] = {}
 
 
 def register_estimator(
-    name: str, *, unit: str = CHANGE, floats_per_parameter: Callable[[Mapping[str, Any]], float] = lambda options: 3
-) -> Callable[[Estimator], Estimator]:
+    name: str,
+    *,
+    unit: str = CHANGE,
+    floats_per_parameter: float | Callable[[Options], float] = 3,
+    segments: bool = False,
+) -> Callable[[EstimatorFunction], EstimatorFunction]:
     """Decorator: the function ``(query, **options)`` yields the terms of ``method=name``.
 
     Args:
         name: the method's name.
         unit: of its scores.
-        floats_per_parameter: how many numbers it holds at once for each query and attributed parameter, given its
-            options.
+        floats_per_parameter: how many numbers it holds at once for each query and attributed parameter, or a function
+            of its options that says so; the default is for gradients, responses and one temporary.
+        segments: whether each of its terms belongs to a segment of training, which ``per_segment=True`` asks for.
     """
 
-    def enter(estimator: Estimator) -> Estimator:
-        _ESTIMATORS[name] = estimator
-        _UNITS[name] = unit
-        _FLOATS_PER_PARAMETER[name] = floats_per_parameter
-        return estimator
+    def enter(function: EstimatorFunction) -> EstimatorFunction:
+        floats = floats_per_parameter if callable(floats_per_parameter) else lambda options: floats_per_parameter
+        _ESTIMATORS[name] = Estimator(name, function, unit, floats, segments)
+        return function
 
     return enter
 
 
-def unit_of(method: str) -> str:
-    """The unit of a method's scores."""
-    return _UNITS[method]
-
-
-def floats_per_parameter_of(method: str, options: Mapping[str, Any]) -> float:
-    """How many numbers a method holds at once for each query and attributed parameter."""
-    return _FLOATS_PER_PARAMETER[method](options)
-
-
-def estimator_for(method: str, options: Mapping[str, Any]) -> Estimator:
+def estimator_for(method: str, options: Options) -> Estimator:
     """The estimator of a method, its options checked.
 
     Raises:
@@ -118,11 +107,15 @@ def estimator_for(method: str, options: Mapping[str, Any]) -> Estimator:
         known = ", ".join(f'"{name}"' for name in _ESTIMATORS)
         raise MisconfigurationException(f'`method="{method}"` is not known. HINT: one of {known}.')
     estimator = _ESTIMATORS[method]
-    allowed = [p.name for p in inspect.signature(estimator).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    wrong = sorted(options.keys() - set(allowed))
-    if wrong:
-        raise MisconfigurationException(
-            f'`method="{method}"` takes no option {", ".join(f"`{w}`" for w in wrong)}. HINT: its options are'
-            f" {', '.join(f'`{a}`' for a in allowed) or 'none'}."
-        )
+    estimator.check_options(options)
     return estimator
+
+
+def unit_of(method: str) -> str:
+    """The unit of a method's scores."""
+    return estimator_for(method, {}).unit
+
+
+def floats_per_parameter_of(method: str, options: Options) -> float:
+    """How many numbers a method holds at once for each query and attributed parameter."""
+    return estimator_for(method, options).floats_per_parameter(options)

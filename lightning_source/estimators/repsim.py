@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_source.capture.data import Examples, GivenBatches, to_module
-from lightning_source.estimators.registry import DirectScores, Query, register_estimator
+from lightning_source.estimators.query import Query
+from lightning_source.estimators.registry import register_estimator
+from lightning_source.estimators.terms import DirectScores, Metadata
 from lightning_source.names import named_modules
 from lightning_source.passes.workspace import State, Workspace
 from lightning_source.scores import HIGHER_IS_BETTER
 
 
 @register_estimator("repsim", unit="cosine of representations")
-def repsim(query: Query, *, module: str | None = None) -> Iterator[DirectScores]:
+def repsim(query: Query, *, module: str | None = None) -> Iterator[DirectScores | Metadata]:
     """Cosine of the query's and the example's input of one module at the final model, in [-1, 1].
 
     No change of the measurement: labels and losses play no part. Like examples are taken to help, so the cosine is
@@ -37,12 +38,12 @@ def repsim(query: Query, *, module: str | None = None) -> Iterator[DirectScores]
     sign = -1.0 if query.measurement in HIGHER_IS_BETTER else 1.0
     state = run.final_of_stage()
     asked = _representations(run.query_workspace, run.final(), query.examples, None, layer)
-    query.extra_metadata.update(module=layer)
+    yield Metadata({"module": layer})
     yield DirectScores(lambda data, ids: sign * asked @ _representations(run.workspace, state, data, ids, layer).T)
 
 
 def _last_linear(workspace: Workspace) -> str:
-    linear = [block.module for block in workspace.blocks if block.form == "LinearForm"]
+    linear = [block.module for block in workspace.blocks if block.layer_form.representation]
     if not linear:
         raise MisconfigurationException(
             'no linear layer is attributed whose input `method="repsim"` could compare. HINT: pass `module=` the'
@@ -59,27 +60,27 @@ def _representations(
     if name not in modules:
         raise MisconfigurationException(f"`module={name!r}` is no module of `{type(workspace.module).__name__}`.")
     first = {block.module: block.layout for block in workspace.blocks}.get(name, 0)
-    seen: list[Any] = []
+    inputs: list[Tensor | None] = []  # of each call of the module
 
-    def keep(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None))
+    def keep(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        inputs.append(next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None))
 
     rows = []
     with workspace.at(state):
         handle = modules[name].register_forward_pre_hook(keep, with_kwargs=True)
         try:
             for index, batch in data.batches(ids):
-                seen.clear()
+                inputs.clear()
                 workspace.losses(to_module(batch, workspace.module, workspace.hooks), len(index))
-                x = seen[-1] if seen else None  # of a module that is called several times, the last
-                if x is None or x.dim() <= first or x.shape[first] != len(index):
+                features = inputs[-1] if inputs else None  # of a module that is called several times, the last
+                if features is None or features.dim() <= first or features.shape[first] != len(index):
                     raise MisconfigurationException(
                         f"`{name}` was not called with a tensor of one row for each example. HINT: pass `module=` the"
                         " name of a module that is."
                     )
-                x = x.detach().float().movedim(first, 0)
-                x = x.flatten(1, -2).mean(1) if x.dim() > 2 else x.flatten(1)
-                rows.append(F.normalize(x, dim=1).cpu())
+                features = features.detach().float().movedim(first, 0)
+                features = features.flatten(1, -2).mean(1) if features.dim() > 2 else features.flatten(1)
+                rows.append(F.normalize(features, dim=1).cpu())
         finally:
             handle.remove()
     return torch.cat(rows)

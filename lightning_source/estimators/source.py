@@ -13,7 +13,10 @@ from torch import Tensor
 from lightning_source.curvature.block_gradients import Rows, contract_diagonal, contract_pairs
 from lightning_source.curvature.ekfac import Basis, Factors
 from lightning_source.curvature.unroll import reverse_walk, segment_response
-from lightning_source.estimators.registry import Contraction, Query, register_estimator
+from lightning_source.estimators.query import Query
+from lightning_source.estimators.registry import register_estimator
+from lightning_source.estimators.terms import Contraction
+from lightning_source.passes.query_gradients import QueryGradients
 from lightning_source.passes.workspace import State
 from lightning_source.recording.snapshots import final_parameters
 from lightning_source.runs.run import Run
@@ -22,7 +25,7 @@ from lightning_source.runs.stage import Segment
 Snapshots = Literal["mean", "point"]
 
 
-@register_estimator("source")
+@register_estimator("source", segments=True)
 def source(
     query: Query,
     *,
@@ -44,17 +47,17 @@ def source(
             which has the right limit where the curvature is small (:mod:`lightning_source.curvature.unroll`).
     """
     run = query.run
-    which = snapshots or run.settings["snapshots"]
+    which = snapshots or run.settings.snapshots
     parts = run.segments(segments)
     load = run.cross_layer_factors if cross_layer else run.snapshot_factors
     factors = [load(segment, which) for segment in [*parts, *run.later_segments()]]
     if adaptive not in ("hybrid", "symmetric"):
         raise MisconfigurationException(f'`adaptive="{adaptive}"` is not known. HINT: "hybrid" or "symmetric".')
-    states = [[partial(run.state, s, which) for s in p.snapshots] for p in parts]
+    states = [[partial(run.state, snapshot, which) for snapshot in part.snapshots] for part in parts]
     yield from _walk(query, parts, factors, states, adaptive == "symmetric")
 
 
-@register_estimator("fast-source")
+@register_estimator("fast-source", segments=True)
 def fast_source(query: Query, *, segments: int | Sequence[int] | None = None) -> Iterator[Contraction]:
     """One Hessian and one gradient per segment, at the segment's averaged parameters: ``L`` train passes.
 
@@ -65,7 +68,7 @@ def fast_source(query: Query, *, segments: int | Sequence[int] | None = None) ->
     run = query.run
     parts = run.segments(segments)
     factors = [run.mean_factors(segment) for segment in [*parts, *run.later_segments()]]
-    yield from _walk(query, parts, factors, [[partial(run.mean_state, p)] for p in parts])
+    yield from _walk(query, parts, factors, [[partial(run.mean_state, part)] for part in parts])
 
 
 def _walk(
@@ -78,24 +81,26 @@ def _walk(
     run = query.run
     later = [*segments, *run.later_segments()]
     bases: dict[str, Basis] = {}
-    for one in factors:  # a block's last segment comes last
-        bases |= _bases(one)
+    for segment_factors in factors:  # a block's last segment comes last
+        bases |= _bases(segment_factors)
     gradients = query.gradients(run.final(), bases)
-    blocks = [block for block in run.surviving_blocks() if block.name in gradients]
-    walks = {}
-    for name, chain in run.curvatures(later, factors, blocks, query.columns, symmetric).items():
-        walks[name] = reverse_walk(gradients.pop(name), chain[-1].basis, chain)
-        for _ in chain[len(segments) :]:  # later stages only carry the query back to the asked one
-            next(walks[name])
+    blocks = [block for block in run.surviving_blocks() if block.name in gradients.values]
+    chains = run.curvatures(later, factors, blocks, gradients.restrict, symmetric)
+    walks = {name: reverse_walk(gradients.values[name], chain[-1].basis, chain) for name, chain in chains.items()}
+    columns = gradients.columns
+    del gradients  # each walk lets go of its block's when it sets out
+    for name, walk in walks.items():
+        for _ in chains[name][len(segments) :]:  # later stages only carry the query back to the asked one
+            next(walk)
     for index in range(len(segments) - 1, -1, -1):
-        vectors = {name: next(walk) for name, walk in walks.items()}
+        vectors = QueryGradients({name: next(walk) for name, walk in walks.items()}, columns)
         weights = segments[index].weights if len(states[index]) > 1 else [1.0]
         for load, weight in zip(states[index], weights, strict=True):
             yield Contraction(load, vectors, weight / run.examples, _bases(factors[index]), index)
 
 
 def _bases(factors: Factors) -> dict[str, Basis]:
-    return {name: one.basis for name, one in factors.items()}
+    return {name: block_factors.basis for name, block_factors in factors.items()}
 
 
 def self_influence(run: Run, ids: Tensor, chunk: int) -> Tensor:
@@ -110,18 +115,18 @@ def self_influence(run: Run, ids: Tensor, chunk: int) -> Tensor:
         chunk: examples whose query vectors may be held at once.
     """
     segments = run.segments()
-    factors = [run.snapshot_factors(segment, run.settings["snapshots"]) for segment in segments]
-    return torch.cat([_self_influence_of(run, piece, segments, factors) for piece in ids.split(chunk)])
+    factors = [run.snapshot_factors(segment, run.settings.snapshots) for segment in segments]
+    return torch.cat([_self_influence_of(run, piece, segments, factors) for piece in torch.split(ids, chunk)])
 
 
 def _self_influence_of(run: Run, ids: Tensor, segments: Sequence[Segment], factors: Sequence[Factors]) -> Tensor:
-    last, which = len(segments) - 1, run.settings["snapshots"]
+    last, which = len(segments) - 1, run.settings.snapshots
     query = run.workspace.capture_examples(
         final_parameters(run.store, run.stage.index), run.data, ids, _bases(factors[last]), query=True
     )
     blocks = [block for block in run.coverage.blocks if block.name in query]
     # An embedding's gradients are rows at tokens; along the walk each row is a matrix of one column.
-    rows = {name: one.rows() for name, one in query.items() if one.vocabulary is not None}
+    rows = {name: gradients.rows() for name, gradients in query.items() if gradients.vocabulary is not None}
     chains = run.curvatures(segments, factors, blocks)
     # Vectors are needed as matrices from the last segment but one, and wherever steps are preconditioned.
     plain = all(chain[last].preconditioner is None for chain in chains.values())

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from lightning_source.estimators.registry import Contraction, Query, register_estimator
+from lightning_source.estimators.query import Query
+from lightning_source.estimators.registry import register_estimator
+from lightning_source.estimators.terms import Contraction
+from lightning_source.passes.query_gradients import QueryGradients
 from lightning_source.recording.intervals import StepInterval, merge_all
 from lightning_source.runs.run import Run
 
 
-@register_estimator("tracin")
+@register_estimator("tracin", segments=True)
 def tracin(query: Query, *, snapshots: Literal["mean", "point"] | None = None) -> Iterator[Contraction]:
     """``(1/N) Σ_c Λ_c ∇f(θ_c)ᵀ P_c g(θ_c)``: one query pass and one train pass per snapshot, no curvature.
 
@@ -23,14 +26,14 @@ def tracin(query: Query, *, snapshots: Literal["mean", "point"] | None = None) -
         snapshots: ``"mean"`` or ``"point"`` parameters of the snapshots; the run's own setting by default.
     """
     run = query.run
-    which = snapshots or run.settings["snapshots"]
+    which = snapshots or run.settings.snapshots
     for index, segment in enumerate(run.segments()):
         for snapshot in segment.snapshots:
             load = partial(run.state, snapshot, which)
             vectors = _scaled(run, query.gradients(run.for_query(load())), snapshot)
             for name, scale in run.preconditioner([snapshot]).items():
-                if name in vectors:
-                    vectors[name] *= query.columns(name, scale)
+                if name in vectors.values:
+                    vectors.values[name].mul_(vectors.restrict(name, scale))
             yield Contraction(load, vectors, 1 / run.examples, segment=index)
 
 
@@ -49,12 +52,13 @@ def grad_cos(query: Query) -> Iterator[Contraction]:
     """Cosine of the two gradients at the final model, in [-1, 1]: a similarity, not a change of ``f``."""
     run = query.run
     gradients = query.gradients(run.final())
-    norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt().clamp_min(1e-30)
-    vectors = {name: g / norm.view(-1, 1, 1, 1) for name, g in gradients.items()}
+    squares = [values.flatten(1).square().sum(1) for values in gradients.values.values()]
+    norms = torch.stack(squares).sum(0).sqrt().clamp_min(1e-30).view(-1, 1, 1, 1)
+    vectors = replace(gradients, values={name: values / norms for name, values in gradients.values.items()})
     yield Contraction(run.final_of_stage, vectors, 1.0, normalize=True)
 
 
-def _scaled(run: Run, gradients: Mapping[str, Tensor], stretch: StepInterval) -> dict[str, Tensor]:
+def _scaled(run: Run, gradients: QueryGradients, interval: StepInterval) -> QueryGradients:
     """Gradients times each block's own Λ."""
-    groups = {block.name: block.group for block in run.coverage.blocks}
-    return {name: stretch.rates[groups[name]] * g for name, g in gradients.items()}
+    rates = {block.name: interval.rates[block.group] for block in run.coverage.blocks}
+    return replace(gradients, values={name: rates[name] * values for name, values in gradients.values.items()})

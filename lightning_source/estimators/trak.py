@@ -12,7 +12,9 @@ from torch import Tensor
 from lightning_source.capture.data import Examples, GivenBatches
 from lightning_source.capture.objective import Losses, ObjectiveSpec
 from lightning_source.curvature.block_gradients import BlockGradients
-from lightning_source.estimators.registry import DirectScores, Query, register_estimator
+from lightning_source.estimators.query import Query
+from lightning_source.estimators.registry import register_estimator
+from lightning_source.estimators.terms import DirectScores, Metadata
 from lightning_source.layers import Block
 from lightning_source.passes.workspace import State, Target, Workspace
 
@@ -25,7 +27,7 @@ _SMALLEST = 1e-12
 @register_estimator(
     "trak",
     unit="change of the measurement on removing the example, but for the curvature of the loss in the output",
-    floats_per_parameter=lambda options: 0.01,
+    floats_per_parameter=0.01,
 )
 def trak(
     query: Query,
@@ -33,7 +35,7 @@ def trak(
     dimension: int | None = None,
     projection: Literal["rademacher", "gaussian"] = "rademacher",
     seed: int = 0,
-) -> Iterator[DirectScores]:
+) -> Iterator[DirectScores | Metadata]:
     """``φ(q)ᵀ (ΦᵀΦ)⁻¹ φ(z_n) ∂L/∂f(z_n)``, ``φ = Πᵀ∇f / √k`` at the final model with a random ``Π`` of ``k`` columns.
 
     ``f`` of a training example is its margin ``log(p / (1 - p))``, so that ``∂L/∂f = -(1 - p)``, or the output of a
@@ -81,10 +83,11 @@ def trak(
     slopes = torch.where(slopes.abs() < _SMALLEST, _SMALLEST * torch.where(slopes < 0, -1.0, 1.0), slopes)
 
     def scores(data: Examples, ids: Tensor | None) -> Tensor:
-        chosen = slice(None) if ids is None else ids
-        query.extra_metadata.update(dimension=k, weights=slopes[chosen].tolist())
-        return (kernel[:, chosen] * slopes[chosen]).float()
+        columns = torch.arange(len(slopes)) if ids is None else ids
+        scaled: Tensor = kernel[:, columns] * slopes[columns]
+        return scaled.float()
 
+    yield Metadata({"dimension": k}, kernel_weights=slopes)
     yield DirectScores(scores)
 
 
@@ -103,10 +106,10 @@ def output_of(losses: Losses, spec: ObjectiveSpec) -> tuple[Tensor, Tensor]:
         (slopes,) = torch.autograd.grad(loss, output, retain_graph=True, allow_unused=True)
         if slopes is not None:
             return output.reshape(losses.size), slopes.reshape(losses.size)
-    found = ", ".join(f"`{call.name}`" for call in calls) or "none"
+    recognised = ", ".join(f"`{call.name}`" for call in calls) or "none"
     raise MisconfigurationException(
         'method="trak" needs one loss with a class as target, or with one output for each example, in `training_step`'
-        f" (recognised: {found})."
+        f" (recognised: {recognised})."
     )
 
 
@@ -146,11 +149,12 @@ class _Projector:
                 for size, captured in zip(sizes, batches, strict=True):
                     rows, stop = slice(stop, stop + size), stop + size
                     if block.name in captured:
-                        one = captured[block.name]
-                        one = one._replace(gradients=one.gradients[..., start : start + count])
-                        matrices = one.per_example().transpose(0, 1).reshape(size, -1)
+                        whole = captured[block.name]
+                        some = whole._replace(gradients=whole.gradients[..., start : start + count])
+                        matrices = some.per_example().transpose(0, 1).reshape(size, -1)
                         total[rows] += (matrices @ piece.to(matrices)).cpu()
-        return total / self.dimension**0.5
+        scale: float = self.dimension**0.5
+        return total / scale
 
     def _draw(self, rows: int, generator: torch.Generator) -> Tensor:
         if self.kind == "gaussian":

@@ -1,14 +1,15 @@
 """What the metrics accept: arrays, tensors and results, checked before anything is computed."""
 
-from typing import Any
-
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from lightning_source.scores import InfluenceScores
 
+Scores = InfluenceScores | ArrayLike  # tensors are array-like too
 
-def finite(values: Any, name: str, device: torch.device | None = None) -> Tensor:
+
+def finite(values: ArrayLike, name: str, device: torch.device | None = None) -> Tensor:
     """An array or tensor as float64.
 
     Args:
@@ -28,7 +29,7 @@ def finite(values: Any, name: str, device: torch.device | None = None) -> Tensor
     return tensor
 
 
-def score_matrix(scores: Any, examples: int, device: torch.device | None = None) -> Tensor:
+def score_matrix(scores: Scores, examples: int, device: torch.device | None = None) -> Tensor:
     """Scores as a ``[Q, N]`` float64 matrix over the whole training set.
 
     Args:
@@ -58,7 +59,7 @@ def score_matrix(scores: Any, examples: int, device: torch.device | None = None)
     return values.new_zeros(len(values), examples).index_copy_(1, ids, values)
 
 
-def kept_masks(subsets: Any) -> Tensor:
+def kept_masks(subsets: ArrayLike) -> Tensor:
     """Subsets as a bool ``[M, N]`` tensor, true where the example is kept in training.
 
     Raises:
@@ -76,7 +77,7 @@ def kept_masks(subsets: Any) -> Tensor:
     return masks
 
 
-def proper_masks(subsets: Any) -> Tensor:
+def proper_masks(subsets: ArrayLike) -> Tensor:
     """:func:`kept_masks` that each leave something out.
 
     Raises:
@@ -91,7 +92,9 @@ def proper_masks(subsets: Any) -> Tensor:
     return masks
 
 
-def outcomes(measurements: Any, groups: int, queries: int, name: str, device: torch.device | None = None) -> Tensor:
+def outcomes(
+    measurements: ArrayLike, groups: int, queries: int, name: str, device: torch.device | None = None
+) -> Tensor:
     """Measured outcomes as ``[Q, R, M]`` float64.
 
     Args:

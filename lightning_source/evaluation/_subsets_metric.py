@@ -1,15 +1,17 @@
 """What the metrics over retrained subsets share: the states, their updates, and the intervals' randomness."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_source.evaluation import statistics
-from lightning_source.evaluation._inputs import outcomes, proper_masks, score_matrix
+from lightning_source.evaluation._inputs import Scores, outcomes, proper_masks, score_matrix
 
 
 class SubsetsMetric(Metric):
@@ -27,7 +29,7 @@ class SubsetsMetric(Metric):
 
     def __init__(
         self,
-        subsets: Any,
+        subsets: ArrayLike,
         *,
         resamples: int = statistics.RESAMPLES,
         controls: int = statistics.CONTROLS,
@@ -48,7 +50,7 @@ class SubsetsMetric(Metric):
         for state in ("predicted", "measured", "control"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
-    def update(self, scores: Any, measurements: Any) -> None:
+    def update(self, scores: Scores, measurements: ArrayLike) -> None:
         """Add queries.
 
         Args:
@@ -84,11 +86,13 @@ class SubsetsMetric(Metric):
         )
         return predicted, measured, control
 
-    def _by_resample(self, predicted: Tensor, measured: Tensor, weighted: Any) -> Tensor:
+    def _by_resample(
+        self, predicted: Tensor, measured: Tensor, weighted: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
         """Mean over queries of a correlation in each bootstrap sample of the subsets, ``[resamples]``."""
         weights = statistics.draw_weights(predicted.shape[1], self.resamples, self._generator())
         return torch.stack(
-            [weighted(x, y, weights).nan_to_num(0.0) for x, y in zip(predicted, measured, strict=True)]
+            [weighted(p, m, weights).nan_to_num(0.0) for p, m in zip(predicted, measured, strict=True)]
         ).mean(0)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -85,16 +84,16 @@ def retrain_batched(
         FloatingPointError: copies that ended with non-finite measurements.
     """
     recipe = _Recipe(_built(build, int(seeds[0])), build, loss, optimizer, schedule, epochs, batch_size, drop_last)
-    found: Tensor | None = None
+    measured: Tensor | None = None
     for chunk, trained in recipe.chunks(train, kept, seeds, None, memory, progress):
         values = measure_copies(recipe.template, trained, measurement, query)
-        found = values.new_empty(len(kept), values.shape[1]) if found is None else found
-        found[chunk] = values
-    assert found is not None
-    lost = (~torch.isfinite(found)).any(1)
+        measured = values.new_empty(len(kept), values.shape[1]) if measured is None else measured
+        measured[chunk] = values
+    assert measured is not None
+    lost = (~torch.isfinite(measured)).any(1)
     if lost.any():
         raise FloatingPointError(f"{int(lost.sum())} of {len(kept)} copies ended with non-finite measurements")
-    return found
+    return measured
 
 
 def train_batched(
@@ -137,11 +136,11 @@ def train_batched(
         MisconfigurationException: as there.
     """
     recipe = _Recipe(_built(build, int(seeds[0])), build, loss, optimizer, schedule, epochs, batch_size, drop_last)
-    found: State = {}
+    state: State = {}
     for chunk, trained in recipe.chunks(train, kept, seeds, start, memory, progress):
         for name, value in trained.items():
-            found.setdefault(name, value.new_empty(len(kept), *value.shape[1:]))[chunk] = value
-    return found
+            state.setdefault(name, value.new_empty(len(kept), *value.shape[1:]))[chunk] = value
+    return state
 
 
 @torch.no_grad()
@@ -161,15 +160,15 @@ def measure_copies(
         ``[C, Q]`` on the CPU.
     """
 
-    def one(state: State) -> Tensor:
+    def measure(state: State) -> Tensor:
         return measurement(_network(template, state), *query)
 
     training = template.training
     template.eval()
     with _vectorisable():
-        found = vmap(one, chunk_size=at_once)(state).cpu()
+        measured: Tensor = vmap(measure, chunk_size=at_once)(state).cpu()
     template.train(training)
-    return found
+    return measured
 
 
 @dataclass(frozen=True)
@@ -233,10 +232,10 @@ class _Recipe:
         scheduler = self.schedule(stepper) if self.schedule else None
         self.template.train()
 
-        def one(parameters: State, buffers: State, *batch: Tensor) -> Tensor:
+        def copy_loss(parameters: State, buffers: State, *batch: Tensor) -> Tensor:
             return self.loss(_network(self.template, parameters | buffers), *batch)
 
-        every = vmap(one, randomness="different")
+        copy_losses = vmap(copy_loss, randomness="different")
         with torch.random.fork_rng(devices=[]), _vectorisable():
             torch.manual_seed(seeds[0])  # of dropout, which is the only draw made for all copies together
             for chosen in self.batches(kept, seeds):
@@ -246,7 +245,7 @@ class _Recipe:
                 ]
                 stepper.zero_grad()
                 # No copy's loss knows of another's parameters, so the sum's gradient is each copy's own.
-                every(parameters, buffers, *batch).sum().backward()
+                copy_losses(parameters, buffers, *batch).sum().backward()
                 stepper.step()
                 if scheduler is not None:
                     scheduler.step()
@@ -316,6 +315,6 @@ def _vectorisable() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _network(template: nn.Module, state: State) -> Callable[..., Any]:
+def _network(template: nn.Module, state: State) -> Callable[..., Tensor]:
     """The module with these parameters and buffers in place of its own."""
     return lambda *inputs, **options: functional_call(template, state, inputs, options)

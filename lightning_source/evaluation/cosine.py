@@ -10,6 +10,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_source.evaluation._inputs import Scores
+from lightning_source.scores import InfluenceScores
+
 
 def cosine_by_query(gold: Tensor, scores: Tensor) -> Tensor:
     """Cosine between the gold standard and an estimate over the left-out examples, for each query.
@@ -33,8 +36,8 @@ def cosine_by_query(gold: Tensor, scores: Tensor) -> Tensor:
         )
     if not (torch.isfinite(gold).all() and torch.isfinite(scores).all()):
         raise ValueError("the gold standard or the scores hold values that are not finite")
-    one, other = (_unit(x.to("cpu", torch.float64)) for x in (gold, scores))
-    return (one * other).sum(-1)
+    gold, scores = (_unit(changes.to("cpu", torch.float64)) for changes in (gold, scores))
+    return (gold * scores).sum(-1)
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -86,10 +89,10 @@ class FinalModelCosine(Metric):
             gold: ``[Q, M]``.
             scores: ``[Q, M]``.
         """
-        found = cosine_by_query(gold, scores)
+        cosines = cosine_by_query(gold, scores)
         generator = torch.Generator().manual_seed(self.seed + sum(map(len, self.cosines)))
         noise = torch.randn(self.controls, *gold.shape, generator=generator, dtype=torch.float64)
-        self.cosines.append(found.to(self.device))
+        self.cosines.append(cosines.to(self.device))
         self.random.append(cosine_by_query(gold.expand(noise.shape), noise).mean(0).to(self.device))
 
     def compute(self) -> dict[str, Tensor]:
@@ -99,7 +102,7 @@ class FinalModelCosine(Metric):
         return {"cosine": mean, "sem": error, "control": control, "control_sem": control_error}
 
 
-def select(scores: Any, leave_out: Sequence[int]) -> Tensor:
+def select(scores: Scores, leave_out: Sequence[int]) -> Tensor:
     """Columns of the left-out examples.
 
     Args:
@@ -110,7 +113,7 @@ def select(scores: Any, leave_out: Sequence[int]) -> Tensor:
     Raises:
         ValueError: a left-out example was not scored, or the array has other columns.
     """
-    if isinstance(scores, Tensor) or not hasattr(scores, "train_ids"):
+    if not isinstance(scores, InfluenceScores):
         values = torch.as_tensor(scores)
         if values.shape[-1] != len(leave_out):
             raise ValueError(

@@ -31,7 +31,7 @@ class CosineCurve:
 COLUMNS = ("method", "epoch", "cosine", "sem")
 
 
-def curve_rows(curves: Mapping[str, CosineCurve], digits: int = 4) -> list[dict[str, Any]]:
+def curve_rows(curves: Mapping[str, CosineCurve], digits: int = 4) -> list[dict[str, str | int | float]]:
     """One row for each method and epoch, with the keys ``method``, ``epoch``, ``cosine`` and ``sem``."""
     return [
         {"method": name, "epoch": epoch, "cosine": round(float(mean), digits), "sem": round(float(sem), digits)}
@@ -41,7 +41,7 @@ def curve_rows(curves: Mapping[str, CosineCurve], digits: int = 4) -> list[dict[
 
 
 def write_curves(
-    path: str | os.PathLike[str], curves: Mapping[str, CosineCurve], metadata: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str], curves: Mapping[str, CosineCurve], metadata: Mapping[str, object] | None = None
 ) -> None:
     """Write curves to a ``.csv`` (rows only) or ``.json`` file (rows under ``"curves"``, beside ``metadata``).
 

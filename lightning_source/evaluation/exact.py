@@ -49,10 +49,11 @@ def example_gradients(network: Network, loss: Loss, parameters: Tensor, inputs: 
         targets: ``[B, ...]``.
     """
 
-    def one(vector: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    def example_loss(vector: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return loss(network(vector, x[None])[0], y)
 
-    return vmap(grad(one), in_dims=(None, 0, 0))(parameters, inputs, targets)
+    gradients: Tensor = vmap(grad(example_loss), in_dims=(None, 0, 0))(parameters, inputs, targets)
+    return gradients
 
 
 def gauss_newton(
@@ -72,7 +73,7 @@ def gauss_newton(
         chunk: examples whose Jacobians are held at once.
     """
 
-    def one(vector: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def example_curvature(vector: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         def outputs(v: Tensor) -> Tensor:
             return network(v, x[None])[0]
 
@@ -83,7 +84,7 @@ def gauss_newton(
 
     total = parameters.new_zeros(len(parameters), len(parameters))
     for x, y in zip(inputs.split(chunk), targets.split(chunk), strict=True):
-        jacobians, curvatures = vmap(one, in_dims=(None, 0, 0))(parameters, x, y)
+        jacobians, curvatures = vmap(example_curvature, in_dims=(None, 0, 0))(parameters, x, y)
         total += jacobians.flatten(0, 1).T @ (curvatures @ jacobians).flatten(0, 1)
     return total / len(inputs)
 

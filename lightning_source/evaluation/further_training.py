@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -24,26 +25,22 @@ from torch.optim import Optimizer
 
 from lightning_source._files import write_tensors
 from lightning_source._provenance import name_of, versions
-from lightning_source.capture.data import examples_of, query_of
+from lightning_source.capture.data import Examples, examples_of, query_of
 from lightning_source.capture.isolation import isolated_rng
 from lightning_source.capture.objective import Measurement
+from lightning_source.evaluation._inputs import Scores
 from lightning_source.evaluation.cosine import cosine_by_query, mean_and_error, select
 from lightning_source.evaluation.curves import CosineCurve
-from lightning_source.evaluation.further_runs import (
-    ExampleLoss,
-    NotStackable,
-    Pair,
-    PlainRuns,
-    Recipe,
-    Removal,
-    StackedRuns,
-    Trace,
-)
+from lightning_source.evaluation.further_runs.directory import FinishedRun, FurtherTrainingDirectory
+from lightning_source.evaluation.further_runs.elements import NotStackable
+from lightning_source.evaluation.further_runs.plain import PlainRuns
+from lightning_source.evaluation.further_runs.recipe import ExampleLoss, Mode, Pair, Recipe, Removal, Trace
+from lightning_source.evaluation.further_runs.stacked import StackedRuns
 from lightning_source.optimizers import rule_for
-from lightning_source.recording.store import MANIFEST, RunStore
 from lightning_source.scorer import MEASUREMENTS
 
-REMOVALS = ("downweight", "mask", "shift")
+REMOVALS = get_args(Removal)
+MODES = get_args(Mode)
 SIGN = "Positive: training further without the example raises the measurement. For a loss, a proponent."
 
 
@@ -110,7 +107,7 @@ class FurtherTraining:
 
     def cosine(
         self,
-        scores: Any,
+        scores: Scores,
         adjustment: Literal[13, 17] = 17,
         seeds: int | None = None,
         epochs: Sequence[int] | None = None,
@@ -153,9 +150,9 @@ _TENSORS = ("left_out", "full", "start", "distances", "full_distances")
 
 
 def further_training(
-    module: Any,
-    train: Any,
-    query: Any,
+    module: LightningModule,
+    train: object,
+    query: object,
     *,
     leave_out: Sequence[int] | Tensor,
     epochs: int,
@@ -163,13 +160,13 @@ def further_training(
     batch_size: int | None = None,
     optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
     removal: Removal = "downweight",
-    mode: Literal["eval", "train"] = "eval",
+    mode: Mode = "eval",
     measurement: str | Measurement = "loss",
     loss: ExampleLoss | None = None,
     dirpath: str | os.PathLike[str] | None = None,
     copies: int | None = None,
     vectorize: bool | None = None,
-    datamodule: Any = None,
+    datamodule: LightningDataModule | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FurtherTraining:
     """Train a model further with and without each of some examples; the model itself comes back unchanged.
@@ -216,7 +213,20 @@ def further_training(
         MisconfigurationException: wrong set-up; the message says what and the way out.
         FloatingPointError: further training diverged; the message names the run.
     """
-    recipe = _recipe(module, train, query, epochs, batch_size, optimizer, removal, mode, measurement, loss, datamodule)
+    data = _training_data(train, batch_size)
+    recipe = Recipe(
+        module=module,
+        data=data,
+        queries=query_of(query, data),
+        optimizer=_optimizer(module, optimizer),
+        epochs=epochs,
+        removal=removal,
+        mode=mode,
+        measurement=measurement,
+        loss=loss,
+        hooks=datamodule,
+    )
+    _check(recipe)
     points = _points(leave_out, len(recipe.data))
     chosen = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
     at_once = copies if copies is not None else 16 if recipe.module.device.type == "cpu" else 128
@@ -236,71 +246,68 @@ def further_training(
                 ) from None
             rank_zero_info(f"further_training makes its runs one after the other: {error}.")
     described = _describe(recipe, points)
-    sweep = _Sweep(dirpath, described)
+    directory = FurtherTrainingDirectory(dirpath, described)
     pairs: list[Pair] = [(point, seed) for seed in chosen for point in (None, *points)]
-    todo = [pair for pair in pairs if pair not in sweep.found]
+    todo = [pair for pair in pairs if pair not in directory.runs]
     size = 1 if runs is plain else at_once
     for first in range(0, len(todo), size):
         block = todo[first : first + size]
         trace = runs.run(block)
         _require_finite(trace, block)
-        sweep.add(block, trace)
+        directory.add(block, trace)
         if progress is not None:
             progress(len(pairs) - len(todo) + first + len(block), len(pairs))
-    return sweep.result(points, chosen, described, plain.start)
+    return _result(directory.runs, points, chosen, plain.start, described)
 
 
-def _recipe(
-    module: Any,
-    train: Any,
-    query: Any,
-    epochs: int,
-    batch_size: int | None,
-    optimizer: Callable[[list[nn.Parameter]], Optimizer] | None,
-    removal: Removal,
-    mode: Literal["eval", "train"],
-    measurement: str | Measurement,
-    loss: ExampleLoss | None,
-    hooks: Any,
-) -> Recipe:
-    for name, value, known in (("removal", removal, REMOVALS), ("mode", mode, ("eval", "train"))):
-        if value not in known:
-            raise MisconfigurationException(f'`{name}="{value}"` is not known. HINT: one of {", ".join(known)}.')
-    if not callable(measurement) and (measurement not in MEASUREMENTS or (loss is not None and measurement != "loss")):
+def _result(
+    runs: Mapping[Pair, FinishedRun], points: list[int], seeds: list[int], start: Tensor, described: dict[str, object]
+) -> FurtherTraining:
+    """Everything by left-out example and seed."""
+    left_out = [[runs[point, seed] for point in points] for seed in seeds]
+    full = [runs[None, seed] for seed in seeds]
+    return FurtherTraining(
+        left_out=torch.stack([torch.stack([run.measurements for run in row], -1) for row in left_out], -1),
+        full=torch.stack([run.measurements for run in full], -1),
+        start=start,
+        distances=torch.stack([torch.stack([run.distances for run in row], -1) for row in left_out], -1),
+        full_distances=torch.stack([run.distances for run in full], -1),
+        leave_out=points,
+        seeds=seeds,
+        metadata=described | {"sign": SIGN, "versions": versions()},
+    )
+
+
+def _check(recipe: Recipe) -> None:
+    for name, value, choices in (("removal", recipe.removal, REMOVALS), ("mode", recipe.mode, MODES)):
+        if value not in choices:
+            raise MisconfigurationException(f'`{name}="{value}"` is not known. HINT: one of {", ".join(choices)}.')
+    measurement, known = recipe.measurement, ["loss"] if recipe.loss is not None else list(MEASUREMENTS)
+    if not callable(measurement) and measurement not in known:
         raise MisconfigurationException(
-            f"`measurement={measurement!r}` is not known{' beside `loss=`' if loss is not None else ''}. HINT: "
-            + ('"loss", or a callable.' if loss is not None else f"one of {', '.join(MEASUREMENTS)}, or a callable.")
+            f"`measurement={measurement!r}` is not known{' beside `loss=`' if recipe.loss is not None else ''}. HINT:"
+            f" one of {', '.join(known)}, or a callable."
         )
-    if epochs < 1:
-        raise MisconfigurationException(f"`epochs={epochs}` must be at least 1.")
-    if batch_size is None and not isinstance(train, torch.utils.data.DataLoader):
-        raise MisconfigurationException(
-            "the batch size of the further training is not known. HINT: pass `batch_size=`, or a DataLoader as `train`."
-        )
-    data = examples_of(train, batch_size)
-    if mode == "train" and removal == "downweight":
-        norms = [n for n, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if recipe.epochs < 1:
+        raise MisconfigurationException(f"`epochs={recipe.epochs}` must be at least 1.")
+    if recipe.mode == "train" and recipe.removal == "downweight":
+        norms = [n for n, m in recipe.module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         if norms:
             raise MisconfigurationException(
                 f"in train mode `{norms[0]}` normalises by the batch, and the left-out example's own loss has no batch."
                 ' HINT: `mode="eval"`, or `removal="mask"`.'
             )
-    return Recipe(
-        module,
-        data,
-        query_of(query, data),
-        _optimizer(module, optimizer),
-        epochs,
-        data.batch_size,
-        removal,
-        mode,
-        measurement,
-        loss,
-        hooks,
-    )
 
 
-def _optimizer(module: Any, make: Callable[[list[nn.Parameter]], Optimizer] | None) -> Optimizer:
+def _training_data(train: object, batch_size: int | None) -> Examples:
+    if batch_size is None and not isinstance(train, torch.utils.data.DataLoader):
+        raise MisconfigurationException(
+            "the batch size of the further training is not known. HINT: pass `batch_size=`, or a DataLoader as `train`."
+        )
+    return examples_of(train, batch_size)
+
+
+def _optimizer(module: LightningModule, make: Callable[[list[nn.Parameter]], Optimizer] | None) -> Optimizer:
     made = module.configure_optimizers() if make is None else make([p for p in module.parameters() if p.requires_grad])
     if not isinstance(made, Optimizer):
         raise MisconfigurationException(
@@ -329,7 +336,7 @@ def _require_finite(trace: Trace, block: Sequence[Pair]) -> None:
         )
 
 
-def _describe(recipe: Recipe, points: Sequence[int]) -> dict[str, Any]:
+def _describe(recipe: Recipe, points: Sequence[int]) -> dict[str, object]:
     """What makes two sweeps the same, seeds aside. JSON primitives only."""
     optimizer = recipe.optimizer
     groups = [{k: repr(v) for k, v in sorted(g.items()) if k != "params"} for g in optimizer.param_groups]
@@ -353,24 +360,23 @@ def _describe(recipe: Recipe, points: Sequence[int]) -> dict[str, Any]:
 
 def _rates_per_epoch(recipe: Recipe) -> list[float] | None:
     """``Λ`` of an epoch by parameter group; ``None`` where the optimizer is not understood."""
-    steps = -(-len(recipe.data) // recipe.batch_size)
     try:
-        rule = rule_for(recipe.optimizer)
+        rule, steps = rule_for(recipe.optimizer), recipe.steps_per_epoch
         return [float(g["lr"]) * rule(g).rate_multiplier * steps for g in recipe.optimizer.param_groups]
     except MisconfigurationException:
         return None
 
 
-def _digest(values: Any) -> str:
-    found = hashlib.sha256()
+def _digest(values: object) -> str:
+    digest = hashlib.sha256()
 
     def add(tensor: Tensor) -> Tensor:
         # As raw bytes: numpy has no bfloat16.
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return tensor
 
     apply_to_collection(values, Tensor, add)
-    return found.hexdigest()
+    return digest.hexdigest()
 
 
 def _digest_examples(recipe: Recipe, points: Sequence[int]) -> str:
@@ -380,56 +386,3 @@ def _digest_examples(recipe: Recipe, points: Sequence[int]) -> str:
     ids = torch.cat([torch.tensor(points), spread]).unique()
     with isolated_rng(0):  # examples that are drawn anew each time
         return _digest([recipe.fetch(part) for part in ids.split(recipe.batch_size)])
-
-
-class _Sweep:
-    """The finished runs, on disk as they come if there is a directory."""
-
-    def __init__(self, dirpath: str | os.PathLike[str] | None, described: dict[str, Any]) -> None:
-        self.found: dict[Pair, tuple[Tensor, Tensor]] = {}
-        self.store: RunStore | None = None
-        if dirpath is None:
-            return
-        path = os.fspath(dirpath)
-        if not os.path.exists(os.path.join(path, MANIFEST)):
-            self.store = RunStore.create(path)
-            self.store.manifest |= {"further_training": described, "blocks": []}
-            self.store.commit()
-            return
-        self.store = RunStore.open(path)
-        known = self.store.manifest.get("further_training", {})
-        differing = sorted(k for k in described.keys() | known.keys() if described.get(k) != known.get(k))
-        if differing:
-            raise MisconfigurationException(
-                f"`{path}` holds another sweep: {', '.join(f'`{k}`' for k in differing)} differ. HINT: give another"
-                " `dirpath`, or delete the directory."
-            )
-        for block in self.store.manifest["blocks"]:
-            tensors = self.store.read(block["file"])
-            self._enter([tuple(pair) for pair in block["pairs"]], Trace(tensors["measurements"], tensors["distances"]))
-
-    def add(self, block: Sequence[Pair], trace: Trace) -> None:
-        """Keep finished runs."""
-        self._enter(block, trace)
-        if self.store is not None:
-            name = f"blocks/{len(self.store.manifest['blocks']):06d}.safetensors"
-            self.store.write(name, {"measurements": trace.measurements, "distances": trace.distances})
-            self.store.manifest["blocks"].append({"file": name, "pairs": [list(pair) for pair in block]})
-            self.store.commit()
-
-    def _enter(self, block: Sequence[Any], trace: Trace) -> None:
-        for index, pair in enumerate(block):
-            self.found[pair] = (trace.measurements[:, :, index], trace.distances[:, index])
-
-    def result(self, points: list[int], seeds: list[int], described: dict[str, Any], start: Tensor) -> FurtherTraining:
-        """Everything by left-out example and seed."""
-        left_out, distances = (
-            torch.stack([torch.stack([self.found[p, s][which] for p in points], -1) for s in seeds], -1)
-            for which in (0, 1)
-        )
-        full, full_distances = (torch.stack([self.found[None, s][which] for s in seeds], -1) for which in (0, 1))
-        metadata = described | {
-            "sign": SIGN,
-            "versions": versions(),
-        }
-        return FurtherTraining(left_out, full, start, distances, full_distances, points, seeds, metadata)

@@ -5,9 +5,11 @@ Source: Park et al. 2023 (TRAK), Definition 2.4; Bae et al. 2024, section 5.1.
 
 from typing import Any, NamedTuple
 
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from lightning_source.evaluation import statistics
+from lightning_source.evaluation._inputs import Scores
 from lightning_source.evaluation._subsets_metric import SubsetsMetric, defined, mean_and_spread
 
 
@@ -70,7 +72,9 @@ class LinearDatamodelingScore(SubsetsMetric):
         )
 
 
-def linear_datamodeling_score(scores: Any, subsets: Any, measurements: Any, **options: Any) -> DatamodelingResult:
+def linear_datamodeling_score(
+    scores: Scores, subsets: ArrayLike, measurements: ArrayLike, **options: Any
+) -> DatamodelingResult:
     """:class:`LinearDatamodelingScore` of one set of arrays: its arguments, then those of its ``update``.
 
     Example:

@@ -1,8 +1,9 @@
 """Predicted against actual change when single examples or groups are left out, with the slope between them."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from lightning_source.evaluation import statistics
@@ -103,7 +104,7 @@ class RemovalCorrelation(SubsetsMetric):
         return sums[:, 0] / sums[:, 1], products / squares
 
 
-def leave_one_out_subsets(ids: Any, examples: int) -> Tensor:
+def leave_one_out_subsets(ids: ArrayLike, examples: int) -> Tensor:
     """Masks that keep all examples but one: bool ``[len(ids), examples]``, row ``i`` without ``ids[i]``.
 
     Example:

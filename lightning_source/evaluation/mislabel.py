@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
@@ -65,7 +66,7 @@ class MislabelDetection(Metric):
         self.add_state("suspicion", default=[], dist_reduce_fx="cat")
         self.add_state("mislabelled", default=[], dist_reduce_fx="cat")
 
-    def update(self, suspicion: Any, mislabelled: Any) -> None:
+    def update(self, suspicion: ArrayLike, mislabelled: ArrayLike) -> None:
         """Add training examples.
 
         Args:

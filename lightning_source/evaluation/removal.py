@@ -8,17 +8,18 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_source.evaluation import statistics
-from lightning_source.evaluation._inputs import finite
+from lightning_source.evaluation._inputs import Scores, finite
 from lightning_source.scores import InfluenceScores
 
 
 def without_proponents(
-    scores: Any, sizes: Sequence[int], *, examples: int | None = None, lower_is_better: bool | None = None
+    scores: Scores, sizes: Sequence[int], *, examples: int | None = None, lower_is_better: bool | None = None
 ) -> Tensor:
     """What to keep when each query's top-``k`` proponents are removed, for growing ``k``.
 
@@ -53,7 +54,9 @@ def without_proponents(
     return _keep(order.cpu(), sizes, examples or values.shape[1])
 
 
-def without_random_same_label(labels: Any, query_labels: Any, sizes: Sequence[int], *, seed: int = 0) -> Tensor:
+def without_random_same_label(
+    labels: ArrayLike, query_labels: ArrayLike, sizes: Sequence[int], *, seed: int = 0
+) -> Tensor:
     """The baseline of :func:`without_proponents`: remove ``k`` random examples of the query's own label.
 
     The removed sets are nested: a larger one holds the smaller. Where a label has fewer than ``k`` examples, all of
@@ -81,7 +84,7 @@ def without_random_same_label(labels: Any, query_labels: Any, sizes: Sequence[in
     return _keep((draws + (own != wanted[:, None])).argsort(1), sizes, len(own))
 
 
-def own_query(measurements: Any, sizes: int) -> Tensor:
+def own_query(measurements: ArrayLike, sizes: int) -> Tensor:
     """From retrainings of ``[K, Q, N]`` masks, each query's outcome on its own masks.
 
     Args:
@@ -168,7 +171,7 @@ class SubsetRemoval(Metric):
         self.add_state("flips", default=[], dist_reduce_fx="cat")
         self.add_state("random_flips", default=[], dist_reduce_fx="cat")
 
-    def update(self, correct: Any, random_correct: Any) -> None:
+    def update(self, correct: ArrayLike, random_correct: ArrayLike) -> None:
         """Add queries.
 
         Args:
@@ -207,7 +210,7 @@ class SubsetRemoval(Metric):
             ),
         )
 
-    def _outcomes(self, correct: Any, name: str) -> Tensor:
+    def _outcomes(self, correct: ArrayLike, name: str) -> Tensor:
         values = finite(correct, name, self.device)
         if values.ndim == 2:
             values = values[None]

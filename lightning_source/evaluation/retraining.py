@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,11 +14,12 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_source.evaluation._inputs import kept_masks
-from lightning_source.evaluation._sweep import Sweep
+from lightning_source.evaluation._retraining_directory import RetrainingDirectory
 
 Build = Callable[[list[int], int], tuple[pl.LightningModule, Any, pl.Trainer]]
 Measure = Callable[[pl.LightningModule], Tensor]
@@ -29,14 +31,14 @@ _ONE_RUN_PER_PROCESS = threading.RLock()
 
 def retrain(
     build: Build,
-    subsets: Any,
+    subsets: ArrayLike,
     seeds: Sequence[int],
     measure: Measure,
     dirpath: str | os.PathLike[str],
     *,
     n_jobs: int | None = None,
     threads: int = 1,
-    recipe: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, object] | None = None,
     progress: bool = True,
 ) -> Tensor:
     """Train on every subset with every seed and measure the queries after each training.
@@ -76,13 +78,14 @@ def retrain(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"`seeds` must be different integers, at least one; got {seeds}.")
     settings = {"build": _name(build), "measure": _name(measure), "recipe": dict(recipe or {})}
-    sweep = Sweep.open(dirpath, masks, settings)
+    directory = RetrainingDirectory.open(dirpath, masks, settings)
     runs = [(row, seed) for seed in seeds for row in range(len(masks))]
-    missing = [run for run in runs if not sweep.holds(*run)]
+    missing = [run for run in runs if not directory.holds(*run)]
+    runner = _Runner(build, measure, directory, threads)
     with tqdm(total=len(runs), initial=len(runs) - len(missing), unit="run", disable=not progress) as bar:
-        for _ in _spread(build, measure, masks, missing, sweep, n_jobs, threads):
+        for _ in _spread(runner, masks, missing, n_jobs):
             bar.update()
-    return _gather(sweep, seeds, len(masks))
+    return _gather(directory, seeds, len(masks))
 
 
 def random_subsets(count: int, examples: int, *, fraction: float = 0.5, seed: int = 0) -> Tensor:
@@ -103,15 +106,31 @@ def random_subsets(count: int, examples: int, *, fraction: float = 0.5, seed: in
     return ranks < size
 
 
-def _spread(
-    build: Build,
-    measure: Measure,
-    masks: Tensor,
-    runs: Sequence[tuple[int, int]],
-    sweep: Sweep,
-    n_jobs: int | None,
-    threads: int,
-) -> Iterator[None]:
+@dataclass(frozen=True)
+class _Runner:
+    """Makes single runs; it travels to the workers with each of them."""
+
+    build: Build
+    measure: Measure
+    directory: RetrainingDirectory
+    threads: int
+
+    def run(self, kept: list[int], row: int, seed: int) -> None:
+        with _ONE_RUN_PER_PROCESS, _seeded(seed, self.threads), _quiet():
+            module, data, trainer = self.build(kept, seed)
+            trainer.fit(module, data)
+            module.eval()
+            with torch.no_grad():
+                values = torch.as_tensor(self.measure(module)).detach().cpu()
+        if values.ndim != 1:
+            raise MisconfigurationException(
+                f"`measure` gave a tensor of shape {tuple(values.shape)} for subset {row}; expected one value for each"
+                " query, [queries]."
+            )
+        self.directory.save(row, seed, values)
+
+
+def _spread(runner: _Runner, masks: Tensor, runs: Sequence[tuple[int, int]], n_jobs: int | None) -> Iterator[None]:
     """Do the runs; an item for each that is finished, as it is where the backend can tell."""
     try:
         from joblib import Parallel, delayed
@@ -120,30 +139,12 @@ def _spread(
             "`retrain` spreads its runs by joblib, which is not installed. HINT: `pip install"
             " 'lightning_source[evaluation]'`."
         ) from None
-    tasks = [
-        delayed(_run)(build, measure, masks[row].nonzero().flatten().tolist(), row, seed, sweep, threads)
-        for row, seed in runs
-    ]
+    tasks = [delayed(runner.run)(masks[row].nonzero().flatten().tolist(), row, seed) for row, seed in runs]
     try:
         parallel = Parallel(n_jobs=n_jobs, return_as="generator_unordered")
     except ValueError:  # a backend that only gives everything at once: the bar jumps, files appear as ever
         parallel = Parallel(n_jobs=n_jobs)
     yield from parallel(tasks)
-
-
-def _run(build: Build, measure: Measure, kept: list[int], row: int, seed: int, sweep: Sweep, threads: int) -> None:
-    with _ONE_RUN_PER_PROCESS, _seeded(seed, threads), _quiet():
-        module, data, trainer = build(kept, seed)
-        trainer.fit(module, data)
-        module.eval()
-        with torch.no_grad():
-            values = torch.as_tensor(measure(module)).detach().cpu()
-    if values.ndim != 1:
-        raise MisconfigurationException(
-            f"`measure` gave a tensor of shape {tuple(values.shape)} for subset {row}; expected one value for each"
-            " query, [queries]."
-        )
-    sweep.save(row, seed, values)
 
 
 @contextmanager
@@ -178,21 +179,21 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _gather(sweep: Sweep, seeds: Sequence[int], rows: int) -> Tensor:
-    runs = [[sweep.load(row, seed) for row in range(rows)] for seed in seeds]
+def _gather(directory: RetrainingDirectory, seeds: Sequence[int], rows: int) -> Tensor:
+    runs = [[directory.load(row, seed) for row in range(rows)] for seed in seeds]
     lengths = {len(values) for row in runs for values in row}
     if len(lengths) > 1:
         raise MisconfigurationException(
-            f"`measure` gave different numbers of queries in `{sweep.path}`: {sorted(lengths)}."
+            f"`measure` gave different numbers of queries in `{directory.path}`: {sorted(lengths)}."
         )
     measurements = torch.stack([torch.stack(row) for row in runs])
     if bad := int((~measurements.isfinite()).any(2).sum()):
         rank_zero_warn(
-            f"{bad} of {len(seeds) * rows} runs in `{sweep.path}` measured NaN or infinity: did they diverge?"
+            f"{bad} of {len(seeds) * rows} runs in `{directory.path}` measured NaN or infinity: did they diverge?"
         )
     return measurements
 
 
-def _name(function: Callable[..., Any]) -> str:
+def _name(function: Callable[..., object]) -> str:
     kind = function if hasattr(function, "__qualname__") else type(function)
     return f"{kind.__module__}.{kind.__qualname__}"

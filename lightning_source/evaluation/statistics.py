@@ -158,8 +158,11 @@ def split_half_reliability(measurements: Tensor, correlation: Correlation, gener
     if not splits or len(splits) > _SPLITS:
         orders = [torch.randperm(retrainings, generator=generator).tolist() for _ in range(_SPLITS)]
         splits = [(order[:half], order[half : 2 * half]) for order in orders]
-    found = [correlation(measurements[:, a].mean(1), measurements[:, b].mean(1)).nan_to_num(0.0) for a, b in splits]
-    return spearman_brown(torch.stack(found).mean(), retrainings / half)
+    correlations = [
+        correlation(measurements[:, first].mean(1), measurements[:, second].mean(1)).nan_to_num(0.0)
+        for first, second in splits
+    ]
+    return spearman_brown(torch.stack(correlations).mean(), retrainings / half)
 
 
 def _centred(x: Tensor) -> Tensor:
@@ -173,10 +176,10 @@ def _correlation(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     x = x - (weights * x).sum(-1, keepdim=True) / total
     y = y - (weights * y).sum(-1, keepdim=True) / total
     spread = (weights * x * x).sum(-1).sqrt() * (weights * y * y).sum(-1).sqrt()
-    found = (weights * x * y).sum(-1) / spread
+    correlation = (weights * x * y).sum(-1) / spread
     # A constant side leaves round-off of its mean, whose ratio could be any number.
     constant = (_range(x, weights) == 0) | (_range(y, weights) == 0)
-    return found.clamp(-1, 1).masked_fill(constant, torch.nan)
+    return correlation.clamp(-1, 1).masked_fill(constant, torch.nan)
 
 
 def _range(x: Tensor, weights: Tensor) -> Tensor:

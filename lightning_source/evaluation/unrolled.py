@@ -198,7 +198,7 @@ def _weighted_gradient(losses: ExampleLosses, weight_decay: float) -> Callable[[
         return (weights * losses(parameters, batch.examples)).sum() / len(batch.examples)
 
     def gradient(parameters: Tensor, batch: Batch, weights: Tensor) -> Tensor:
-        found = grad(mean_loss)(parameters, batch, weights)
-        return found + weight_decay * parameters if weight_decay else found
+        of_loss: Tensor = grad(mean_loss)(parameters, batch, weights)
+        return of_loss + weight_decay * parameters if weight_decay else of_loss
 
     return gradient

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from dataclasses import replace
 
-from lightning_source.layers.registry import Block, register_layer
+from torch import nn
+
+from lightning_source.layers.contract import Block, LayerForm
+from lightning_source.layers.local import LocalForm
+from lightning_source.layers.registry import register_layer
+from lightning_source.names import named_modules
 
 # A parameter with more scalars than this is left out: an example's gradient is held whole.
 MAX_FREE = 1_000_000
 
 
-class FreeForm:
+@register_layer()
+class FreeForm(LayerForm[nn.Module]):
     """One vector block for a parameter, from the gradient of each example's own loss.
 
     This is exact whatever the forward does with the parameter, and costs a backward through the network for each
-    example instead of one for the batch (:func:`per_example_gradients`). It needs a loss that
-    is known example by example. Up to ``factors.MAX_VECTOR`` entries the block is full, beyond that diagonal.
+    example instead of one for the batch (``capture.layer_gradients.per_example_gradients``). It needs a loss that is
+    known example by example. Up to ``ekfac.MAX_VECTOR`` entries the block is full, beyond that diagonal.
     """
 
     free = True
     joint = False
 
-    def matrix(self, shape: tuple[int, int, int], weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The entries in a column."""
-        assert weight is not None
-        return weight.reshape(shape)
-
-
-register_layer()(FreeForm)
+    def attempts(self, block: Block, network: nn.Module) -> list[Block]:
+        """To run the parameter's own module again is cheaper, unless the module is most of the network."""
+        owner = named_modules(network)[block.module]
+        if 2 * sum(p.numel() for p in owner.parameters()) > sum(p.numel() for p in network.parameters()):
+            return [block]
+        return [*super().attempts(replace(block, form=LocalForm.__name__), network), block]
 
 
 def free_block(name: str, module: str, parameter: nn.Parameter, group: int) -> Block | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +64,11 @@ def _calibrate(workspace: Workspace, data: Examples, examples_per_batch: float) 
 
 
 def _evaluate(
-    workspace: Workspace, data: Examples, ids: Sequence[int], hooked: bool = True, recording: Any = None
+    workspace: Workspace,
+    data: Examples,
+    ids: Sequence[int],
+    hooked: bool = True,
+    recording: GradientCapture | None = None,
 ) -> Losses:
     batches = Examples(data.dataset, len(ids), data.collate)
     (_, batch), *_ = batches.batches(ids)
@@ -88,13 +91,14 @@ def _kind_of(workspace: Workspace, data: Examples, whole: Losses, index: int, ch
 
     def mismatch(kind: Kind) -> float:
         # An ignored element is 0 whatever it is multiplied by.
-        one, other = (
-            x.by_example(index, x.weights(index, kind)[0] * (x.calls[index].weights != 0)) for x in (whole, half)
+        in_whole, in_half = (
+            losses.by_example(index, losses.weights(index, kind)[0] * (losses.calls[index].weights != 0))
+            for losses in (whole, half)
         )
-        one, other = _of_equal_width(one[list(chosen)], other)
+        in_whole, in_half = _of_equal_width(in_whole[list(chosen)], in_half)
         if random:
-            one, other = one.sum(), other.sum()
-        return round(float((one - other).norm() / other.norm()), 4)
+            in_whole, in_half = in_whole.sum(), in_half.sum()
+        return round(float((in_whole - in_half).norm() / in_half.norm()), 4)
 
     kinds: list[Kind] = ["mean", "sum", "examples"]
     best = min(sorted(kinds, key=lambda kind: kind != call.reduction), key=mismatch)
@@ -117,8 +121,8 @@ def _weight_per_example(workspace: Workspace, data: Examples, losses: Losses, in
     total, ids = 0.0, factor_ids(len(data), 4096, workspace.seed)
     for chosen, batch in data.batches(ids):
         workspace.begin_step()
-        other = workspace.objective.evaluate(to_module(batch, workspace.module, workspace.hooks), len(chosen))
-        total += float(other.weights(index, kind)[1].sum())
+        evaluated = workspace.objective.evaluate(to_module(batch, workspace.module, workspace.hooks), len(chosen))
+        total += float(evaluated.weights(index, kind)[1].sum())
     return total / len(ids)
 
 
@@ -168,10 +172,10 @@ def _kind(ratio: float, sizes: float) -> Kind:
     return "mean" if ratio > sizes**0.5 else "sum"
 
 
-def _of_equal_width(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+def _of_equal_width(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of elements that can be compared: batches may be padded to different lengths, on either side."""
-    if one.shape == other.shape:
-        return one, other
-    width = max(one.shape[1], other.shape[1])
-    one, other = (F.pad(x, (0, width - x.shape[1])).sort(1).values for x in (one, other))
-    return one, other
+    if rows.shape == others.shape:
+        return rows, others
+    width = max(rows.shape[1], others.shape[1])
+    rows, others = (F.pad(x, (0, width - x.shape[1])).sort(1).values for x in (rows, others))
+    return rows, others

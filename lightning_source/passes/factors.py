@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from lightning_source.curvature.block_gradients import (
     gram,
 )
 from lightning_source.curvature.ekfac import (
+    IDENTITY,
     Basis,
     BlockFactors,
     CovarianceSums,
@@ -37,13 +39,20 @@ def factor_ids(total: int, limit: int | None, seed: int) -> Tensor:
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
 
 
+@dataclass(frozen=True)
+class WeightedState:
+    """One of the snapshots that factors are averaged over."""
+
+    load: Callable[[], State]  # its parameters
+    weight: float  # the weights of all sum to 1
+    covariances: dict[str, CovarianceSums] | None = None  # sums that are known already
+
+
 def fit_factors(
     workspace: Workspace,
     data: Examples,
     ids: Tensor,
-    states: Sequence[Callable[[], State]],
-    weights: Sequence[float],
-    covariances: Sequence[dict[str, CovarianceSums] | None],
+    states: Sequence[WeightedState],
     curvature: str,
     samples: int,
 ) -> tuple[Factors, list[dict[str, CovarianceSums]]]:
@@ -53,9 +62,7 @@ def fit_factors(
         workspace: the model.
         data: training examples.
         ids: the factor examples.
-        states: loads the parameters of each snapshot.
-        weights: the snapshots' weights, which sum to 1.
-        covariances: sums already known for a snapshot, else ``None``.
+        states: the snapshots.
         curvature: ``"ekfac"``, ``"kfac"`` (Kronecker eigenvalues, one pass fewer) or ``"diagonal"`` (no eigenbasis).
         samples: label draws per example for the eigenvalues.
 
@@ -63,32 +70,45 @@ def fit_factors(
         The factors by block, and the covariance sums of each snapshot (empty for ``"diagonal"``).
     """
     names = [block.name for block in workspace.blocks]
-    known: list[dict[str, CovarianceSums]] = []
-    bases: dict[str, Basis] = dict.fromkeys(names, Basis(None, None))
-    values: dict[str, Tensor] = {}
-    if curvature != "diagonal":
-        known = [
-            one if one is not None else covariances_of(workspace, load(), data, ids)
-            for load, one in zip(states, covariances, strict=True)
+    eigenvalues: dict[str, Tensor] = {}
+    if curvature == "diagonal":
+        sums: list[dict[str, CovarianceSums]] = []
+        bases = dict.fromkeys(names, IDENTITY)
+    else:
+        sums = [
+            covariances_of(workspace, state.load(), data, ids) if state.covariances is None else state.covariances
+            for state in states
         ]
-        decomposed, device = [], workspace.module.device
-        exchange = device if workspace.ranks.world == 1 else torch.device("cpu")
-
-        def own_part() -> None:
-            for name in workspace.ranks.share(names):
-                mean = mean_covariances([sums[name] for sums in known], weights)
-                basis, kronecker = eigenbasis(*mean, dtype=known[0][name].activations.dtype)
-                decomposed.append((basis.to(exchange), kronecker.to(exchange)))
-
-        workspace.ranks.on_all_ranks(own_part)
-        for name, (basis, kronecker) in zip(names, workspace.ranks.collect(decomposed), strict=True):
-            bases[name], values[name] = basis.to(device), kronecker.to(device)
+        bases, eigenvalues = _eigenbases(workspace, sums, [state.weight for state in states])
     if curvature != "kfac":
-        values = {}
-        for load, weight in zip(states, weights, strict=True):
-            for name, new in eigenvalues_of(workspace, load(), data, ids, bases, samples).items():
-                values[name] = values[name] + weight * new if name in values else weight * new
-    return {name: BlockFactors(bases[name], values[name]) for name in names}, known
+        eigenvalues = {}
+        for state in states:
+            for name, values in eigenvalues_of(workspace, state.load(), data, ids, bases, samples).items():
+                weighted = state.weight * values
+                eigenvalues[name] = eigenvalues[name] + weighted if name in eigenvalues else weighted
+    return {name: BlockFactors(bases[name], eigenvalues[name]) for name in names}, sums
+
+
+def _eigenbases(
+    workspace: Workspace, sums: Sequence[dict[str, CovarianceSums]], weights: Sequence[float]
+) -> tuple[dict[str, Basis], dict[str, Tensor]]:
+    """Eigenvectors and Kronecker eigenvalues of the averaged covariances; each rank decomposes some of the blocks."""
+    names = [block.name for block in workspace.blocks]
+    decomposed, device = [], workspace.module.device
+    exchange = device if workspace.ranks.world_size == 1 else torch.device("cpu")
+
+    def own_part() -> None:
+        for name in workspace.ranks.shard(names):
+            mean = mean_covariances([of_state[name] for of_state in sums], weights)
+            basis, kronecker = eigenbasis(*mean, dtype=sums[0][name].activations.dtype)
+            decomposed.append((basis.to(exchange), kronecker.to(exchange)))
+
+    workspace.ranks.on_all_ranks(own_part)
+    gathered = dict(zip(names, workspace.ranks.gather(decomposed), strict=True))
+    return (
+        {name: basis.to(device) for name, (basis, _) in gathered.items()},
+        {name: kronecker.to(device) for name, (_, kronecker) in gathered.items()},
+    )
 
 
 def covariances_of(workspace: Workspace, state: State, data: Examples, ids: Tensor) -> dict[str, CovarianceSums]:
@@ -98,8 +118,8 @@ def covariances_of(workspace: Workspace, state: State, data: Examples, ids: Tens
     def own_part() -> None:
         with workspace.at(state):
             for _, captured in workspace.captures(data, workspace.sampled(), workspace.shard(data, ids)):
-                for name, one in captured.items():
-                    new = CovarianceSums.of(one)
+                for name, gradients in captured.items():
+                    new = CovarianceSums.of(gradients)
                     sums[name] = sums[name].merge(new) if name in sums else new
 
     workspace.ranks.on_all_ranks(own_part)
@@ -107,11 +127,11 @@ def covariances_of(workspace: Workspace, state: State, data: Examples, ids: Tens
         if block.name not in sums:  # control flow skipped it on every factor example: no curvature
             like = next(workspace.module.parameters()).detach()
             sums[block.name] = CovarianceSums.zeros(block.shape, block.indexed, like)
-        one = sums[block.name]
-        workspace.ranks.sum_([one.activations, one.gradients])
-        require_finite(one.activations, block.name, "activations")
-        require_finite(one.gradients, block.name, "gradients")
-        one.examples = len(ids)  # a batch that skips the block has gradient 0 there
+        total = sums[block.name]
+        workspace.ranks.all_reduce_([total.activations, total.gradients])
+        require_finite(total.activations, block.name, "activations")
+        require_finite(total.gradients, block.name, "gradients")
+        total.examples = len(ids)  # a batch that skips the block has gradient 0 there
     return sums
 
 
@@ -125,8 +145,8 @@ def eigenvalues_of(
         with workspace.at(state):
             for draw in range(samples):
                 for _, captured in workspace.captures(data, workspace.sampled(draw + 1), workspace.shard(data, ids)):
-                    for name, one in captured.items():
-                        new = eigenvalue_sums(one, bases[name])
+                    for name, gradients in captured.items():
+                        new = eigenvalue_sums(gradients, bases[name])
                         sums[name] = sums[name].add_(new) if name in sums else new
 
     workspace.ranks.on_all_ranks(own_part)
@@ -134,7 +154,7 @@ def eigenvalues_of(
         if block.name not in sums:  # control flow skipped it on every factor example: no curvature
             like = next(workspace.module.parameters()).detach()
             sums[block.name] = like.new_zeros(block.shape, dtype=accumulator_dtype(like))
-        workspace.ranks.sum_([sums[block.name]])
+        workspace.ranks.all_reduce_([sums[block.name]])
         require_finite(sums[block.name], block.name, "eigenvalues")
     return {name: total / (len(ids) * samples) for name, total in sums.items()}
 
@@ -167,14 +187,14 @@ def squared_traces(
             passes = workspace.captures(data, workspace.sampled(), workspace.shard(data, order))
             for half, (index, captured) in zip(itertools.cycle((0, 1)), passes, strict=False):
                 sizes[half] += len(index)
-                for name, one in captured.items():
-                    halves[half][name] += eigenvalue_sums(one, bases[name])
-                products = sum((gram(one).double() for one in captured.values()), pairs.new_zeros(()))
+                for name, gradients in captured.items():
+                    halves[half][name] += eigenvalue_sums(gradients, bases[name])
+                products = sum((gram(gradients).double() for gradients in captured.values()), pairs.new_zeros(()))
                 if products.dim():
                     pairs[0] += products.square().sum() - products.diagonal().square().sum()
                     pairs[1] += len(products) * (len(products) - 1)
 
     workspace.ranks.on_all_ranks(own_part)
-    workspace.ranks.sum_([pairs, sizes, *(half[block.name] for half in halves for block in workspace.blocks)])
+    workspace.ranks.all_reduce_([pairs, sizes, *(half[block.name] for half in halves for block in workspace.blocks)])
     blocks = sum(float((halves[0][b.name].double() * halves[1][b.name]).sum()) for b in workspace.blocks)
     return float(pairs[0] / pairs[1].clamp_min(1)), blocks / float(sizes.prod().clamp_min(1))

@@ -9,11 +9,9 @@ factors are made of, with fixed draws.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_source.capture.data import Examples, to_module
 from lightning_source.capture.layer_gradients import GradientCapture
 from lightning_source.capture.objective import Losses
+from lightning_source.curvature.batched_autograd import batched_gradients
 from lightning_source.curvature.block_gradients import BlockGradients, chunks, contract
 from lightning_source.layers import Block
 from lightning_source.names import named_parameters
-from lightning_source.passes.workspace import State, Workspace
+from lightning_source.passes.workspace import State, Workspace, shorten
 
 # Vectors that run through a batch's graph at once: each holds what one backward holds.
 VECTORS_AT_ONCE = 32
@@ -67,15 +66,15 @@ class Layout:
             tokens: what the columns of an embedding's matrices stand for; the other columns are 0.
         """
         like = next(iter(matrices.values()))
-        found = like.new_zeros(len(like), self.width)
-        for block, piece in zip(self.blocks, found.split(self.widths, 1), strict=True):
+        flat = like.new_zeros(len(like), self.width)
+        for block, piece in zip(self.blocks, flat.split(self.widths, 1), strict=True):
             if block.name in matrices:
                 whole = piece.view(-1, *block.shape)
                 if tokens and block.name in tokens:
                     whole[..., tokens[block.name]] = matrices[block.name]
                 else:
                     whole.copy_(matrices[block.name])
-        return found
+        return flat
 
     def by_block(self, flat: Tensor) -> dict[str, Tensor]:
         """The inverse of :meth:`flat`; views."""
@@ -153,18 +152,18 @@ class GaussNewton:
                 for index, batch in batches.batches(ids[order.flatten()])
             )
 
-    def on_batch(self, index: Tensor, batch: Any, vectors: Tensor) -> Tensor:
+    def on_batch(self, index: Tensor, batch: object, vectors: Tensor) -> Tensor:
         """The product with one batch's ``H``; call it where :meth:`Workspace.at` holds the parameters."""
         batch = to_module(batch, self.workspace.module, self.workspace.hooks)
         if self.kind is None:
             self.kind = self._kind_of(batch, len(index))
         product = self._by_outputs if self.kind == "gauss-newton" else self._by_gradients
-        found = product(index, batch, vectors)
-        if not torch.isfinite(found).all():
-            raise FloatingPointError(f"non-finite Gauss-Newton product on examples {index.tolist()[:5]}")
-        return found
+        products = product(index, batch, vectors)
+        if not torch.isfinite(products).all():
+            raise FloatingPointError(f"non-finite Gauss-Newton product on examples {shorten(index)}")
+        return products
 
-    def _kind_of(self, batch: Any, size: int) -> str:
+    def _kind_of(self, batch: object, size: int) -> str:
         spec = self.workspace.spec
         assert spec is not None
         if spec.fisher == "empirical":
@@ -174,12 +173,12 @@ class GaussNewton:
 
     # ---------------------------------------------------------------- through the network's outputs
 
-    def _by_outputs(self, index: Tensor, batch: Any, vectors: Tensor) -> Tensor:
+    def _by_outputs(self, index: Tensor, batch: object, vectors: Tensor) -> Tensor:
         # Attention's fused kernels have no derivative of their backward, nor have cuDNN's recurrent layers.
         with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
             linear = _Linearized(self.workspace.losses(batch, len(index)), self._own(), self.workspace)
-            found = [linear.product(piece, self.layout) for piece in vectors.split(VECTORS_AT_ONCE)]
-        return torch.cat(found) / len(index)
+            products = [linear.product(piece, self.layout) for piece in vectors.split(VECTORS_AT_ONCE)]
+        return torch.cat(products) / len(index)
 
     def _own(self) -> list[Tensor]:
         named = named_parameters(self.workspace.module)
@@ -187,7 +186,7 @@ class GaussNewton:
 
     # ---------------------------------------------------------------- through gradients of single examples
 
-    def _by_gradients(self, index: Tensor, batch: Any, vectors: Tensor) -> Tensor:
+    def _by_gradients(self, index: Tensor, batch: object, vectors: Tensor) -> Tensor:
         matrices = self.layout.by_block(vectors)
         draws = 1 if self.kind == "empirical" else self.draws
         total = torch.zeros_like(vectors)
@@ -197,10 +196,10 @@ class GaussNewton:
             target = self.workspace.sampled(draw)
             recording = GradientCapture(self.workspace.module, self.workspace.blocks)
             captured = recording.captured(target(batch, index, recording), len(index))
-            products = sum(contract(one, matrices[name]) for name, one in captured.items())
+            products = sum(contract(gradients, matrices[name]) for name, gradients in captured.items())
             assert isinstance(products, Tensor)
-            for name, one in captured.items():
-                parts[name] += expand(one, products)
+            for name, gradients in captured.items():
+                parts[name] += expand(gradients, products)
         return total / (len(index) * draws)
 
 
@@ -229,35 +228,22 @@ class _Linearized:
         for call, weights in zip(self.calls, self.curvatures, strict=True):
             assert call.information is not None
             moved = [next(tangents) if o.requires_grad else o.new_zeros(len(vectors), *o.shape) for o in call.outputs]
-            found = call.information(weights, moved)
-            cotangents += [m.to(o.dtype) for m, o in zip(found, call.outputs, strict=True) if o.requires_grad]
+            curved = call.information(weights, moved)
+            cotangents += [c.to(o.dtype) for c, o in zip(curved, call.outputs, strict=True) if o.requires_grad]
         for i, value in zip(self.used, _batched_grad(self.outputs, self.parameters, cotangents), strict=True):
             result[i] += value
         return layout.of_parameters(result)
 
 
 def _batched_grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], directions: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients for each of several directions ``[Q, *shape]``, the graph kept; 0 where nothing depends on an input."""
-    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-    found: Sequence[Tensor | None]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an operation without a batching rule is slower, not wrong
-            found = torch.autograd.grad(outputs, inputs, directions, is_grads_batched=True, **options)
-    except RuntimeError:
-        rows = [torch.autograd.grad(outputs, inputs, row, **options) for row in zip(*directions, strict=True)]
-        found = [_stack(column) for column in zip(*rows, strict=True)]
+    """:func:`batched_gradients`, 0 where nothing depends on an input."""
+    gradients = batched_gradients(outputs, inputs, directions)
     count = len(directions[0])
-    return [x.new_zeros(count, *x.shape) if g is None else g.to_dense() for x, g in zip(inputs, found, strict=True)]
-
-
-def _stack(column: Sequence[Tensor | None]) -> Tensor | None:
-    present = [x.to_dense() for x in column if x is not None]
-    return torch.stack(present) if len(present) == len(column) else None
+    return [x.new_zeros(count, *x.shape) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
 
 
 def expand(captured: BlockGradients, weights: Tensor) -> Tensor:
-    """``Σ_b weights[q, b] · gradient_b``, ``[Q, P, O, I]``: the adjoint of ``factors.contract``."""
+    """``Σ_b weights[q, b] · gradient_b``, ``[Q, P, O, I]``: the adjoint of :func:`contract`."""
     parts, _, positions, outputs, inputs = captured.shape
     queries = len(weights)
     if captured.vocabulary is not None:

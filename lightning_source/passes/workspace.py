@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -33,12 +33,14 @@ from lightning_source.curvature.ekfac import (
 )
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.layers import Block
-from lightning_source.names import named_tensors
+from lightning_source.names import named_parameters, named_tensors
+from lightning_source.passes.query_gradients import QueryGradients
+from lightning_source.random_streams import stream_seed
 
 State = Mapping[str, Tensor]  # parameters and buffers by clean name
 # Runs the user's code on a batch, given the ids of its examples, while the recording listens. Gives back what to
 # differentiate: one value for each example, or where that is not known a scalar that is their sum.
-Target = Callable[[Any, Tensor, GradientCapture], Tensor]
+Target = Callable[[object, Tensor, GradientCapture], Tensor]
 
 
 @dataclass
@@ -49,18 +51,18 @@ class Workspace:
         module: the LightningModule.
         blocks: what is attributed.
         objective: its training step.
-        spec: the objective's scale; ``None`` until :meth:`calibrate`.
+        spec: the objective's scale; ``None`` until :func:`~lightning_source.passes.calibration.calibrate`.
         seed: seeds label sampling, the choice of factor examples and the passes' global generators.
         hooks: the LightningDataModule, if one was used.
         ranks: the processes that share the passes over training examples; all of them make the same calls.
     """
 
-    module: Any
+    module: LightningModule
     blocks: Sequence[Block]
     objective: Objective
     spec: ObjectiveSpec | None = None
     seed: int = 0
-    hooks: Any = None
+    hooks: LightningDataModule | None = None
     ranks: Ranks = SINGLE_PROCESS
     _rewind: StateRestorer | None = field(default=None, init=False, repr=False)  # inside :meth:`at`
 
@@ -80,7 +82,8 @@ class Workspace:
         if missing:
             raise MisconfigurationException(_does_not_match(self.module, missing))
         # Without a gradient a layer frozen since training would not be seen, and would silently count for nothing.
-        trained: Any = [own[n] for block in self.blocks for n in block.parameters]
+        parameters = named_parameters(self.module)
+        trained = [parameters[n] for block in self.blocks for n in block.parameters]
         with undisturbed(self.module, self.seed), thawed(trained):
             kept = {n: x.detach().clone() for n, x in own.items() if n in state or isinstance(x, nn.Parameter)}
             # A state may be the module's own tensors, which would follow its writes.
@@ -106,7 +109,11 @@ class Workspace:
     # ---------------------------------------------------------------- one pass
 
     def captures(
-        self, data: Examples | GivenBatches, target: Target, ids: Any = None, what: str = "examples"
+        self,
+        data: Examples | GivenBatches,
+        target: Target,
+        ids: Sequence[int] | Tensor | None = None,
+        what: str = "examples",
     ) -> Iterator[tuple[Tensor, dict[str, BlockGradients]]]:
         """Run over data: ``(ids, blocks by name)`` for each batch, gradients being those of ``target``."""
         recording = GradientCapture(self.module, self.blocks)
@@ -120,10 +127,10 @@ class Workspace:
 
     def shard(self, data: Examples, ids: Tensor | None) -> Tensor | None:
         """This rank's part of the examples: whole batches, so that no batch depends on the number of ranks."""
-        if self.ranks.world == 1:
+        if self.ranks.world_size == 1:
             return ids
         order = torch.arange(len(data)) if ids is None else ids
-        mine = self.ranks.share(order.split(data.batch_size))
+        mine = self.ranks.shard(order.split(data.batch_size))
         return torch.cat([*mine]) if mine else order[:0]
 
     def target(self, values: Callable[[Losses, ObjectiveSpec, Tensor], Tensor]) -> Target:
@@ -131,7 +138,7 @@ class Workspace:
         spec = self.spec
         assert spec is not None
 
-        def run(batch: Any, ids: Tensor, recording: GradientCapture) -> Tensor:
+        def run(batch: object, ids: Tensor, recording: GradientCapture) -> Tensor:
             losses = self.losses(batch, len(ids), recording)
             if not torch.isfinite(losses.loss):
                 return losses.loss  # no label can be drawn from it; the caller names the examples
@@ -139,16 +146,16 @@ class Workspace:
 
         return run
 
-    def losses(self, batch: Any, size: int, recording: GradientCapture | None = None) -> Losses:
+    def losses(self, batch: object, size: int, recording: GradientCapture | None = None) -> Losses:
         """The training step's losses on a batch, which must be those that were calibrated where they are finite."""
         spec = self.spec
         assert spec is not None
         self.begin_step()
         losses = self.objective.evaluate(batch, size, recording)
-        found, expected = [call.name for call in losses.calls], [call.name for call in spec.calls]
-        if spec.origin != "whole" and found != expected and torch.isfinite(losses.loss):
+        computed, expected = [call.name for call in losses.calls], [call.name for call in spec.calls]
+        if spec.origin != "whole" and computed != expected and torch.isfinite(losses.loss):
             raise MisconfigurationException(
-                f"`training_step` computed the losses {found} where calibration saw {expected}; their scales cannot"
+                f"`training_step` computed the losses {computed} where calibration saw {expected}; their scales cannot"
                 " be matched."
             )
         return losses
@@ -165,7 +172,7 @@ class Workspace:
         generator = torch.Generator(self.module.device)
 
         def values(losses: Losses, spec: ObjectiveSpec, ids: Tensor) -> Tensor:
-            generator.manual_seed(hash((self.seed, draw, int(ids[0]))) % 2**63)
+            generator.manual_seed(stream_seed(self.seed, draw, int(ids[0])))
             return losses.fisher_target(spec, generator)
 
         return self.target(values)
@@ -175,7 +182,7 @@ class Workspace:
         if not callable(measurement):
             return self.target(lambda losses, spec, ids: losses.measurement(spec, measurement))
 
-        def run(batch: Any, ids: Tensor, recording: GradientCapture) -> Tensor:
+        def run(batch: object, ids: Tensor, recording: GradientCapture) -> Tensor:
             size = len(ids)
             self.begin_step()
             with recording.listening(size):
@@ -194,10 +201,6 @@ class Workspace:
 
         return run
 
-    # ---------------------------------------------------------------- calibration
-
-    # ---------------------------------------------------------------- factors
-
     # ---------------------------------------------------------------- scoring
 
     def query_gradients(
@@ -206,87 +209,91 @@ class Workspace:
         queries: Examples | GivenBatches,
         measurement: str | Measurement,
         bases: Mapping[str, Basis] | None = None,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Gradients of the measurement by block, in the given bases or in parameter space.
-
-        Returns:
-            ``[Q, P, O, I]`` by block, and for an embedding the tokens that its ``I`` columns stand for: those that the
-            queries use, in ascending order.
-        """
-        found: dict[str, Tensor] = {}
+    ) -> QueryGradients:
+        """Gradients of the measurement by block, in the given bases or in parameter space."""
+        gradients: dict[str, Tensor] = {}
         rows: dict[str, list[Rows]] = {}
         with self.at(state):
             for index, captured in self.captures(queries, self.measured(measurement), what="queries"):
-                for name, one in captured.items():
+                for name, block_gradients in captured.items():
                     basis = bases[name] if bases else Basis(None, None)
-                    if one.vocabulary is not None:
-                        new = basis.rotate(one).rows()
+                    if block_gradients.vocabulary is not None:
+                        new = basis.rotate(block_gradients).rows()
                         rows.setdefault(name, []).append(new._replace(examples=index.to(new.examples)[new.examples]))
                         continue
-                    if name not in found:
-                        parts, _, _, outputs, inputs = one.shape
-                        found[name] = one.activations.new_zeros(len(queries), parts, outputs, inputs)
-                    found[name][index] = rotated_matrices(one, basis)
+                    if name not in gradients:
+                        parts, _, _, outputs, inputs = block_gradients.shape
+                        shape = (len(queries), parts, outputs, inputs)
+                        gradients[name] = block_gradients.activations.new_zeros(shape)
+                    gradients[name][index] = rotated_matrices(block_gradients, basis)
         columns = {}
         for name, pieces in rows.items():
-            examples, tokens, values = (torch.cat(x) for x in zip(*pieces, strict=True))
+            examples, tokens, values = (torch.cat(parts) for parts in zip(*pieces, strict=True))
             columns[name], where = tokens.unique(return_inverse=True)
-            found[name] = values.new_zeros(len(queries), 1, values.shape[1], len(columns[name]))
-            found[name][examples, 0, :, where] = values
-        for name, vectors in found.items():
+            gradients[name] = values.new_zeros(len(queries), 1, values.shape[1], len(columns[name]))
+            gradients[name][examples, 0, :, where] = values
+        for name, vectors in gradients.items():
             require_finite(vectors, name, "query gradients")
-        return found, columns
+        return QueryGradients(gradients, columns)
 
     def inner_products(
         self,
         state: State,
         data: Examples,
         ids: Tensor | None,
-        vectors: Mapping[str, Tensor],
+        vectors: QueryGradients,
+        receive: Callable[[slice, Tensor], None],
         bases: Mapping[str, Basis] | None = None,
         normalize: bool = False,
-        tokens: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """``⟨vectors[q], g(z_n)⟩`` over all blocks, ``[Q, N]`` on the CPU: one pass over the examples.
+    ) -> None:
+        """``⟨vectors[q], g(z_n)⟩`` over all blocks: one pass over the examples, which hands over batch by batch.
 
         Args:
             state: parameters at which the examples' gradients are taken.
             data: the examples.
             ids: which of them; all by default.
-            vectors: ``[Q, P, O, I]`` by block.
+            vectors: the queries' vectors.
+            receive: is given each batch's products, ``[Q, B]`` on the CPU, and where its examples stand among all that
+                are asked for, in their order: as they come, or where ranks share the pass at its end, on every rank.
             bases: the eigenbases that ``vectors`` are written in; parameter space by default.
             normalize: divide by the norm of the example's gradient (cosine similarity).
-            tokens: what the columns of an embedding's ``vectors`` stand for (:meth:`query_gradients`).
         """
-        columns: list[Tensor] = []
-        queries = len(next(iter(vectors.values())))
+        own: list[Tensor] = []  # with several ranks
+        start = 0
+
+        def hand_over(products: Tensor) -> None:
+            nonlocal start
+            examples = slice(start, start + products.shape[1])
+            start = examples.stop
+            receive(examples, products)
 
         def own_part() -> None:
+            keep = hand_over if self.ranks.world_size == 1 else own.append
             with self.at(state):
                 for index, captured in self.captures(data, self.trained(), self.shard(data, ids)):
-                    columns.append(self._products(index, captured, queries, vectors, bases, normalize, tokens or {}))
+                    keep(self._products(index, captured, vectors, bases, normalize))
 
         self.ranks.on_all_ranks(own_part)
-        return torch.cat(self.ranks.collect(columns), dim=1)
+        for products in self.ranks.gather(own):
+            hand_over(products)
 
     def _products(
         self,
         index: Tensor,
         captured: Mapping[str, BlockGradients],
-        queries: int,
-        vectors: Mapping[str, Tensor],
+        vectors: QueryGradients,
         bases: Mapping[str, Basis] | None,
         normalize: bool,
-        tokens: Mapping[str, Tensor],
     ) -> Tensor:
+        queries = len(next(iter(vectors.values.values())))
         total = torch.zeros(queries, len(index), device=self.module.device)
         norms = torch.zeros(len(index), device=self.module.device)
-        for name, one in captured.items():
+        for name, block_gradients in captured.items():
             if normalize:
-                norms += squared_norms(one)
-            if name in vectors:
-                rotated = bases[name].rotate(one) if bases else one
-                total += contract(rotated, vectors[name], tokens.get(name))
+                norms += squared_norms(block_gradients)
+            if name in vectors.values:
+                rotated = bases[name].rotate(block_gradients) if bases else block_gradients
+                total += contract(rotated, vectors.values[name], vectors.columns.get(name))
         if not torch.isfinite(total).all():
             for name, one in captured.items():
                 seen = one.gradients if one.vocabulary else torch.stack([x.sum() for x in one[:2]])
@@ -302,9 +309,9 @@ class Workspace:
         pieces: dict[str, list[BlockGradients]] = {}
         with self.at(state):
             for _, captured in self.captures(data, target, ids):
-                for name, one in captured.items():
-                    pieces.setdefault(name, []).append(bases[name].rotate(one) if bases else one)
-        return {name: join(p, dim=1) for name, p in pieces.items()}
+                for name, gradients in captured.items():
+                    pieces.setdefault(name, []).append(bases[name].rotate(gradients) if bases else gradients)
+        return {name: join(parts, dim=1) for name, parts in pieces.items()}
 
 
 def _does_not_match(module: nn.Module, missing: Sequence[str]) -> str:

@@ -3,54 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_source.recording.intervals import StepInterval
 
+# Files of a stage; see :func:`in_stage`.
 STEPS = "steps.safetensors"
-
-
 FROZEN = "frozen.safetensors"
-
-
 FINAL = "final.safetensors"
-
-
 AVERAGED = "averaged.safetensors"
 
 
-def _mean_of(key: str, files: Sequence[Mapping[str, Tensor]], stretches: Sequence[StepInterval]) -> dict[str, Tensor]:
-    return _weighted_mean([_under(key, f) for f in files], [float(s.steps) for s in stretches])
+def mean_of(key: str, files: Sequence[Mapping[str, Tensor]], intervals: Sequence[StepInterval]) -> dict[str, Tensor]:
+    """The mean over intervals of the tensors that each one's file holds under a key, weighted by their steps."""
+    return weighted_mean([under(key, f) for f in files], [float(s.steps) for s in intervals])
 
 
-def _bin_name(stretch: StepInterval) -> str:
-    return f"bins/steps={stretch.first:06d}-{stretch.last:06d}.safetensors"
+def bin_name(interval: StepInterval) -> str:
+    """The file of a bin."""
+    return f"bins/steps={interval.first:06d}-{interval.last:06d}.safetensors"
 
 
-def _in_stage(stage: int, name: str) -> str:
+def in_stage(stage: int, name: str) -> str:
+    """A stage's own file of that name."""
     return f"stage={stage}/{name}" if stage else name
 
 
-def _prefixed(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the keys ``prefix/name``."""
     return {f"{prefix}/{name}": value for name, value in tensors.items()}
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`prefixed`."""
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + "/")}
 
 
-def _weighted_mean(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+def weighted_mean(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
     """Weighted mean of each floating-point tensor over the states that hold it, in float32 or better."""
     result = {}
     for name, like in {name: value for state in states for name, value in state.items()}.items():
         if like.is_floating_point():
-            held = [(state[name], weight) for state, weight in zip(states, weights, strict=True) if name in state]
-            whole = sum(weight for _, weight in held)
+            present = [(state[name], weight) for state, weight in zip(states, weights, strict=True) if name in state]
+            whole = sum(weight for _, weight in present)
             total = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
-            for value, weight in held:
+            for value, weight in present:
                 total += value * (weight / whole)
             result[name] = total.to(like.dtype)
     return result

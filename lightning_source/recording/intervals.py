@@ -1,4 +1,4 @@
-"""Stretches of training and how they are cut into snapshots and segments: plain numbers, no tensors.
+"""Intervals of training and how they are cut into snapshots and segments: plain numbers, no tensors.
 
 How long a run will be is unknown (early stopping, a time limit, Ctrl-C), so training is kept as many short *bins* that
 merge in pairs whenever there are too many. Afterwards neighbouring bins are joined into snapshots, and snapshots into
@@ -8,8 +8,7 @@ segments. Everything here adds up, so any of these can be cut again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class StepInterval:
         return self.decays[group] / self.rates[group] if self.rates[group] else 0.0
 
     def merge(self, other: StepInterval) -> StepInterval:
-        """The stretch over both; ``other`` follows this one.
+        """The interval over both; ``other`` follows this one.
 
         Example:
             >>> StepInterval(0, 4, rates=(0.4,), decays=(0.0,)).merge(StepInterval(4, 6, rates=(0.1,), decays=(0.0,)))
@@ -55,7 +54,7 @@ class StepInterval:
         )
 
     def regrouped(self, parents: Sequence[int | None]) -> StepInterval:
-        """The same stretch for groups that were made by splitting its own; a parent of ``None`` was not trained."""
+        """The same interval for groups that were made by splitting its own; a parent of ``None`` was not trained."""
         rates, decays = (
             tuple(0.0 if parent is None else values[parent] for parent in parents)
             for values in (self.rates, self.decays)
@@ -63,41 +62,32 @@ class StepInterval:
         return replace(self, rates=rates, decays=decays)
 
     def at(self, file: str) -> StepInterval:
-        """The same stretch with its parameters in ``file``."""
+        """The same interval with its parameters in ``file``."""
         return replace(self, file=file)
 
-    def to_json(self) -> dict[str, Any]:
-        """As a dictionary for the manifest."""
-        return asdict(self)
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> StepInterval:
-        """The inverse of :meth:`to_json`."""
-        return cls(**(values | {"rates": tuple(values["rates"]), "decays": tuple(values["decays"])}))
-
-
-def merge_all(stretches: Sequence[StepInterval]) -> StepInterval:
-    """One stretch over consecutive ones."""
-    total = stretches[0]
-    for stretch in stretches[1:]:
-        total = total.merge(stretch)
+def merge_all(intervals: Sequence[StepInterval]) -> StepInterval:
+    """One interval over consecutive ones."""
+    total = intervals[0]
+    for interval in intervals[1:]:
+        total = total.merge(interval)
     return total
 
 
-def normalized_weights(stretches: Sequence[StepInterval]) -> list[float]:
+def normalized_weights(intervals: Sequence[StepInterval]) -> list[float]:
     """Weights that sum to 1 by how far training moved; by steps where the learning rate was 0 throughout.
 
     Example:
         >>> normalized_weights([StepInterval(0, 4, (0.75,), (0.0,)), StepInterval(4, 8, (0.25,), (0.0,))])
         [0.75, 0.25]
     """
-    weights = [s.weight for s in stretches]
+    weights = [s.weight for s in intervals]
     if not sum(weights) > 0:
-        weights = [float(s.steps) for s in stretches]
+        weights = [float(s.steps) for s in intervals]
     return [w / sum(weights) for w in weights]
 
 
-def pairs_to_merge(stretches: Sequence[StepInterval], boundaries: Sequence[int]) -> list[tuple[int, ...]]:
+def pairs_to_merge(intervals: Sequence[StepInterval], boundaries: Sequence[int]) -> list[tuple[int, ...]]:
     """Indices of neighbours to merge, two by two, never across one of the user's boundaries.
 
     Example:
@@ -106,16 +96,16 @@ def pairs_to_merge(stretches: Sequence[StepInterval], boundaries: Sequence[int])
         [(0, 1), (2,), (3, 4)]
     """
     groups: list[tuple[int, ...]] = []
-    for index, stretch in enumerate(stretches):
-        if groups and len(groups[-1]) == 1 and stretch.first not in boundaries:
+    for index, interval in enumerate(intervals):
+        if groups and len(groups[-1]) == 1 and interval.first not in boundaries:
             groups[-1] = (groups[-1][0], index)
         else:
             groups.append((index,))
     return groups
 
 
-def cut_evenly(stretches: Sequence[StepInterval], count: int) -> list[list[int]]:
-    """Indices of ``stretches`` in at most ``count`` consecutive groups, as even in steps as can be.
+def cut_evenly(intervals: Sequence[StepInterval], count: int) -> list[list[int]]:
+    """Indices of ``intervals`` in at most ``count`` consecutive groups, as even in steps as can be.
 
     Example:
         >>> ends = [0, 4, 8, 9, 10, 12]
@@ -123,37 +113,32 @@ def cut_evenly(stretches: Sequence[StepInterval], count: int) -> list[list[int]]
         >>> cut_evenly(bins, 3)
         [[0], [1], [2, 3, 4]]
     """
-    count = min(count, len(stretches))
-    start, total = stretches[0].first, stretches[-1].last - stretches[0].first
+    count = min(count, len(intervals))
+    start, total = intervals[0].first, intervals[-1].last - intervals[0].first
     cuts = [0]
     for k in range(1, count):
         target = start + total * k / count
-        allowed = range(cuts[-1] + 1, len(stretches) - (count - k) + 1)
-        cuts.append(min(allowed, key=lambda i: abs(stretches[i].first - target)))
-    return [list(range(a, b)) for a, b in zip(cuts, [*cuts[1:], len(stretches)], strict=True)]
+        allowed = range(cuts[-1] + 1, len(intervals) - (count - k) + 1)
+        cuts.append(min(allowed, key=lambda i: abs(intervals[i].first - target)))
+    return [list(range(a, b)) for a, b in zip(cuts, [*cuts[1:], len(intervals)], strict=True)]
 
 
 def cut(
-    stretches: Sequence[StepInterval], segments: int | Sequence[int], breaks: Sequence[int] = ()
+    intervals: Sequence[StepInterval], segments: int | Sequence[int], breaks: Sequence[int] = ()
 ) -> list[list[int]]:
-    """Indices of ``stretches`` by segment.
+    """Indices of ``intervals`` by segment.
 
     Args:
-        stretches: consecutive bins or snapshots.
-        segments: how many equal segments, or the steps at which inner segments begin; a boundary inside a stretch
+        intervals: consecutive bins or snapshots.
+        segments: how many equal segments, or the steps at which inner segments begin; a boundary inside an interval
             moves to its nearer end, one that training did not reach counts for nothing.
-        breaks: steps at which a stretch begins and a further segment must: what is trained changed there.
-
-    Example:
-        >>> bins = [StepInterval(step, step + 2, (0.2,), (0.0,)) for step in range(0, 8, 2)]
-        >>> cut(bins, 2), cut(bins, [6]), cut(bins, 2, breaks=[2])
-        ([[0, 1], [2, 3]], [[0, 1, 2], [3]], [[0], [1], [2, 3]])
+        breaks: steps at which an interval begins and a further segment must: what is trained changed there.
     """
     if isinstance(segments, int):
-        starts = {group[0] for group in cut_evenly(stretches, segments)}
+        starts = {group[0] for group in cut_evenly(intervals, segments)}
     else:
-        ends = [*(s.first for s in stretches), stretches[-1].last]
+        ends = [*(s.first for s in intervals), intervals[-1].last]
         nearest = {min(range(len(ends)), key=lambda i: abs(ends[i] - boundary)) for boundary in segments}
-        starts = {0} | nearest - {len(stretches)}  # where training ended, no segment begins
-    ordered = sorted(starts | {i for i, stretch in enumerate(stretches) if stretch.first in breaks})
-    return [list(range(a, b)) for a, b in zip(ordered, [*ordered[1:], len(stretches)], strict=True)]
+        starts = {0} | nearest - {len(intervals)}  # where training ended, no segment begins
+    ordered = sorted(starts | {i for i, interval in enumerate(intervals) if interval.first in breaks})
+    return [list(range(a, b)) for a, b in zip(ordered, [*ordered[1:], len(intervals)], strict=True)]

@@ -4,45 +4,108 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Protocol
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_source._trainer import clips_gradients
 from lightning_source.names import parameter_names
 from lightning_source.optimizers import StepRule, preconditioners, rule_for
 from lightning_source.recording.parameter_groups import Phase
 from lightning_source.recording.recorder import Recorder
 
 
+class TrainingLoop(Protocol):
+    """What the recording asks of whatever trains the model: a Trainer, Fabric, a loop of one's own."""
+
+    @property
+    def optimizers(self) -> Sequence[Optimizer]:
+        """The optimizers as they are now; they may be replaced while training goes on."""
+        ...
+
+    @property
+    def schedulers(self) -> int:
+        """Number of learning rate schedulers."""
+        ...
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether ``training_step`` goes backward and steps itself, so that no call tells of its micro-batches."""
+        ...
+
+    @property
+    def accumulate_grad_batches(self) -> int:
+        """What each micro-batch's loss is divided by before it goes backward."""
+        ...
+
+    @property
+    def clips_gradients(self) -> bool:
+        """Whether the gradient may be scaled between backward and step."""
+        ...
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether a loss scaler multiplies the loss, so that gradients after backward are not the loss's own."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done so far, those that were not recorded included."""
+        ...
+
+    @property
+    def within_epoch(self) -> bool:
+        """Whether training, about to start, goes on within an epoch, whose data come in another order."""
+        ...
+
+    @property
+    def more_in_first_epoch(self) -> bool:
+        """Whether it is in its first epoch, and another batch of it follows the present one."""
+        ...
+
+
+@dataclass
+class PlainLoop:
+    """A :class:`TrainingLoop` of one's own: ``loss.backward()`` and ``optimizer.step()``, from the first step on."""
+
+    optimizers: Sequence[Optimizer]
+    accumulate_grad_batches: int = 1
+    clips_gradients: bool = False
+    schedulers: int = 0
+    by_hand: bool = False
+    scales_loss: bool = False
+    steps: int = 0
+    within_epoch: bool = False
+    more_in_first_epoch: bool = False
+
+
 class OptimizerObserver:
-    """Watches one of the Trainer's optimizers.
+    """Watches one of a training's optimizers.
 
     Args:
-        trainer: the Trainer.
-        module: the LightningModule.
+        loop: what trains.
+        module: the model.
         index: which optimizer.
-        timed: a context that the watch's own work runs in.
+        timed: a context that the observer's own work runs in.
 
     Raises:
         MisconfigurationException: no rule is known for the optimizer.
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, index: int, timed: Callable[[], AbstractContextManager[None]]
+        self, loop: TrainingLoop, module: nn.Module, index: int, timed: Callable[[], AbstractContextManager[None]]
     ) -> None:
-        self.trainer = trainer
+        self.loop = loop
         self.index = index
-        self.by_hand = not module.automatic_optimization
+        self.by_hand = loop.by_hand
         self.names = parameter_names(module)
         self._timed = timed
-        self._clips = not self.by_hand and clips_gradients(trainer, module)
+        self._clips = not self.by_hand and loop.clips_gradients
         self.trained: tuple[tuple[int, ...], ...] = ()  # ids of parameters by group
         self._handles: list[RemovableHandle] = []
         self._recorder: Recorder | None = None
@@ -53,11 +116,11 @@ class OptimizerObserver:
         self._paused = False
         self._weight: float | None = None
         self._norm: Tensor | None = None
-        self.find()
+        self.refresh()
 
-    def find(self) -> None:
-        """The optimizer as the Trainer has it now, and how it steps."""
-        self.optimizer: Optimizer = self.trainer.optimizers[self.index]
+    def refresh(self) -> None:
+        """The optimizer as the loop has it now, and how it steps."""
+        self.optimizer: Optimizer = self.loop.optimizers[self.index]
         self.rule = rule_for(self.optimizer)
         if len({rule.maximize for rule in self.rules}) > 1:
             raise MisconfigurationException("some parameter groups maximise and others minimise; HINT: do one of them.")
@@ -87,8 +150,8 @@ class OptimizerObserver:
         return Phase.after(previous, first, type(self.optimizer).__name__, groups, decoupled)
 
     def changed(self) -> bool:
-        """Whether the optimizer was replaced, or what its groups train, since it was found."""
-        optimizer = self.trainer.optimizers[self.index]
+        """Whether the optimizer was replaced, or what its groups train, since the last :meth:`refresh`."""
+        optimizer = self.loop.optimizers[self.index]
         return optimizer is not self.optimizer or self._trained_by(optimizer) != self.trained
 
     # ---------------------------------------------------------------- steps
@@ -144,11 +207,11 @@ class OptimizerObserver:
         """One more micro-batch; by hand, the gradient before the user clips it, by whatever means."""
         if not self.by_hand:
             self._window += 1
-        elif self.trainer.scaler is None:
+        elif not self.loop.scales_loss:
             self._norm = self._gradient_norm()
 
     def on_before_step(self, optimizer: Optimizer) -> None:
-        """The gradient before Lightning clips it."""
+        """The gradient before it is clipped."""
         if optimizer is not self.optimizer:
             return
         if self._clips:
@@ -156,12 +219,12 @@ class OptimizerObserver:
         if self.by_hand:
             self._weight = self._close_window()  # here, since the loss scaler may skip the step itself
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         assert self._recorder is not None
         with self._timed():
             self._recorder.before_step()
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         assert self._recorder is not None
         assert self._columns is not None
         with self._timed():
@@ -185,20 +248,21 @@ class OptimizerObserver:
         window, self._window, self._counted = self._window, 0, 0
         if self.by_hand:
             return max(1, window)  # several steps on one batch each see its mean
-        return window / max(1, self.trainer.accumulate_grad_batches)  # also where a last window is shorter
+        return window / max(1, self.loop.accumulate_grad_batches)  # also where a last window is shorter
 
     def _coefficient(self) -> Tensor | None:
         """What multiplied the step's gradient: clipping, and 0 where a fused optimizer was told to skip."""
-        found = None
+        coefficient: Tensor | None = None
         # A fused optimizer that was given the loss scale has taken it out of the gradients meanwhile.
         if self._norm is not None and getattr(self.optimizer, "grad_scale", None) is None:
             after = self._gradient_norm()
             dropped = (after == 0) & (self._norm != 0)  # what was not finite, or clipped to nothing
-            found = torch.where(self._norm > 0, after / self._norm, torch.where(dropped, 0.0, 1.0))
+            coefficient = torch.where(self._norm > 0, after / self._norm, torch.where(dropped, 0.0, 1.0))
         overflow = getattr(self.optimizer, "found_inf", None)
         if overflow is not None:
-            found = (1.0 if found is None else found) * (1 - overflow.reshape(()))
-        return found
+            taken: Tensor = 1 - overflow.reshape(())
+            coefficient = taken if coefficient is None else coefficient * taken
+        return coefficient
 
     def _gradient_norm(self) -> Tensor:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]

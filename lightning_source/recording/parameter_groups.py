@@ -7,8 +7,7 @@ groups change, columns split and never join; the steps before count for each par
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,12 @@ class Phase:
 
     @classmethod
     def after(
-        cls, previous: Phase | None, first: int, optimizer: str, groups: Sequence[Sequence[str]], decoupled: Any
+        cls,
+        previous: Phase | None,
+        first: int,
+        optimizer: str,
+        groups: Sequence[Sequence[str]],
+        decoupled: Sequence[bool],
     ) -> Phase:
         """The phase that begins with other groups.
 
@@ -57,16 +61,6 @@ class Phase:
     def per_column(self, values: Sequence[float]) -> list[float]:
         """Values of the optimizer's groups by column; 0 where nothing is trained."""
         return [0.0 if group is None else float(values[group]) for group in self.groups]
-
-    def to_json(self) -> dict[str, Any]:
-        """As a dictionary for the manifest."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Phase:
-        """The inverse of :meth:`to_json`."""
-        columns = tuple(map(tuple, values["columns"]))
-        return cls(values["first"], values["optimizer"], columns, tuple(values["groups"]), tuple(values["decoupled"]))
 
 
 def phase_at(phases: Sequence[Phase], step: int) -> Phase:

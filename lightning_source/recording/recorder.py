@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_source.names import clean_name, named_parameters
-from lightning_source.recording.bins import FROZEN, _bin_name, _in_stage, _mean_of, _prefixed, _under
+from lightning_source.recording.bins import FROZEN, bin_name, in_stage, mean_of, prefixed, under
 from lightning_source.recording.intervals import StepInterval, merge_all, pairs_to_merge
+from lightning_source.recording.manifest import ResumePoint, StageRecord
+from lightning_source.recording.step_log import StepLog, StepRecord
 from lightning_source.recording.store import RunStore
 
 RESUME_POINTS = 3  # how many of the last checkpoints can be resumed from without a gap
-
-
-class _Step(NamedTuple):
-    """One optimizer update, each of the lists by column (see :mod:`lightning_source.recording.parameter_groups`)."""
-
-    rates: list[float]
-    multipliers: list[float]
-    decays: list[float]
-    weight: float
-    coefficient: Tensor | None  # on its device, so that recording a step does not wait for it
 
 
 class Recorder:
@@ -52,7 +43,7 @@ class Recorder:
         boundaries: Sequence[int] = (),
         preconditioners: Callable[[], Mapping[str, Tensor]] = dict,
         stage: int = 0,
-        point: Mapping[str, Any] | None = None,
+        point: ResumePoint | None = None,
     ) -> None:
         self.store = store
         self._module = module
@@ -60,7 +51,7 @@ class Recorder:
         self.limit = max(2, bins)
         self.bin_steps = 1
         self.stage = stage
-        self.start = store.manifest.get("steps", 0)  # steps of the stages before
+        self.start = store.manifest.steps  # steps of the stages before
         self.steps = self.start
         self.boundaries = sorted(self.start + boundary for boundary in boundaries)
         self._preconditioners = preconditioners
@@ -75,14 +66,19 @@ class Recorder:
         self._average([name for name, p in parameters.items() if p.requires_grad])
         self._sums: list[Tensor] = []
         self._summed = 0
-        self._open: list[_Step] = []
+        self._open: list[StepRecord] = []
+        self._coefficients: list[Tensor | None] = []  # of the open steps, on their devices; None: 1
         self._frozen_sums: dict[str, float] = {}  # before the first step
         if point is not None:
             self._resume(point)
             return
         frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
         self._frozen_sums = {name: _sum(p) for name, p in frozen.items()}
-        store.manifest["stages"][stage]["frozen"] = store.write(_in_stage(stage, FROZEN), frozen) if frozen else None
+        self._record.frozen = store.write(in_stage(stage, FROZEN), frozen) if frozen else None
+
+    @property
+    def _record(self) -> StageRecord:
+        return self.store.manifest.stages[self.stage]
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -117,8 +113,8 @@ class Recorder:
             coefficient: what the gradient was multiplied by on its way into the step, 0-dim on its device: its norm
                 after clipping over that before, 0 for a step that the loss scaler skipped; ``None`` for 1.
         """
-        rates, multiples, decays = map(list, (learning_rates, multipliers, weight_decays))
-        self._open.append(_Step(rates, multiples, decays, loss_weight, coefficient))
+        self._open.append(StepRecord(tuple(learning_rates), tuple(multipliers), tuple(weight_decays), loss_weight))
+        self._coefficients.append(coefficient)
         self.steps += 1
 
     def flush(self, force: bool = False) -> None:
@@ -130,18 +126,18 @@ class Recorder:
         if self._summed > len(self._open):  # the step that broke off left the parameters as they are
             with torch.no_grad():
                 self._add_parameters(-1)
-        rows, decay = zip(*map(_row, self._open), strict=True)
-        steps = torch.stack(rows)
-        columns = len(self._open[0].rates)
+        coefficients = [1.0 if value is None else float(value) for value in self._coefficients]
+        log = StepLog.of(self._open, coefficients)
+        decays = [step.effective_decays(c) for step, c in zip(self._open, coefficients, strict=True)]
         mean = {
             name: (total / self._summed).to(value.dtype)
             for (name, value), total in zip(self._averaged.items(), self._sums, strict=True)
         }
-        totals = (tuple(steps[:, columns : 2 * columns].sum(0).tolist()), tuple(map(sum, zip(*decay, strict=True))))
-        stretch = StepInterval(first, self.steps, *totals, stage=self.stage)
+        totals = (tuple(log.effective_rate.sum(0).tolist()), tuple(map(sum, zip(*decays, strict=True))))
+        interval = StepInterval(first, self.steps, *totals, stage=self.stage)
         scales = {name: 1 / value for name, value in self._preconditioners().items()}
-        self._add_bin(stretch, steps, mean, self._trained | self._buffers, scales)
-        self._open, self._sums, self._summed = [], [], 0  # not before they are on disk
+        self._add_bin(interval, log, mean, self._trained | self._buffers, scales)
+        self._open, self._coefficients, self._sums, self._summed = [], [], [], 0  # not before they are on disk
         if len(self.bins) > self.limit:
             self._halve()
         self._enter_bins()
@@ -157,7 +153,7 @@ class Recorder:
             self._frozen_sums = {}  # what stands still in the first bin is taken to stand still
 
     def _enter_bins(self) -> None:
-        self.store.manifest |= {"bins": [b.to_json() for b in self.bins], "steps": self.steps}
+        self.store.manifest.bins, self.store.manifest.steps = list(self.bins), self.steps
 
     def regroup(self, parents: Sequence[int | None], trained: Sequence[str]) -> None:
         """What is trained changes between two steps: the open bin has ended, and no bin will reach across.
@@ -182,8 +178,8 @@ class Recorder:
     @property
     def _buffers(self) -> dict[str, Tensor]:
         """The buffers as they are now: a module may put another tensor in place of one."""
-        found = {name: owner._buffers[leaf] for name, (owner, leaf) in self._buffer_owners.items()}
-        return {name: buffer for name, buffer in found.items() if buffer is not None}
+        buffers = {name: owner._buffers[leaf] for name, (owner, leaf) in self._buffer_owners.items()}
+        return {name: buffer for name, buffer in buffers.items() if buffer is not None}
 
     @property
     def _averaged(self) -> dict[str, Tensor]:
@@ -196,48 +192,44 @@ class Recorder:
 
         Local files only, no collective: checkpoints are also taken on one rank, and in the middle of a step.
         """
-        points = self.store.manifest.setdefault("resume", {})
-        devices = {f"sum/{i}": total for i, total in enumerate(self._sums)}
-        clips = [torch.tensor(1.0) if step.coefficient is None else step.coefficient for step in self._open]
-        tensors = devices | {f"clip/{i}": clip for i, clip in enumerate(clips)}
-        stage = self.store.manifest["stages"][self.stage]
+        points = self.store.manifest.resume
+        sums = {f"sum/{i}": total for i, total in enumerate(self._sums)}
+        clips = [torch.tensor(1.0) if value is None else value for value in self._coefficients]
+        tensors = sums | {f"clip/{i}": clip for i, clip in enumerate(clips)}
         name = f"resume/step={self.steps:06d}.safetensors"
-        points.pop(str(self.steps), None)  # the newest comes last
-        points[str(self.steps)] = {
-            "file": self.store.write(name, tensors) if tensors else None,
-            "bins": [b.to_json() for b in self.bins],
-            "open": [list(step[:4]) for step in self._open],
-            "summed": self._summed,
-            "bin_steps": self.bin_steps,
-            "limit": self.limit,
-            "start": self.start,
-            "steps": self.steps,
-            "boundaries": self.boundaries,
-            "trained": list(self._trained),
-            "stage": {key: stage[key] for key in ("phases", "coverage", "seen") if key in stage},
-        }
+        points.pop(self.steps, None)  # the newest comes last
+        points[self.steps] = ResumePoint(
+            file=self.store.write(name, tensors) if tensors else None,
+            bins=list(self.bins),
+            open=list(self._open),
+            summed=self._summed,
+            bin_steps=self.bin_steps,
+            limit=self.limit,
+            start=self.start,
+            steps=self.steps,
+            boundaries=list(self.boundaries),
+            trained=list(self._trained),
+            stage=self._record.progress(),
+        )
         for old in list(points)[:-RESUME_POINTS]:
             del points[old]
         self.store.commit(remove=self._unused())
 
-    def _resume(self, point: Mapping[str, Any]) -> None:
+    def _resume(self, point: ResumePoint) -> None:
         """Drop what was recorded after the point and go on from it."""
-        tensors = self.store.read(point["file"]) if point["file"] else {}
-        self._average(point["trained"])
+        tensors = self.store.read(point.file) if point.file else {}
+        self._average(point.trained)
         devices = [value.device for value in self._averaged.values()]
-        self._sums = [tensors[f"sum/{i}"].to(d) for i, d in enumerate(devices)] if point["summed"] else []
-        self._summed = point["summed"]
-        self._open = [
-            _Step(step[0], step[1], step[2], step[3], tensors[f"clip/{i}"]) for i, step in enumerate(point["open"])
-        ]
-        self.bins = [StepInterval.from_json(b) for b in point["bins"]]
-        self.bin_steps, self.limit, self.start = point["bin_steps"], point["limit"], point["start"]
-        self.boundaries, self.steps = point["boundaries"], point["steps"]
-        points = self.store.manifest["resume"]
-        self.store.manifest["resume"] = {key: value for key, value in points.items() if int(key) <= self.steps}
-        stage = self.store.manifest["stages"][self.stage]
-        stage.pop("coverage", None)
-        stage |= point["stage"]
+        self._sums = [tensors[f"sum/{i}"].to(d) for i, d in enumerate(devices)] if point.summed else []
+        self._summed = point.summed
+        self._open = list(point.open)
+        self._coefficients = [tensors[f"clip/{i}"] for i in range(len(point.open))]
+        self.bins = list(point.bins)
+        self.bin_steps, self.limit, self.start = point.bin_steps, point.limit, point.start
+        self.boundaries, self.steps = list(point.boundaries), point.steps
+        manifest = self.store.manifest
+        manifest.resume = {step: later for step, later in manifest.resume.items() if step <= self.steps}
+        self._record.restore(point.stage)
         self._enter_bins()
         if self._summed > len(self._open):  # saved in the middle of a step, which begins anew
             with torch.no_grad():
@@ -246,23 +238,23 @@ class Recorder:
 
     def _unused(self) -> tuple[str, ...]:
         """Bin and resume files that neither the present bins nor a resume point refer to."""
-        points = self.store.manifest.get("resume", {}).values()
-        used = {b.file for b in self.bins} | {b["file"] for point in points for b in point["bins"]}
-        used |= {point["file"] for point in points}
-        return tuple(n for n in self.store.manifest["files"] if n.startswith(("bins/", "resume/")) and n not in used)
+        points = self.store.manifest.resume.values()
+        used = {b.file for b in self.bins} | {b.file for point in points for b in point.bins}
+        used |= {point.file for point in points if point.file}
+        return tuple(n for n in self.store.manifest.files if n.startswith(("bins/", "resume/")) and n not in used)
 
     def _add_bin(
         self,
-        stretch: StepInterval,
-        steps: Tensor,
+        interval: StepInterval,
+        log: StepLog,
         mean: Mapping[str, Tensor],
         end: Mapping[str, Tensor],
         scales: Mapping[str, Tensor],
     ) -> None:
-        name = _bin_name(stretch)
-        tensors = _prefixed("mean", mean) | _prefixed("end", end) | _prefixed("scale", scales)
-        self.store.write(name, tensors | {"steps": steps})
-        self.bins.append(stretch.at(name))
+        name = bin_name(interval)
+        tensors = prefixed("mean", mean) | prefixed("end", end) | prefixed("scale", scales)
+        self.store.write(name, tensors | {"steps": log.table})
+        self.bins.append(interval.at(name))
 
     def _halve(self) -> None:
         """Merge neighbouring bins."""
@@ -273,9 +265,9 @@ class Recorder:
                 self.bins.append(members[0])
                 continue
             files = [self.store.read(m.file) for m in members]
-            mean, scale = (_mean_of(key, files, members) for key in ("mean", "scale"))
-            steps = torch.cat([f["steps"] for f in files])
-            self._add_bin(merge_all(members), steps, mean, _under("end", files[-1]), scale)
+            mean, scale = (mean_of(key, files, members) for key in ("mean", "scale"))
+            log = StepLog.concatenated([StepLog(file["steps"]) for file in files])
+            self._add_bin(merge_all(members), log, mean, under("end", files[-1]), scale)
         if len(self.bins) == len(old):  # boundaries alone keep them apart
             self.limit = 2 * len(old)
         self.bin_steps *= 2
@@ -288,16 +280,3 @@ class Recorder:
 def _sum(parameter: Tensor) -> float:
     """Tells a parameter that changed from one that did not, without a copy of it."""
     return float(parameter.detach().sum(dtype=torch.float64))
-
-
-def _row(step: _Step) -> tuple[Tensor, list[float]]:
-    """``[learning rates, effective rates, decays, loss weight, coefficient]`` in float64, and the effective decay.
-
-    Neither a short window nor clipping scales the decay; a step without a loss or a skipped one has none.
-    """
-    coefficient = 1.0 if step.coefficient is None else float(step.coefficient)
-    full = [r * m for r, m in zip(step.rates, step.multipliers, strict=True)]
-    effective = [rate * step.weight * coefficient for rate in full]
-    row = torch.tensor([*step.rates, *effective, *step.decays, step.weight, coefficient], dtype=torch.float64)
-    taken = step.weight * coefficient > 0
-    return row, [rate * decay * taken for rate, decay in zip(full, step.decays, strict=True)]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +13,17 @@ from lightning_source.recording.bins import (
     AVERAGED,
     FINAL,
     STEPS,
-    _bin_name,
-    _in_stage,
-    _mean_of,
-    _prefixed,
-    _under,
-    _weighted_mean,
+    bin_name,
+    in_stage,
+    mean_of,
+    prefixed,
+    under,
+    weighted_mean,
 )
 from lightning_source.recording.intervals import StepInterval, cut, cut_evenly, merge_all, normalized_weights
+from lightning_source.recording.manifest import ResumePoint, SegmentRecord
 from lightning_source.recording.parameter_groups import Phase, phase_at
+from lightning_source.recording.step_log import StepLog
 from lightning_source.recording.store import RunStore
 
 
@@ -33,62 +34,49 @@ def assemble(store: RunStore, segments: int | Sequence[int], snapshots_per_segme
     bin end nearest to its middle, and ``scale/…``, the inverse of the optimizer's diagonal preconditioner averaged over
     its bins.
     """
-    bins = [StepInterval.from_json(b) for b in store.manifest.get("bins", [])]
+    manifest = store.manifest
+    bins = manifest.bins
     if not bins:
         return
-    stage = bins[0].stage
-    snapshots = [StepInterval.from_json(s) for s in store.manifest.get("snapshots", [])]
-    members: list[list[int]] = []
+    record, snapshots, cuts = manifest.stages[bins[0].stage], list(manifest.snapshots), []
     starts = segments if isinstance(segments, int) else [bins[0].first + step for step in segments]
-    phases = [Phase.from_json(phase) for phase in store.manifest["stages"][stage]["phases"]]
-    for segment in cut(bins, starts, [phase.first for phase in phases]):
-        groups = cut_evenly([bins[i] for i in segment], snapshots_per_segment)
-        members.append([])
-        for group in groups:
-            snapshots.append(_write_snapshot(store, [bins[segment[i]] for i in group]))
-            members[-1].append(len(snapshots) - 1)
+    for indices in cut(bins, starts, [phase.first for phase in record.phases]):
+        own = [bins[i] for i in indices]
+        groups = cut_evenly(own, snapshots_per_segment)
+        members = [_write_snapshot(store, [own[i] for i in group]) for group in groups]
+        numbers = range(len(snapshots), len(snapshots) + len(members))
+        cuts.append(SegmentRecord.over(merge_all(members), numbers))
+        snapshots += members
     files = [store.read(b.file) for b in bins]
-    log = torch.cat([_log(phases, stretch, file) for stretch, file in zip(bins, files, strict=True)])
-    store.manifest["stages"][stage] |= {
-        "log": store.write(_in_stage(stage, STEPS), {"steps": log}),
-        "final": store.write(_in_stage(stage, FINAL), _under("end", files[-1])),
-    }
-    cuts = [merge_all([snapshots[i] for i in group]).to_json() | {"snapshots": group} for group in members]
-    store.manifest |= {
-        "snapshots": [s.to_json() for s in snapshots],
-        "segments": store.manifest.get("segments", []) + cuts,
-        "bins": [],
-        "resume": {},
-    }
-    store.commit(remove=tuple(n for n in store.manifest["files"] if n.startswith(("bins/", "resume/"))))
+    logs = [_in_final_columns(StepLog(f["steps"]), record.phases, b) for b, f in zip(bins, files, strict=True)]
+    record.log = store.write(in_stage(bins[0].stage, STEPS), {"steps": StepLog.concatenated(logs).table})
+    record.final = store.write(in_stage(bins[0].stage, FINAL), under("end", files[-1]))
+    manifest.snapshots, manifest.segments = snapshots, [*manifest.segments, *cuts]
+    manifest.bins, manifest.resume = [], {}
+    store.commit(remove=tuple(n for n in manifest.files if n.startswith(("bins/", "resume/"))))
 
 
 @torch.no_grad()
 def replace_final(store: RunStore, module: nn.Module) -> None:
     """Where training ended with other parameters than it trained, an average of them say, queries see those."""
-    record = store.manifest["stages"][-1]
-    trained = store.read(record["final"])
-    own = named_tensors(module)
+    record = store.manifest.stages[-1]
+    assert record.final is not None
+    before, own = record.final, named_tensors(module)
+    trained = store.read(before)
     if all(torch.equal(value, own[name].cpu()) for name, value in trained.items()):
         return
     # Under another name, so that a kill before the manifest is written leaves the trained weights.
-    before, record["final"] = record["final"], _in_stage(len(store.manifest["stages"]) - 1, AVERAGED)
-    store.write(record["final"], {name: own[name] for name in trained})
+    record.final = in_stage(len(store.manifest.stages) - 1, AVERAGED)
+    store.write(record.final, {name: own[name] for name in trained})
     store.commit(remove=(before,))
 
 
-def _log(phases: Sequence[Phase], stretch: StepInterval, file: Mapping[str, Tensor]) -> Tensor:
+def _in_final_columns(log: StepLog, phases: Sequence[Phase], interval: StepInterval) -> StepLog:
     """A bin's steps with one column for each that there is in the end."""
-    parents = phase_at(phases, stretch.first).parents(phases[-1].columns)
-    steps = file["steps"]
-    own = (steps.shape[1] - 2) // 3
-    zeros = steps.new_zeros(len(steps), 1)
-    chosen = [own if parent is None else parent for parent in parents]
-    parts = [torch.cat([steps[:, k * own : (k + 1) * own], zeros], 1)[:, chosen] for k in range(3)]
-    return torch.cat([*parts, steps[:, 3 * own :]], 1)
+    return log.with_columns(phase_at(phases, interval.first).parents(phases[-1].columns))
 
 
-def reopen(store: RunStore, limit: int, boundaries: Sequence[int]) -> dict[str, Any]:
+def reopen(store: RunStore, limit: int, boundaries: Sequence[int]) -> ResumePoint:
     """Take the last stage's snapshots for bins again, so that a finished run can go on; gives the point at its end.
 
     Bins are then as long as the snapshots were, and a point snapshot made of several has its parameters from the middle
@@ -99,45 +87,44 @@ def reopen(store: RunStore, limit: int, boundaries: Sequence[int]) -> dict[str, 
         limit: the most bins kept.
         boundaries: steps of the stage at which a segment begins.
     """
-    manifest, record = store.manifest, store.manifest["stages"][-1]
-    stage = len(manifest["stages"]) - 1
-    phases = [Phase.from_json(phase) for phase in record["phases"]]
-    snapshots = [StepInterval.from_json(s) for s in manifest["snapshots"]]
-    own = [s for s in snapshots if s.stage == stage]
-    start, final, log = own[0].first, store.read(record["final"]), store.read(record["log"])["steps"]
+    manifest, record = store.manifest, store.manifest.stages[-1]
+    stage = len(manifest.stages) - 1
+    assert record.final is not None
+    assert record.log is not None
+    own = [s for s in manifest.snapshots if s.stage == stage]
+    start, final, log = own[0].first, store.read(record.final), StepLog(store.read(record.log)["steps"])
     bins = []
     for snapshot in own:
         file = store.read(snapshot.file)
         tensors = {name: value for name, value in file.items() if not name.startswith("point/")}
-        end = final if snapshot is own[-1] else _under("point", file)
-        phase = phase_at(phases, snapshot.first)
-        parents = phase.parents(phases[-1].columns)
-        chosen = [parents.index(column) for column in range(len(phase.columns))]
-        rows, width = log[snapshot.first - start : snapshot.last - start], len(parents)
-        parts = [rows[:, k * width : (k + 1) * width][:, chosen] for k in range(3)]
-        name = _bin_name(snapshot)
-        store.write(name, tensors | _prefixed("end", end) | {"steps": torch.cat([*parts, rows[:, 3 * width :]], 1)})
-        bins.append(snapshot.at(name).to_json())
-    manifest["snapshots"] = [s.to_json() for s in snapshots if s.stage != stage]
-    manifest["segments"] = [s for s in manifest["segments"] if s["stage"] != stage]
-    manifest["bins"] = bins
-    manifest.pop("couplings", None)
-    gone = [name for name in manifest["files"] if _belongs_to_end(name, len(manifest["segments"]), start)]
-    point = {
-        "file": None,
-        "bins": bins,
-        "open": [],
-        "summed": 0,
-        "bin_steps": max(s.steps for s in own),
-        "limit": limit,
-        "start": start,
-        "steps": own[-1].last,
-        "boundaries": sorted({*(start + b for b in boundaries), *(phase.first for phase in phases)}),
-        "trained": [name for name in final if name in record["module"]["parameters"]],
-        "stage": {key: record[key] for key in ("phases", "coverage", "seen") if key in record},
-    }
-    manifest["resume"] = {str(point["steps"]): point}
-    store.commit(remove=(record.pop("final"), record.pop("log"), *gone))
+        end = final if snapshot is own[-1] else under("point", file)
+        phase = phase_at(record.phases, snapshot.first)
+        parents = phase.parents(record.phases[-1].columns)
+        rows = log.between(snapshot.first - start, snapshot.last - start)
+        steps = rows.with_columns([parents.index(column) for column in range(len(phase.columns))])
+        name = bin_name(snapshot)
+        store.write(name, tensors | prefixed("end", end) | {"steps": steps.table})
+        bins.append(snapshot.at(name))
+    manifest.snapshots = [s for s in manifest.snapshots if s.stage != stage]
+    manifest.segments = [s for s in manifest.segments if s.stage != stage]
+    manifest.bins, manifest.couplings = bins, {}
+    gone = [name for name in manifest.files if _belongs_to_end(name, len(manifest.segments), start)]
+    point = ResumePoint(
+        file=None,
+        bins=list(bins),
+        open=[],
+        summed=0,
+        bin_steps=max(s.steps for s in own),
+        limit=limit,
+        start=start,
+        steps=own[-1].last,
+        boundaries=sorted({*(start + b for b in boundaries), *(phase.first for phase in record.phases)}),
+        trained=[name for name in final if name in record.module.parameters],
+        stage=record.progress(),
+    )
+    manifest.resume = {point.steps: point}
+    ended, record.log, record.final = (record.final, record.log), None, None
+    store.commit(remove=(*ended, *gone))
     return point
 
 
@@ -169,26 +156,26 @@ def changed_between_stages(store: RunStore, module: nn.Module) -> list[str]:
 def _write_snapshot(store: RunStore, bins: Sequence[StepInterval]) -> StepInterval:
     total = merge_all(bins)
     files = [store.read(b.file) for b in bins]
-    mean, scale = (_mean_of(key, files, bins) for key in ("mean", "scale"))
+    mean, scale = (mean_of(key, files, bins) for key in ("mean", "scale"))
     middle = min(range(len(bins)), key=lambda i: abs(bins[i].last - (total.first + total.last) / 2))
     name = f"snapshots/step={total.last:06d}.safetensors"
     # Buffers that have no mean (counters) come from the end.
-    end = _under("end", files[-1])
+    end = under("end", files[-1])
     mean = end | mean
-    point = _under("end", files[middle])
-    store.write(name, _prefixed("mean", mean) | _prefixed("point", point) | _prefixed("scale", scale))
+    point = under("end", files[middle])
+    store.write(name, prefixed("mean", mean) | prefixed("point", point) | prefixed("scale", scale))
     return total.at(name)
 
 
 def snapshot_parameters(store: RunStore, snapshot: StepInterval, which: str) -> dict[str, Tensor]:
     """A snapshot's full set of tensors by name; ``which`` is ``"mean"`` or ``"point"``."""
-    return _frozen(store, snapshot.stage) | _under(which, store.read(snapshot.file))
+    return _frozen(store, snapshot.stage) | under(which, store.read(snapshot.file))
 
 
 def mean_parameters(store: RunStore, snapshots: Sequence[StepInterval]) -> dict[str, Tensor]:
     """The running mean over several snapshots."""
     states = [snapshot_parameters(store, s, "mean") for s in snapshots]
-    return states[-1] | _weighted_mean(states, normalized_weights(snapshots))
+    return states[-1] | weighted_mean(states, normalized_weights(snapshots))
 
 
 def mean_preconditioner(store: RunStore, snapshots: Sequence[StepInterval]) -> dict[str, Tensor]:
@@ -197,15 +184,17 @@ def mean_preconditioner(store: RunStore, snapshots: Sequence[StepInterval]) -> d
     Its inverse is what is averaged, ``√v̂ + ε`` for Adam: in the mean of ``P`` itself a few moments near 0 outweigh all
     others.
     """
-    inverse = _weighted_mean([_under("scale", store.read(s.file)) for s in snapshots], normalized_weights(snapshots))
+    inverse = weighted_mean([under("scale", store.read(s.file)) for s in snapshots], normalized_weights(snapshots))
     return {name: 1 / value for name, value in inverse.items()}
 
 
 def final_parameters(store: RunStore, stage: int = -1) -> dict[str, Tensor]:
     """The parameters that a stage ended with, by default the last."""
-    return _frozen(store, stage) | store.read(store.manifest["stages"][stage]["final"])
+    final = store.manifest.stages[stage].final
+    assert final is not None
+    return _frozen(store, stage) | store.read(final)
 
 
 def _frozen(store: RunStore, stage: int) -> dict[str, Tensor]:
-    name = store.manifest["stages"][stage].get("frozen")
+    name = store.manifest.stages[stage].frozen
     return store.read(name) if name else {}

@@ -7,42 +7,52 @@ belongs to the run, comes last. Reading checks the schema and each file's sha256
 from __future__ import annotations
 
 import copy
-import json
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_source._files import sha256_of, write_tensors, write_text
 from lightning_source.distributed import Ranks
+from lightning_source.recording.manifest import (
+    MANIFEST,
+    Manifest,
+    PartialOf,
+    Record,
+    files_named_by,
+    manifest_text,
+    read_manifest,
+)
 
-SCHEMA = 1
-MANIFEST = "manifest.json"
 PARTIAL = "partial"
+R = TypeVar("R", bound=Record)
 
 
-class RunStore:
-    """A run directory and its manifest.
+class TensorStore(Generic[R]):
+    """A directory of safetensors files and the manifest that names them; a subclass says what else that holds.
 
     Attributes:
+        record: the class of the manifest.
         path: the directory.
-        manifest: the manifest's contents; :meth:`commit` writes it.
+        manifest: what the directory says of itself; :meth:`commit` writes it.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    record: type[R]
+
+    def __init__(self, path: Path, manifest: R) -> None:
         self.path = path
         self.manifest = manifest
         self._replaces = False
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], overwrite: bool = False) -> RunStore:
-        """A new run; nothing is on disk until the first :meth:`commit`.
+    def create(cls, path: str | os.PathLike[str], overwrite: bool = False) -> Self:
+        """A new directory; no file is on disk until the first :meth:`commit`.
 
         Args:
             path: the directory, made if absent.
@@ -52,7 +62,7 @@ class RunStore:
             MisconfigurationException: the directory holds a run, or cannot be written.
         """
         path = Path(path)
-        if (path / MANIFEST).exists() and not overwrite:
+        if holds_run(path) and not overwrite:
             raise MisconfigurationException(
                 f"`{path}` already holds a run, which a new one would destroy. HINT: give another `dirpath`, delete the"
                 " directory, or pass `overwrite=True`."
@@ -61,45 +71,37 @@ class RunStore:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MisconfigurationException(f"`{path}` cannot be a run directory: {error}.") from None
-        store = cls(path, {"schema": SCHEMA, "run_id": uuid.uuid4().hex, "files": {}})
+        store = cls(path, cls.record())
         store._replaces = True
         return store
 
-    def _clear(self) -> None:
-        """Before a new run's first write, what it replaces goes."""
-        if self._replaces and (self.path / MANIFEST).exists():
-            _delete_run(self.path)
-        self._replaces = False
-
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> RunStore:
-        """An existing run.
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """What is on disk.
 
         Raises:
-            MisconfigurationException: there is no run, or it was written under another schema.
+            MisconfigurationException: there is no run, it was written under another schema, or its manifest is damaged.
         """
         path = Path(path)
-        if not (path / MANIFEST).exists():
+        if not holds_run(path):
             raise MisconfigurationException(
                 f"`{path}` holds no run: `{MANIFEST}` is missing. HINT: pass the `dirpath` of the SourceCallback that"
                 " trained it."
             )
-        try:
-            manifest = json.loads((path / MANIFEST).read_text())
-        except json.JSONDecodeError as error:
-            raise MisconfigurationException(f"`{path / MANIFEST}` is not valid JSON: {error}.") from None
-        if manifest.get("schema") != SCHEMA:
-            raise MisconfigurationException(
-                f"`{path / MANIFEST}` has schema {manifest.get('schema')}; this version reads schema {SCHEMA}."
-            )
-        return cls(path, manifest)
+        return cls(path, read_manifest(cls.record, path / MANIFEST))
+
+    def _clear(self) -> None:
+        """Before a new run's first write, what it replaces goes."""
+        if self._replaces and holds_run(self.path):
+            _delete_run(self.path)
+        self._replaces = False
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> str:
         """Write tensors under a name relative to the directory and enter them in the manifest; gives back the name."""
         self._clear()
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.manifest["files"][name] = write_tensors(target, tensors)
+        self.manifest.files[name] = write_tensors(target, tensors)
         return name
 
     def read(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -109,9 +111,9 @@ class RunStore:
             MisconfigurationException: the file is missing or not what the manifest says.
         """
         path = self.path / name
-        if name not in self.manifest["files"] or not path.exists():
+        if name not in self.manifest.files or not path.exists():
             raise MisconfigurationException(f"`{path}` is missing from the run.")
-        if sha256_of(path) != self.manifest["files"][name]:
+        if sha256_of(path) != self.manifest.files[name]:
             raise MisconfigurationException(
                 f"`{path}` does not match the sha256 in `{MANIFEST}`: it is damaged or from another run."
             )
@@ -121,10 +123,16 @@ class RunStore:
         """Write the manifest; then delete the files in ``remove``, which it no longer names."""
         self._clear()
         for name in remove:
-            self.manifest["files"].pop(name, None)
-        write_text(self.path / MANIFEST, json.dumps(self.manifest, indent=1))
+            self.manifest.files.pop(name, None)
+        write_text(self.path / MANIFEST, manifest_text(self.manifest))
         for name in remove:
             (self.path / name).unlink(missing_ok=True)
+
+
+class RunStore(TensorStore[Manifest]):
+    """A run directory."""
+
+    record = Manifest
 
 
 class PartialStore(RunStore):
@@ -138,12 +146,12 @@ class PartialStore(RunStore):
 
     def __init__(self, base: RunStore) -> None:
         manifest = copy.deepcopy(base.manifest)
-        manifest["partial_of"] = {"run_id": manifest["run_id"], "bins": manifest["bins"]}
+        manifest.partial_of = PartialOf(run_id=manifest.run_id, bins=list(manifest.bins))
         super().__init__(base.path / PARTIAL, manifest)
         self.base = base.path
-        if (self.path / MANIFEST).exists():
-            earlier = json.loads((self.path / MANIFEST).read_text())
-            if earlier.get("partial_of") == manifest["partial_of"]:
+        if holds_run(self.path):
+            earlier = read_manifest(Manifest, self.path / MANIFEST)
+            if earlier.partial_of == manifest.partial_of:
                 self.manifest = earlier
             else:
                 _delete_run(self.path)
@@ -159,7 +167,7 @@ class PartialStore(RunStore):
 def open_to_score(path: str | os.PathLike[str]) -> RunStore:
     """An existing run, finished or not; see :meth:`RunStore.open`."""
     store = RunStore.open(path)
-    return PartialStore(store) if store.manifest.get("bins") else store
+    return PartialStore(store) if store.manifest.bins else store
 
 
 class SharedStore(RunStore):
@@ -173,7 +181,7 @@ class SharedStore(RunStore):
     def __init__(self, path: str | os.PathLike[str], ranks: Ranks) -> None:
         self._own: RunStore | None = None
 
-        def open_it() -> tuple[Path, dict[str, Any]]:
+        def open_it() -> tuple[Path, Manifest]:
             self._own = open_to_score(path)
             return self._own.path, self._own.manifest
 
@@ -192,9 +200,9 @@ class SharedStore(RunStore):
 
         def write() -> str:
             self.own.write(name, tensors)
-            return self.manifest["files"][name]
+            return self.manifest.files[name]
 
-        self.manifest["files"][name] = self.ranks.on_rank_zero(write)
+        self.manifest.files[name] = self.ranks.on_rank_zero(write)
         return name
 
     def read(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -205,16 +213,18 @@ class SharedStore(RunStore):
     def commit(self, remove: tuple[str, ...] = ()) -> None:
         """See :meth:`RunStore.commit`."""
         for name in remove:
-            self.manifest["files"].pop(name, None)
+            self.manifest.files.pop(name, None)
         self.ranks.on_rank_zero(lambda: self.own.commit(remove))
+
+
+def holds_run(path: Path) -> bool:
+    """Whether a directory has a manifest."""
+    return (path / MANIFEST).exists()
 
 
 def _delete_run(path: Path) -> None:
     """Delete a run's own files, and nothing else that lies in the directory."""
-    try:
-        names = list(json.loads((path / MANIFEST).read_text()).get("files", {}))
-    except json.JSONDecodeError:
-        names = []
+    names = files_named_by(path / MANIFEST)
     (path / MANIFEST).unlink()
     for name in names:
         (path / name).unlink(missing_ok=True)

@@ -11,13 +11,14 @@ import os
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_source._provenance import versions
 from lightning_source.capture.coverage import Coverage, find_blocks
@@ -26,9 +27,8 @@ from lightning_source.capture.isolation import parameters_kept, undisturbed
 from lightning_source.capture.objective import Objective
 from lightning_source.capture.probe import probe
 from lightning_source.names import parameter_names
-from lightning_source.optimizers import Rule, preconditioners, rule_for
-from lightning_source.recording.fingerprint import fingerprint
-from lightning_source.recording.intervals import StepInterval
+from lightning_source.optimizers import Rule, StepRule, preconditioners, rule_for
+from lightning_source.recording.manifest import Flags, Settings, StageRecord
 from lightning_source.recording.parameter_groups import Phase
 from lightning_source.recording.recorder import Recorder
 from lightning_source.recording.snapshots import assemble
@@ -38,78 +38,74 @@ from lightning_source.runs.run import Run
 STAGE = "further training"
 
 
+@dataclass(frozen=True, kw_only=True)
+class FurtherTraining:
+    """The training that a final model is imagined to go on with; see :meth:`SourceScorer.from_model`.
+
+    Attributes:
+        settings: what the factors are made of.
+        rate: ``Λ``, the sum of its effective learning rates, or one for each parameter group; ``None`` if left open.
+        batch_size: of its batches; ``None`` for the loader's own.
+        optimizer: over the model's parameters; ``None`` for SGD on all of them.
+        include: glob patterns of module names to attribute; all by default.
+        exclude: glob patterns of module names not to attribute.
+        datamodule: if it transforms batches on their way to the device.
+    """
+
+    settings: Settings
+    rate: float | Sequence[float] | None = None
+    batch_size: int | None = None
+    optimizer: Optimizer | None = None
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] | None = None
+    datamodule: LightningDataModule | None = None
+
+
 def open_final_model(
-    model: Any,
-    train: Any,
-    *,
-    rate: float | Sequence[float] | None = None,
-    batch_size: int | None = None,
-    optimizer: Optimizer | None = None,
+    model: LightningModule,
+    train: Dataset[object] | DataLoader[object],
+    further: FurtherTraining,
     dirpath: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
-    curvature: str = "ekfac",
-    factor_examples: int | None = 5000,
-    label_samples: int = 1,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    datamodule: Any = None,
-    seed: int = 0,
 ) -> Run:
-    """A run of one segment whose only snapshot is the model as it is now; see :meth:`SourceScorer.from_model`."""
-    examples = examples_of(train, batch_size)
-    per_batch = _examples_per_batch(train, examples, batch_size)
+    """A run of one segment whose only snapshot is the model as it is now.
+
+    Args:
+        model: the trained model.
+        train: its training dataset, or a loader over it.
+        further: the training that it is imagined to go on with.
+        dirpath: where the run is kept; by default a directory that vanishes with the run.
+        overwrite: replace the run that ``dirpath`` holds.
+    """
+    examples = examples_of(train, further.batch_size)
+    per_batch = _examples_per_batch(train, examples, further.batch_size)
+    optimizer = further.optimizer
     groups = [g["params"] for g in optimizer.param_groups] if optimizer else [list(model.parameters())]
     rule = rule_for(optimizer) if optimizer else None
-    decays, decoupled, maximize = [0.0], [False], False
-    if optimizer is not None and rule is not None:
-        steps = [rule(group) for group in optimizer.param_groups]
-        decays, decoupled = [s.weight_decay for s in steps], [s.decoupled for s in steps]
-        maximize = any(s.maximize for s in steps)
-    rates = _by_group(rate, len(groups))
+    steps = [rule(group) for group in optimizer.param_groups] if optimizer and rule else [StepRule(1.0)]
+    rates = _by_group(further.rate, len(groups))
     names = parameter_names(model)
     named = [[names[id(p)] for p in group if id(p) in names] for group in groups]
-    phase = Phase.after(None, 0, type(optimizer).__name__ if optimizer else "SGD", named, decoupled)
+    kind, decoupled = type(optimizer).__name__ if optimizer else "SGD", [step.decoupled for step in steps]
     scales = _preconditioners(optimizer, rule, names) if optimizer and rule else {}
-    coverage = _covered(model, examples, groups, include, exclude, datamodule, seed)
+    coverage = _covered(model, examples, groups, further)
 
     temporary = None if dirpath is not None else tempfile.TemporaryDirectory(prefix="source-final-model-")
     store = RunStore.create(temporary.name if temporary else str(dirpath), overwrite)
-    store.manifest |= {
-        "versions": versions(),
-        "settings": {
-            "segments": 1,
-            "snapshots_per_segment": 1,
-            "snapshots": "point",
-            "curvature": curvature,
-            "factor_examples": factor_examples,
-            "label_samples": label_samples,
-            "seed": seed,
-        },
-        "flags": {"history_incomplete": True, "final_model_only": True, "rate_unknown": rate is None},
-        "status": "finished",
-        "stages": [
-            {
-                "name": STAGE,
-                "examples": len(examples),
-                "batch_size": examples.batch_size,
-                "examples_per_batch": per_batch,
-                "objective": None,
-                "module": {"class": type(model).__name__, "parameters": fingerprint(model)},
-                "phases": [phase.to_json()],
-                "manual": None,
-                "maximize": maximize,
-                "reset": [],
-                "coverage": coverage.to_json(),
-            }
-        ],
-    }
-    # One stretch of training that stands at the final model throughout.
+    stage = StageRecord.begin(STAGE, model, examples, maximize=any(step.maximize for step in steps))
+    stage.examples_per_batch, stage.coverage = per_batch, coverage
+    stage.phases = (Phase.after(None, 0, kind, named, decoupled),)
+    manifest = store.manifest
+    manifest.versions, manifest.status, manifest.stages = versions(), "finished", [stage]
+    manifest.settings = replace(further.settings, segments=1, snapshots_per_segment=1, snapshots="point")
+    manifest.flags = Flags(history_incomplete=True, final_model_only=True, rate_unknown=further.rate is None)
+    # One interval of training that stands at the final model throughout.
     recorder = Recorder(store, model, bins=2, preconditioners=lambda: scales)
     recorder.before_step()
-    recorder.after_step(rates, [1.0] * len(rates), decays, 1.0, None)
+    recorder.after_step(rates, [1.0] * len(rates), [step.weight_decay for step in steps], 1.0, None)
     recorder.finish()
     assemble(store, 1, 1)
-    run = Run(store, [model], {0: examples}, datamodule)
+    run = Run(store, [model], {0: examples}, further.datamodule)
     if temporary is not None:
         weakref.finalize(run, temporary.cleanup)
     return run
@@ -122,40 +118,33 @@ def set_rate(run: Run, rate: float | Sequence[float]) -> None:
         MisconfigurationException: the run has a history, whose rates are facts.
     """
     manifest = run.store.manifest
-    if not manifest["flags"].get("final_model_only"):
+    if not manifest.flags.final_model_only:
         raise MisconfigurationException(
             f"`{run.store.path}` was recorded while training, which fixed its rates. HINT: `SourceScorer.from_model`"
             " looks at a final model under any amount of further training."
         )
-    (snapshot,) = run.snapshots
+    (snapshot,), (segment,) = manifest.snapshots, manifest.segments
     rates = tuple(_by_group(rate, len(snapshot.rates)))
     decays = tuple(r * snapshot.weight_decay(group) for group, r in enumerate(rates))
-    for records in (manifest["snapshots"], manifest["segments"]):
-        records[0] |= {"rates": list(rates), "decays": list(decays)}
-    manifest["flags"]["rate_unknown"] = False
-    run.snapshots = [StepInterval.from_json(record) for record in manifest["snapshots"]]
+    manifest.snapshots = [replace(snapshot, rates=rates, decays=decays)]
+    manifest.segments = [replace(segment, rates=rates, decays=decays)]
+    manifest.flags.rate_unknown = False
     run.store.commit()
 
 
 def _covered(
-    model: nn.Module,
-    examples: Examples,
-    groups: Sequence[Sequence[nn.Parameter]],
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-    hooks: Any,
-    seed: int,
+    model: LightningModule, examples: Examples, groups: Sequence[Sequence[nn.Parameter]], further: FurtherTraining
 ) -> Coverage:
     """What of a model can be attributed, checked on the first examples that give a finite loss.
 
     Raises:
         MisconfigurationException: no batch has a finite loss, or nothing can be attributed.
     """
-    coverage = find_blocks(model, groups, include, exclude)
+    coverage = find_blocks(model, groups, further.include, further.exclude)
     objective = Objective(model)
-    with undisturbed(model, seed), parameters_kept(model):
+    with undisturbed(model, further.settings.seed), parameters_kept(model):
         for index, batch in examples.batches(range(min(len(examples), 4 * examples.batch_size))):
-            moved = to_module(batch, model, hooks)
+            moved = to_module(batch, model, further.datamodule)
             try:
                 losses = objective.evaluate(moved, len(index))
             except ValueError:
@@ -167,7 +156,9 @@ def _covered(
     )
 
 
-def _examples_per_batch(train: Any, examples: Examples, batch_size: int | None) -> float:
+def _examples_per_batch(
+    train: Dataset[object] | DataLoader[object], examples: Examples, batch_size: int | None
+) -> float:
     """Mean size of a training batch, which a loss that is a sum is scaled by (method §4)."""
     if batch_size is None and not isinstance(train, DataLoader):
         raise MisconfigurationException(
@@ -195,12 +186,12 @@ def _preconditioners(optimizer: Optimizer, rule: Rule, names: Mapping[int, str])
     Raises:
         MisconfigurationException: the optimizer has one but has made no step yet, so it is not known.
     """
-    found = preconditioners(optimizer, rule, names)
+    scales = preconditioners(optimizer, rule, names)
     wanted = [names[id(p)] for g in optimizer.param_groups for p in g["params"] if p.requires_grad and id(p) in names]
     adaptive = any(rule(group).preconditioner is not None for group in optimizer.param_groups)
-    if adaptive and not found and wanted:
+    if adaptive and not scales and wanted:
         raise MisconfigurationException(
             f"`{type(optimizer).__name__}` scales gradients by moments that it does not hold yet. HINT: pass the"
             " optimizer as training left it, or after a few steps of the further training."
         )
-    return found
+    return scales

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -18,9 +18,8 @@ from lightning_source.curvature.unroll import SegmentCurvature
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.layers import Block
 from lightning_source.passes.calibration import calibrate
-from lightning_source.passes.factors import factor_ids, fit_factors, squared_traces
+from lightning_source.passes.factors import WeightedState, factor_ids, fit_factors, squared_traces
 from lightning_source.passes.workspace import State, Workspace
-from lightning_source.recording.fingerprint import check_module
 from lightning_source.recording.intervals import StepInterval, cut, merge_all
 from lightning_source.recording.snapshots import (
     assemble,
@@ -55,37 +54,43 @@ class Run:
     def __init__(
         self,
         store: RunStore,
-        modules: Sequence[Any],
+        modules: Sequence[LightningModule],
         data: Mapping[int, Examples | None] | None = None,
-        hooks: Any = None,
+        hooks: LightningDataModule | None = None,
         stage: int | str | None = None,
         ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
         self.store = store
         self.ranks = ranks
-        self.settings = store.manifest["settings"]
-        if store.manifest.get("bins"):
-            assemble(store, self.settings["segments"], self.settings["snapshots_per_segment"])
-        if not store.manifest.get("segments"):
+        self.settings = store.manifest.settings
+        if store.manifest.bins:
+            assemble(store, self.settings.segments, self.settings.snapshots_per_segment)
+        if not store.manifest.segments:
             raise MisconfigurationException(
                 f"`{store.path}` holds no finished segment: no optimizer step was recorded. HINT: train for at least"
                 " one step."
             )
-        records = [r for r in store.manifest["stages"] if "final" in r]
         self.stages: list[Stage] = []
-        for index, record in enumerate(records):
-            if "coverage" not in record:
+        for index, record in enumerate(r for r in store.manifest.stages if r.final is not None):
+            if record.coverage is None:
                 raise MisconfigurationException(
                     f"`{store.path}` cannot be attributed: `training_step` gave no loss for any batch of stage"
-                    f' "{record["name"]}".'
+                    f' "{record.name}".'
                 )
             module = modules[min(index, len(modules) - 1)]
-            check_module(module, record["module"])
-            self.stages.append(Stage(index, record, self.settings, module, (data or {}).get(index), hooks, ranks))
+            self.stages.append(Stage(index, record, self.settings.seed, module, (data or {}).get(index), hooks, ranks))
         self.stage = self.stages[_index_of(stage, [s.name for s in self.stages])]
         self.coverage = self.stage.coverage
-        self.examples = self.stage.count if self.stage.record["examples"] else 0
-        self.snapshots = [StepInterval.from_json(s) for s in store.manifest["snapshots"]]
+
+    @property
+    def snapshots(self) -> Sequence[StepInterval]:
+        """The snapshots of all stages."""
+        return self.store.manifest.snapshots
+
+    @property
+    def examples(self) -> int:
+        """``N``, the number of the asked stage's training examples; 0 while it is not known."""
+        return self.stage.record.examples or 0
 
     @property
     def workspace(self) -> Workspace:
@@ -109,7 +114,6 @@ class Run:
     def use(self, data: Examples | None) -> None:
         """Take these as the asked stage's training examples."""
         self.stage.use(data)
-        self.examples = self.stage.record["examples"] or 0
 
     @property
     def data(self) -> Examples:
@@ -128,8 +132,8 @@ class Run:
         index = self.stage.index if stage is None else stage
         snapshots = [s for s in self.snapshots if s.stage == index]
         if count is None:
-            own = [s for s in self.store.manifest["segments"] if s["stage"] == index]
-            members = [tuple(self.snapshots[i] for i in segment["snapshots"]) for segment in own]
+            own = [s for s in self.store.manifest.segments if s.stage == index]
+            members = [tuple(self.snapshots[i] for i in segment.snapshots) for segment in own]
         else:
             if isinstance(count, int) and not 1 <= count <= len(snapshots):
                 raise MisconfigurationException(
@@ -160,33 +164,33 @@ class Run:
         Raises:
             MisconfigurationException: the run is a final model's, opened without an amount of further training.
         """
-        if self.store.manifest["flags"].get("rate_unknown"):
+        if self.store.manifest.flags.rate_unknown:
             raise MisconfigurationException(
                 "SOURCE needs to know how far training moves the model. HINT: pass"
                 " `SourceScorer.from_model(…, rate=Λ)`, the sum of the further training's learning rates."
             )
-        found: dict[str, list[SegmentCurvature]] = {block.name: [] for block in blocks}
-        for segment, one in zip(segments, factors, strict=True):
+        curvatures: dict[str, list[SegmentCurvature]] = {block.name: [] for block in blocks}
+        for segment, of_segment in zip(segments, factors, strict=True):
             stage = self.stages[segment.stage]
             here = {block.name: block for block in stage.coverage.blocks}
             scale = self.preconditioner(segment.snapshots)
             for block in blocks:
                 if block.name not in here:
                     continue
-                group = here[block.name].group
-                found[block.name].append(
+                group, factor = here[block.name].group, of_segment[block.name]
+                curvatures[block.name].append(
                     SegmentCurvature(
-                        one[block.name].basis,
-                        columns(block.name, one[block.name].eigenvalues),
+                        factor.basis,
+                        columns(block.name, factor.eigenvalues),
                         segment.stretch.rates[group],
                         segment.stretch.weight_decay(group),
                         columns(block.name, scale[block.name]) if block.name in scale else None,
                         stage.decoupled(segment.stretch.first, group),
-                        float(one[block.name].eigenvalues.clamp_min(0).mean()) if block.name in scale else None,
+                        float(factor.eigenvalues.clamp_min(0).mean()) if block.name in scale else None,
                         symmetric,
                     )
                 )
-        return found
+        return curvatures
 
     def preconditioner(self, snapshots: Sequence[StepInterval]) -> dict[str, Tensor]:
         """``P̄`` of each block averaged over snapshots, ``[P, O, I]``; empty where steps follow the plain gradient."""
@@ -211,9 +215,9 @@ class Run:
     def _changed(self) -> set[str]:
         """The asked stage's parameters that a later stage does not have, or began with other values."""
         later = self.stages[self.stage.index + 1 :]
-        own = set(self.stage.record["module"]["parameters"])
-        gone = {name for stage in later for name in own.difference(stage.record["module"]["parameters"])}
-        return gone | {name for stage in later for name in stage.record["reset"]}
+        own = set(self.stage.record.module.parameters)
+        gone = {name for stage in later for name in own.difference(stage.record.module.parameters)}
+        return gone | {name for stage in later for name in stage.record.reset}
 
     # ---------------------------------------------------------------- parameters and factors
 
@@ -249,15 +253,14 @@ class Run:
 
     def _calibrate(self, stage: Stage) -> None:
         if stage.workspace.spec is None:
-            per_batch = stage.record["examples_per_batch"] or stage.data.batch_size
+            per_batch = stage.record.examples_per_batch or stage.data.batch_size
             state = final_parameters(self.store, stage.index)
 
             def learn() -> ObjectiveSpec:
                 with stage.workspace.at(state):
-                    return calibrate(stage.workspace, stage.data, per_batch, stage.record["maximize"])
+                    return calibrate(stage.workspace, stage.data, per_batch, stage.record.maximize)
 
-            stage.workspace.spec = spec = self.ranks.on_rank_zero(learn)
-            stage.record["objective"] = spec.to_json()
+            stage.workspace.spec = stage.record.objective = self.ranks.on_rank_zero(learn)
             self.store.commit()
 
     def snapshot_factors(self, segment: Segment, which: str = "mean") -> Factors:
@@ -266,7 +269,7 @@ class Run:
             raise MisconfigurationException(f'`snapshots="{which}"` is not known. HINT: "mean" or "point".')
         names = "+".join(f"{s.last:06d}" for s in segment.snapshots)
         own = [s for stage in self.stages for s in self.segments(stage=stage.index)]
-        default = which == self.settings["snapshots"] and segment in own
+        default = which == self.settings.snapshots and segment in own
         name = f"segments/{own.index(segment)}.safetensors" if default else f"segments/{which}-{names}.safetensors"
         loads = [partial(self.state, s, which) for s in segment.snapshots]
         files = [s.file.replace(".safetensors", f"-{which}-covariances.safetensors") for s in segment.snapshots]
@@ -281,20 +284,23 @@ class Run:
         """
         factors, stage = self.snapshot_factors(segment, which), self.stages[segment.stage]
         names = "+".join(f"{s.last:06d}" for s in segment.snapshots)
-        known = self.store.manifest.setdefault("couplings", {})
+        known = self.store.manifest.couplings
         key = f"{which}-{names}"
         if key not in known:
-            limit = min(COUPLING_EXAMPLES, self.settings["factor_examples"] or COUPLING_EXAMPLES)
-            ids = factor_ids(len(stage.data), limit, self.settings["seed"])
-            bases = {name: one.basis for name, one in factors.items()}
+            limit = min(COUPLING_EXAMPLES, self.settings.factor_examples or COUPLING_EXAMPLES)
+            ids = factor_ids(len(stage.data), limit, self.settings.seed)
+            bases = {name: factor.basis for name, factor in factors.items()}
             traces = [
-                [w * x for x in squared_traces(stage.workspace, self.state(s, which), stage.data, ids, bases)]
-                for s, w in zip(segment.snapshots, segment.weights, strict=True)
+                [
+                    weight * trace
+                    for trace in squared_traces(stage.workspace, self.state(s, which), stage.data, ids, bases)
+                ]
+                for s, weight in zip(segment.snapshots, segment.weights, strict=True)
             ]
             full, blocks = map(sum, zip(*traces, strict=True))
             known[key] = max(1.0, full / blocks) if blocks > 0 else 1.0
             self.store.commit()
-        return {name: BlockFactors(one.basis, known[key] * one.eigenvalues) for name, one in factors.items()}
+        return {name: BlockFactors(f.basis, known[key] * f.eigenvalues) for name, f in factors.items()}
 
     def mean_factors(self, segment: Segment) -> Factors:
         """A segment's factors at its averaged parameters (Fast-SOURCE)."""
@@ -315,7 +321,7 @@ class Run:
         files: Sequence[str | None],
     ) -> Factors:
         blocks, device = stage.coverage.blocks, stage.workspace.module.device
-        if name in self.store.manifest["files"]:
+        if name in self.store.manifest.files:
             tensors = self.store.read(name, device)
             return {block.name: BlockFactors.from_tensors(block.name, tensors) for block in blocks}
         self._calibrate(stage)
@@ -323,25 +329,23 @@ class Run:
         factors, sums = fit_factors(
             stage.workspace,
             stage.data,
-            factor_ids(len(stage.data), self.settings["factor_examples"], self.settings["seed"]),
-            loads,
-            weights,
-            known,
-            self.settings["curvature"],
-            self.settings["label_samples"],
+            factor_ids(len(stage.data), self.settings.factor_examples, self.settings.seed),
+            [WeightedState(*state) for state in zip(loads, weights, known, strict=True)],
+            self.settings.curvature,
+            self.settings.label_samples,
         )
         for file, before, after in zip(files, known, sums, strict=False):
             if file is not None and before is None:
                 self.store.write(file, _covariance_tensors(after))
         merged: dict[str, Tensor] = {}
-        for key, one in factors.items():
-            merged |= one.to_tensors(key)
+        for key, factor in factors.items():
+            merged |= factor.to_tensors(key)
         self.store.write(name, merged)
         self.store.commit()
         return factors
 
     def _read_covariances(self, stage: Stage, file: str) -> dict[str, CovarianceSums] | None:
-        if file not in self.store.manifest["files"]:
+        if file not in self.store.manifest.files:
             return None
         tensors = self.store.read(file, stage.workspace.module.device)
         return {
@@ -367,8 +371,8 @@ def _index_of(stage: int | str | None, names: Sequence[str]) -> int:
 
 def _covariance_tensors(sums: dict[str, CovarianceSums]) -> dict[str, Tensor]:
     tensors = {}
-    for name, one in sums.items():
-        tensors[f"activations/{name}"] = one.activations
-        tensors[f"gradients/{name}"] = one.gradients
-        tensors[f"examples/{name}"] = torch.tensor(one.examples)
+    for name, covariances in sums.items():
+        tensors[f"activations/{name}"] = covariances.activations
+        tensors[f"gradients/{name}"] = covariances.gradients
+        tensors[f"examples/{name}"] = torch.tensor(covariances.examples)
     return tensors

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_source.capture.coverage import Coverage
 from lightning_source.capture.data import Examples
-from lightning_source.capture.objective import Objective, ObjectiveSpec
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.passes.workspace import Workspace
 from lightning_source.recording.intervals import StepInterval, normalized_weights
-from lightning_source.recording.parameter_groups import Phase, phase_at
+from lightning_source.recording.manifest import StageRecord
+from lightning_source.recording.parameter_groups import phase_at
 
 
 @dataclass(frozen=True)
@@ -41,31 +39,35 @@ class Stage:
     Args:
         index: its place in the run.
         record: its entry in the manifest.
-        settings: the run's settings.
+        seed: seeds the passes over its examples.
         module: the LightningModule, with this stage's parameters.
         data: its training examples; ``None`` until something needs them.
         hooks: the LightningDataModule, if its batch-transfer hooks are part of the data.
         ranks: the processes that work on it together.
+
+    Raises:
+        MisconfigurationException: the model does not match.
     """
 
     def __init__(
         self,
         index: int,
-        record: dict[str, Any],
-        settings: Mapping[str, Any],
-        module: Any,
+        record: StageRecord,
+        seed: int,
+        module: LightningModule,
         data: Examples | None = None,
-        hooks: Any = None,
+        hooks: LightningDataModule | None = None,
         ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
+        record.module.check(module)
+        assert record.coverage is not None
         self.index = index
         self.record = record
-        self.name: str = record["name"]
-        self.coverage = Coverage.from_json(record["coverage"])
-        spec = ObjectiveSpec.from_json(record["objective"]) if record.get("objective") else None
-        self.phases = [Phase.from_json(phase) for phase in record["phases"]]
-        objective = Objective(module, **(record["manual"] or {}))
-        self.workspace = Workspace(module, self.coverage.blocks, objective, spec, settings["seed"], hooks, ranks)
+        self.name = record.name
+        self.coverage = record.coverage
+        self.phases = record.phases
+        objective = record.objective_of(module)
+        self.workspace = Workspace(module, self.coverage.blocks, objective, record.objective, seed, hooks, ranks)
         self.examples: Examples | None = None
         self.use(data)
 
@@ -73,9 +75,9 @@ class Stage:
         """Take these as the training examples, if they can be the ones that the stage was trained on."""
         if data is None:
             return
-        count = self.record["examples"]
+        count = self.record.examples
         if count is None:
-            self.record["examples"] = len(data)
+            self.record.examples = len(data)
         elif len(data) != count:
             raise MisconfigurationException(
                 f"the training set holds {len(data)} examples but the run was trained on {count}: scores would name the"
@@ -99,8 +101,3 @@ class Stage:
         phase = phase_at(self.phases, step)
         parent = phase.parents(self.phases[-1].columns)[column]
         return parent is not None and phase.decoupled[parent]
-
-    @property
-    def count(self) -> int:
-        """``N``, the number of training examples."""
-        return int(self.record["examples"])

@@ -121,7 +121,7 @@ def test_the_loss_of_the_optimizer_that_is_asked_about(tmp_path):
         assert torch.equal(mine, theirs)
     assert torch.equal(both.attribute(QUERY).values, one.attribute(QUERY).values)
     manifest = RunStore.open(tmp_path / "b" / "run").manifest
-    assert {name for p in manifest["stages"][0]["phases"] for c in p["columns"] for name in c} == {
+    assert {name for p in manifest.stages[0].phases for c in p.columns for name in c} == {
         "net.0.weight",
         "net.0.bias",
         "net.2.weight",
@@ -209,11 +209,11 @@ def test_optimizers_that_take_turns(tmp_path, every, keep):
     """Batches of the other optimizer count for nothing, and no pass moves an optimizer that the module holds on to."""
     trainer = run(tmp_path, TakingTurns(every, keep), {"optimizer": 0}, max_epochs=4)
     module = trainer.lightning_module
-    stages = RunStore.open(tmp_path / "run").manifest["stages"]
-    assert stages[0]["manual"]["batch_idx"] == every - 1
+    stages = RunStore.open(tmp_path / "run").manifest.stages
+    assert stages[0].manual.batch_idx == every - 1
     steps = 4 * len([i for i in range(3) if i % every == every - 1])
-    segments = RunStore.open(tmp_path / "run").manifest["segments"]
-    assert sum(s["rates"][0] for s in segments) == pytest.approx(0.1 * steps)
+    segments = RunStore.open(tmp_path / "run").manifest.segments
+    assert sum(s.rates[0] for s in segments) == pytest.approx(0.1 * steps)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     scores = trainer.attribute(QUERY).values
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
@@ -242,5 +242,5 @@ class AccumulatesAndLogs(Adversaries):
 
 def test_batches_that_reach_the_gradient_count(tmp_path):
     run(tmp_path, AccumulatesAndLogs(), {"optimizer": 0}, max_epochs=4)
-    (_, segment) = RunStore.open(tmp_path / "run").manifest["segments"]
-    assert segment["rates"] == pytest.approx([0.1 * 3 * 2])  # two steps in the second half, of three batches each
+    (_, segment) = RunStore.open(tmp_path / "run").manifest.segments
+    assert segment.rates == pytest.approx([0.1 * 3 * 2])  # two steps in the second half, of three batches each

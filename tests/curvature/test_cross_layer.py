@@ -47,7 +47,7 @@ def test_scores_are_those_of_scaled_eigenvalues(tmp_path, monkeypatch):
     plain = trainer.attribute(query).values
     scores = trainer.attribute(query, cross_layer=True)
     with trainer.callbacks[0].scorer(trainer) as scorer:
-        scales = [scorer.run.store.manifest["couplings"][f"mean-{names}"] for names in _names(scorer.run)]
+        scales = [scorer.run.store.manifest.couplings[f"mean-{names}"] for names in _names(scorer.run)]
         assert all(scale >= 1 for scale in scales)
         assert max(scales) > 1.2  # two layers share directions
         monkeypatch.setattr(

@@ -30,7 +30,7 @@ from lightning_source.curvature.ekfac import (
     rotated_matrices,
 )
 from lightning_source.passes.calibration import calibrate
-from lightning_source.passes.factors import fit_factors
+from lightning_source.passes.factors import WeightedState, fit_factors
 from lightning_source.passes.workspace import Workspace
 
 B = 6
@@ -192,7 +192,7 @@ def fit(space, examples, curvature="ekfac", samples=1, states=None, weights=(1.0
     states = states or [dict(space.module.state_dict())]
     loads = [lambda s=s: s for s in states]
     ids = torch.arange(len(examples))
-    found, _ = fit_factors(space, examples, ids, loads, weights, [None] * len(loads), curvature, samples)
+    found, _ = fit_factors(space, examples, ids, [*map(WeightedState, loads, weights)], curvature, samples)
     return found
 
 

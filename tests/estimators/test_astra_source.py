@@ -56,7 +56,7 @@ def dense_source(run, module, *stages):
         data = stages[segment.stage]
         hessian, gradients = 0, 0
         for snapshot, weight in zip(segment.snapshots, segment.weights, strict=True):
-            load(run.state(snapshot, run.settings["snapshots"]))
+            load(run.state(snapshot, run.settings.snapshots))
             hessian = hessian + weight * gauss_newton(module, data[0])
             gradients = gradients + weight * per_example(module, data, F.cross_entropy)
         rates = each({n: segment.stretch.rates[groups[n]] for n in names})

@@ -353,7 +353,7 @@ def test_a_killed_sweep_resumes_and_refuses_another(tmp_path):
             further_training(module, train, query, seeds=2, dirpath=tmp_path / "s", **(options | change))
     with torch.no_grad():
         module.net[0].bias += 1
-    with pytest.raises(MisconfigurationException, match="`parameters`"):
+    with pytest.raises(MisconfigurationException, match="its parameters is"):
         further_training(module, train, query, seeds=2, dirpath=tmp_path / "s", **options)
     assert {p.suffix for p in (tmp_path / "s").rglob("*") if p.is_file()} == {".json", ".safetensors"}
 

@@ -1,22 +1,25 @@
-"""Trainings on two processes, run by ``test_ranks.py``: ``python ranks_script.py <folder> <devices>``."""
+"""Trainings on one process and on two, run by ``test_ranks.py``: ``python ranks_script.py <folder>`` for two."""
 
 import os
 import shutil
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
-from helpers import Classifier, classes, quiet_trainer
+from helpers import Classifier, classes, mlp, quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_source import SourceCallback
+from lightning_source.passes import factors
 
 QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 
@@ -55,11 +58,28 @@ class Copies(L.Callback):
             shutil.copytree(self.source, self.target)
 
 
-def main(folder: Path, devices: int) -> None:
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    os.chdir(folder)
-    strategy = {"strategy": "ddp", "devices": 2} if devices == 2 else {"accumulate_grad_batches": 2}
+class Centred(Classifier):
+    """Its outputs are taken from their running mean over all ranks (DINO's centre)."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.register_buffer("centre", torch.zeros(3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        outputs = self.net(batch[0])
+        loss = self.loss(outputs * self.centre.exp(), batch[1])
+        self.centre = 0.5 * self.centre + 0.5 * self.all_gather(outputs).flatten(0, 1).mean(0)
+        self.log("loss", self.all_gather(loss).mean())
+        return loss
+
+
+def two_ranks() -> dict[str, Any]:
+    """A rank that waits in vain gives up after the time, so that a failed test leaves no process behind."""
+    return {"strategy": DDPStrategy(timeout=timedelta(seconds=60)), "devices": 2}
+
+
+def train_all(folder: Path, devices: int) -> None:
+    """Recorded trainings of each form in the working directory, which is ``folder``, and their scores."""
     for form in ("mean", "sum", "adam", "norm", "without"):
         torch.manual_seed(3)
         module = Net("mean" if form == "without" else form)
@@ -75,7 +95,7 @@ def main(folder: Path, devices: int) -> None:
             max_epochs=3,
             use_distributed_sampler=False,
             enable_checkpointing=form == "mean",
-            **strategy,
+            **(two_ranks() if devices == 2 else {"accumulate_grad_batches": 2}),
         )
         # Together the batches of two ranks hold what two accumulated batches of the single process hold.
         sampler = DistributedSampler(classes(), devices, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)
@@ -89,5 +109,31 @@ def main(folder: Path, devices: int) -> None:
         save_file(found, folder / f"{form}-{trainer.global_rank}.safetensors")
 
 
+def gather(folder: Path) -> None:
+    """Scores of unequal numbers of batches under a step that gathers, and then a pass that fails on one rank."""
+    torch.manual_seed(3)
+    source = SourceCallback(str(folder / "gathers"), factor_examples=20)
+    trainer = quiet_trainer(folder, source, max_epochs=1, **two_ranks())
+    trainer.fit(Centred(), DataLoader(classes(20), 4))
+    # Batches of 8 of 20 examples: rank 0 has two, rank 1 has one.
+    scores = trainer.attribute([x[:3] for x in QUERY], method="influence", batch_size=8).values
+    error = "none"
+    if trainer.global_rank == 1:
+        factors.eigenbasis = fails
+    try:
+        trainer.attribute(QUERY, snapshots="point")
+    except torch.linalg.LinAlgError as raised:
+        error = str(raised)
+    save_file({"scores": scores}, folder / f"gathers-{trainer.global_rank}.safetensors", {"error": error})
+
+
+def fails(*args: Any, **options: Any) -> None:
+    raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    os.chdir(sys.argv[1])
+    train_all(Path(sys.argv[1]), 2)
+    gather(Path(sys.argv[1]))

@@ -75,9 +75,9 @@ def test_a_step_that_the_scaler_skips_counts_for_nothing(tmp_path, name):
         assert effective.tolist() == pytest.approx([0, rate, rate, 0, rate, rate])
     else:
         assert effective.tolist() == pytest.approx([rate] * 4)
-    segments = RunStore.open(tmp_path / "run").manifest["segments"]
-    assert sum(s["rates"][0] for s in segments) == pytest.approx(4 * rate)
-    assert sum(s["decays"][0] for s in segments) == pytest.approx(4 * rate * 0.1)
+    segments = RunStore.open(tmp_path / "run").manifest.segments
+    assert sum(s.rates[0] for s in segments) == pytest.approx(4 * rate)
+    assert sum(s.decays[0] for s in segments) == pytest.approx(4 * rate * 0.1)
     assert trainer.attribute(QUERY).values.isfinite().all()
 
 
@@ -254,11 +254,11 @@ def test_the_learning_rate_finder_leaves_the_recording_alone(tmp_path):
     trainer = run(tmp_path / "run", Tuned(), finder, enable_checkpointing=True)
     assert trainer.global_step == 6
     manifest = RunStore.open(tmp_path / "run").manifest
-    assert [stage["name"] for stage in manifest["stages"]] == ["fit"]
-    assert manifest["steps"] == 6
+    assert [stage.name for stage in manifest.stages] == ["fit"]
+    assert manifest.steps == 6
     assert steps(tmp_path / "run")[:, 0].tolist() == pytest.approx([0.1] * 6)
     run(tmp_path / "plain", Tuned())
-    assert RunStore.open(tmp_path / "plain").manifest["snapshots"] == manifest["snapshots"]
+    assert RunStore.open(tmp_path / "plain").manifest.snapshots == manifest.snapshots
 
 
 def test_the_finder_and_a_second_fit_of_the_same_trainer(tmp_path):
@@ -275,8 +275,8 @@ def test_the_finder_and_a_second_fit_of_the_same_trainer(tmp_path):
     for epochs in (2, 4):
         trainer.fit_loop.max_epochs = epochs
         trainer.fit(module, DataLoader(classes(), 8))
-    stages = RunStore.open(tmp_path / "run").manifest["stages"]
-    assert [stage["name"] for stage in stages] == ["fit", "fit-1"]
+    stages = RunStore.open(tmp_path / "run").manifest.stages
+    assert [stage.name for stage in stages] == ["fit", "fit-1"]
 
 
 def test_gradients_that_the_user_drops_count_for_nothing(tmp_path):

@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_source import SourceCallback, SourceScorer
-from lightning_source.recording.intervals import StepInterval
 from lightning_source.recording.snapshots import mean_parameters
 from lightning_source.recording.store import RunStore
 
@@ -60,9 +59,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, every, start, dies, ac
     resumed = fit(tmp_path / "cut", ckpt=ckpt, seed=9, **options)
     one, other = (RunStore.open(tmp_path / name / "run") for name in ("whole", "cut"))
     for key in ("snapshots", "segments", "steps"):
-        assert one.manifest[key] == other.manifest[key]
-    assert len(one.manifest["files"]) == len(other.manifest["files"])
-    for name in ("steps.safetensors", "final.safetensors", *(s["file"] for s in one.manifest["snapshots"])):
+        assert getattr(one.manifest, key) == getattr(other.manifest, key)
+    assert len(one.manifest.files) == len(other.manifest.files)
+    for name in ("steps.safetensors", "final.safetensors", *(s.file for s in one.manifest.snapshots)):
         for key, value in one.read(name).items():
             assert torch.equal(value, other.read(name)[key]), (name, key)
     assert torch.equal(whole.attribute(QUERY).values, resumed.attribute(QUERY).values)
@@ -82,8 +81,8 @@ def test_a_checkpoint_without_our_state(tmp_path):
     with pytest.warns(UserWarning, match="resumes at step 3"):
         trainer = fit(tmp_path, ckpt=tmp_path / "ckpt" / "step=3.ckpt")
     manifest = RunStore.open(tmp_path / "run").manifest
-    assert manifest["flags"]["history_incomplete"]
-    assert manifest["steps"] == 15
+    assert manifest.flags.history_incomplete
+    assert manifest.steps == 15
     assert trainer.attribute(QUERY).values.shape == (4, 24)
 
 
@@ -101,15 +100,15 @@ def test_a_finished_run_that_is_continued_is_one_run(tmp_path, settings):
     fit(tmp_path / "cut", saves(tmp_path, 18), settings=settings).attribute(QUERY, method="influence")
     resumed = fit(tmp_path / "cut", ckpt=tmp_path / "ckpt" / "step=18.ckpt", epochs=12, seed=9, settings=settings)
     one, other = (RunStore.open(tmp_path / name / "run") for name in ("whole", "cut"))
-    assert [stage["name"] for stage in other.manifest["stages"]] == ["fit"]
-    for a, b in zip(one.manifest["segments"], other.manifest["segments"], strict=True):
-        assert abs(a["last"] - b["last"]) <= 1  # bins are longer
+    assert [stage.name for stage in other.manifest.stages] == ["fit"]
+    for a, b in zip(one.manifest.segments, other.manifest.segments, strict=True):
+        assert abs(a.last - b.last) <= 1  # bins are longer
     assert torch.equal(one.read("steps.safetensors")["steps"], other.read("steps.safetensors")["steps"])
-    means = [mean_parameters(s, [StepInterval.from_json(x) for x in s.manifest["snapshots"]]) for s in (one, other)]
+    means = [mean_parameters(s, s.manifest.snapshots) for s in (one, other)]
     for name, value in means[0].items():
         torch.testing.assert_close(means[1][name], value, rtol=1e-5, atol=1e-7)
     on_disk = {str(p.relative_to(other.path)) for p in other.path.rglob("*.safetensors")}
-    assert on_disk == set(other.manifest["files"])
+    assert on_disk == set(other.manifest.files)
     expected, found = (t.attribute(QUERY, segments=1).values for t in (whole, resumed))
     assert torch.corrcoef(torch.stack([expected.flatten(), found.flatten()]))[0, 1] > 0.99
 
@@ -118,8 +117,8 @@ def test_an_older_checkpoint_of_a_finished_run_begins_another_stage(tmp_path):
     fit(tmp_path, saves(tmp_path, 9))
     with pytest.warns(UserWarning, match="as a stage of their own"):
         trainer = fit(tmp_path, ckpt=tmp_path / "ckpt" / "step=9.ckpt", epochs=8)
-    stages = RunStore.open(tmp_path / "run").manifest["stages"]
-    assert [stage["name"] for stage in stages] == ["fit", "fit-1"]
+    stages = RunStore.open(tmp_path / "run").manifest.stages
+    assert [stage.name for stage in stages] == ["fit", "fit-1"]
     assert trainer.attribute(QUERY, stage=1).values.isfinite().all()
 
 
@@ -131,7 +130,7 @@ def test_an_interrupted_run_can_be_asked_before_it_is_resumed(tmp_path):
     scores = SourceScorer.from_run(tmp_path / "copy", model).score(QUERY, classes())
     assert scores.values.isfinite().all()
     fit(tmp_path, ckpt=tmp_path / "ckpt" / "step=6.ckpt")
-    assert RunStore.open(tmp_path / "run").manifest["steps"] == 18
+    assert RunStore.open(tmp_path / "run").manifest.steps == 18
 
 
 def test_testing_a_checkpoint_leaves_the_recording_alone(tmp_path):
@@ -153,8 +152,8 @@ def test_a_resume_within_an_epoch_is_recorded(tmp_path):
         fit(tmp_path, saves(tmp_path, 4), Dies(5))
     trainer = fit(tmp_path, ckpt=tmp_path / "ckpt" / "step=4.ckpt")
     manifest = RunStore.open(tmp_path / "run").manifest
-    assert manifest["flags"]["resumed_mid_epoch"]
-    assert manifest["steps"] == trainer.global_step
+    assert manifest.flags.resumed_mid_epoch
+    assert manifest.steps == trainer.global_step
     assert trainer.attribute(QUERY).values.isfinite().all()
 
 
@@ -172,11 +171,11 @@ def test_a_checkpoint_saved_after_the_fit_can_be_continued(tmp_path):
     trainer = fit(tmp_path)
     trainer.attribute(QUERY, method="influence")
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    before = RunStore.open(tmp_path / "run").manifest["files"]
+    before = RunStore.open(tmp_path / "run").manifest.files
     assert "segments/0.safetensors" in before
     resumed = fit(tmp_path, ckpt=tmp_path / "last.ckpt", epochs=8)
     manifest = RunStore.open(tmp_path / "run").manifest
-    assert (len(manifest["stages"]), manifest["steps"]) == (1, 24)
+    assert (len(manifest.stages), manifest.steps) == (1, 24)
     assert resumed.attribute(QUERY).values.isfinite().all()
 
 
@@ -187,7 +186,7 @@ def test_a_continued_run_that_dies_at_once_is_continued_again(tmp_path):
         fit(tmp_path, Dies(20), ckpt=ckpt, epochs=8)
     fit(tmp_path, ckpt=ckpt, epochs=8)
     manifest = RunStore.open(tmp_path / "run").manifest
-    assert (len(manifest["stages"]), manifest["steps"]) == (1, 24)
+    assert (len(manifest.stages), manifest.steps) == (1, 24)
 
 
 def test_a_run_asked_before_it_is_resumed_is_still_one_run(tmp_path):
@@ -201,7 +200,7 @@ def test_a_run_asked_before_it_is_resumed_is_still_one_run(tmp_path):
     assert (tmp_path / "cut" / "run" / "partial" / "manifest.json").exists()
     resumed = fit(tmp_path / "cut", ckpt=tmp_path / "ckpt" / "step=6.ckpt", seed=9)
     manifest = RunStore.open(tmp_path / "cut" / "run").manifest
-    assert (len(manifest["stages"]), manifest["steps"]) == (1, 18)
+    assert (len(manifest.stages), manifest.steps) == (1, 18)
     assert torch.equal(resumed.attribute(QUERY).values, whole.attribute(QUERY).values)
 
 
@@ -233,7 +232,7 @@ def test_a_fit_that_fails_before_its_first_step_leaves_the_callback_usable(tmp_p
         quiet_trainer(tmp_path, source, Fails()).fit(Classifier(mlp()), loader)
     trainer = quiet_trainer(tmp_path, source)
     trainer.fit(Classifier(mlp()), loader)
-    assert [stage["name"] for stage in RunStore.open(tmp_path / "run").manifest["stages"]] == ["fit"]
+    assert [stage.name for stage in RunStore.open(tmp_path / "run").manifest.stages] == ["fit"]
     assert trainer.attribute(QUERY).values.isfinite().all()
 
 
@@ -245,8 +244,8 @@ def test_influence_after_another_stage_is_that_of_the_new_final_model(tmp_path):
     found = later.attribute(QUERY, method="influence").values
     with later.callbacks[0].scorer(later) as scorer:
         run = scorer.run
-        for name in [n for n in run.store.manifest["files"] if "final-of" in n]:
-            del run.store.manifest["files"][name]
+        for name in [n for n in run.store.manifest.files if "final-of" in n]:
+            del run.store.manifest.files[name]
         fresh = scorer.score(QUERY, method="influence").values
     assert torch.equal(found, fresh)
 

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_source import SourceCallback, SourceScorer
 from lightning_source.curvature.unroll import segment_decay, segment_response
+from lightning_source.passes.query_gradients import QueryGradients
 
 QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 FIRST, SECOND = classes(24, seed=3), classes(16, seed=4)
@@ -53,7 +54,7 @@ def test_the_first_stage_is_carried_through_the_second(two_stages):
         scorer.run.calibrate()
         from lightning_source.capture.data import query_of
 
-        gradients, _ = run.query_workspace.query_gradients(run.final(), query_of(QUERY, None), "loss")
+        gradients = run.query_workspace.query_gradients(run.final(), query_of(QUERY, None), "loss").values
         total = torch.zeros(4, 24)
         for block in run.coverage.blocks:
 
@@ -67,8 +68,11 @@ def test_the_first_stage_is_carried_through_the_second(two_stages):
             vectors = gradients[block.name].flatten(1) @ carry @ respond
             for snapshot, weight in zip(one.snapshots, one.weights, strict=True):
                 shaped = {block.name: vectors.view(4, *block.shape)}
-                products = run.workspace.inner_products(run.state(snapshot, "mean"), run.data, None, shaped)
-                total += weight / 24 * products
+
+                def add(examples, products, weight=weight):
+                    total[:, examples] += weight / 24 * products
+
+                run.workspace.inner_products(run.state(snapshot, "mean"), run.data, None, QueryGradients(shaped), add)
     close(two_stages.attribute(QUERY, stage="first").values, total, 1e-4)
 
 

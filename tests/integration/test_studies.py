@@ -36,6 +36,24 @@ def test_lds(folder):
     assert report["reliability"] > 0.3
 
 
+def test_lds_of_a_first_stage(folder):
+    """Two stages are trained and retrained; a subset of the first changes what the second leaves behind."""
+    from dataclasses import replace
+
+    import lds_study
+    from harness import by
+    from tasks import TASKS
+
+    options = lds_study.parser(None).parse_args(quick(folder, "--seeds", "1"))
+    lds_study.prepare(options)
+    task = replace(TASKS["two-stage-upright"], epochs=2, later_epochs=1, subsets=30, retrainings=3)
+    rows = {"source": by("source", segments=2, snapshots="point"), "influence": by("influence")}
+    report = lds_study.study("two-stage-short", task, options, rows, "source", "lds")
+    assert report["refused"] == {}
+    assert report["lds"]["source"]["mean"] > 0.4
+    assert report["reliability"] > 0.25
+
+
 def test_ablations(folder):
     import ablations
 
@@ -81,11 +99,13 @@ def test_final_model_only(folder, monkeypatch):
     assert {"influence-cg", "datainf", "trak"} <= found["curves"].keys()
 
 
-def test_every_task_states_its_recipe():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import make_results
-        import tasks
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    assert {name for name in tasks.TASKS if name != "quick"} <= set(make_results.ORDER)
+def test_the_page_holds_every_task_and_only_committed_figures(folder):
+    """``docs/results.md`` is what its command writes, and the README quotes its table."""
+    import make_results
+    import page_lds
+    from page import DOCS, ORDER, reports
+    from tasks import TASKS
+
+    assert set(TASKS) - {"quick"} <= set(ORDER)
+    assert make_results.page() == (DOCS / "results.md").read_text()
+    assert page_lds.summary(reports("lds")) in (DOCS.parent / "README.md").read_text()

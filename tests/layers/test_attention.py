@@ -1,13 +1,9 @@
+"""Attention, and the encoders and decoders made of it."""
+
 import pytest
 import torch
-import torch.nn.functional as F
-from layers.singles import EXAMPLES, Apply, Net, compare, floats
+from layers.oracle import EXAMPLES, Apply, biases_apart, compare, covered, floats, prepared
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-
-from lightning_source.capture.coverage import find_blocks
-from lightning_source.capture.objective import Objective
-from lightning_source.capture.probe import probe
 
 
 def names(coverage):
@@ -74,10 +70,7 @@ def test_sizes_of_key_and_value(need_weights, bias):
 def test_biases_in_their_own_optimizer_group():
     net = Apply(attend(), one=nn.MultiheadAttention(6, 2, batch_first=True))
 
-    def groups(named):
-        return [[p for n, p in named.items() if ("bias" in n) == apart] for apart in (False, True)]
-
-    coverage = compare(net, floats(5, 6), groups=groups)
+    coverage = compare(net, floats(5, 6), groups=biases_apart)
     prefix = "net.one."
     assert names(coverage) == [
         prefix + x for x in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
@@ -88,7 +81,6 @@ def test_biases_in_their_own_optimizer_group():
 @pytest.mark.check("layer", "MultiheadAttention, add_bias_kv", "gradients")
 def test_added_key_and_value():
     layer = nn.MultiheadAttention(6, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True)
-    nn.init.normal_(layer.bias_k)
     coverage = compare(Apply(attend(), one=layer), floats(5, 6))
     assert [block.free for block in coverage.blocks] == [False, True, True, False]
 
@@ -159,49 +151,6 @@ def test_transformer(batch_first):
     }
 
 
-@pytest.mark.parametrize("length", [EXAMPLES, 3])
-@pytest.mark.parametrize("rows", [True, False])
-def test_sequences_before_examples(length, rows):
-    """Also as rows [T · B, I], which no shape tells from [B · T, I]."""
-
-    def run(m, x):
-        x = x.transpose(0, 1)
-        y = m.two(m.one(x.flatten(0, 1) if rows else x))
-        return y.view(length, EXAMPLES if len(x[0]) > 1 else 1, 5).transpose(0, 1)
-
-    net = Apply(run, one=nn.Linear(5, EXAMPLES), two=nn.Linear(EXAMPLES, 5))
-    coverage = compare(net, floats(length, 5))
-    assert [block.layout for block in coverage.blocks] == [1, 1]
-
-
-def test_a_weight_that_functions_use():
-    def run(m, x):
-        return F.linear(m.one(x), m.one.weight, m.one.bias) + F.linear(x, m.two.weight)
-
-    net = Apply(run, one=nn.Linear(5, 5), two=nn.Linear(5, 5, bias=False))
-    assert {block.form for block in compare(net, floats(3, 5)).blocks} == {"FunctionalLinearForm"}
-
-
-@pytest.mark.check("layer", "MultiheadAttention over the batch", "left out by name")
-def test_examples_that_attend_to_each_other_are_left_out():
-    """Attention over [B, T, E] by a layer that takes [T, B, E]."""
-    layer = nn.MultiheadAttention(6, 2)
-    module = Net(nn.Sequential(nn.Linear(5, 6), Apply(lambda m, x: m.one(x, x, x)[0], one=layer), nn.Linear(6, 3)))
-    module.eval()
-    found = find_blocks(module, [list(module.parameters())])
-    coverage = probe(module, Objective(module), found, (floats(EXAMPLES, 5), floats(1)), EXAMPLES)
-    left = {name: reason for name, _, reason in coverage.left_out}
-    mixing = "examples of a batch influence each other's rows"
-    for name in ("net.0.weight", "net.1.one.in_proj_weight", "net.1.one.in_proj_bias"):
-        assert left[name] == mixing
-
-
-def coverage_of(net, *inputs):
-    module = Net(net).eval()
-    found = find_blocks(module, [list(module.parameters())])
-    return probe(module, Objective(module), found, (*inputs, floats(1)), EXAMPLES)
-
-
 @pytest.mark.check("layer", "MultiheadAttention", "under autocast")
 def test_autocast():
     """Attention under autocast is checked to the 8 bits that autograd itself keeps."""
@@ -211,28 +160,4 @@ def test_autocast():
             return m.two(m.one(x, x, x)[0]).float()
 
     net = Apply(half, one=nn.MultiheadAttention(6, 2, batch_first=True), two=nn.Linear(6, 3))
-    assert coverage_of(net, floats(5, 6)).share == 1
-
-
-@pytest.mark.check("layer", "Embedding tied to the head, cross terms included", "under autocast")
-def test_tied_weights_under_autocast():
-    def half(m, x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return m.head(m.middle(m.one(x)).relu()).float()
-
-    one, head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
-    head.weight = one.weight
-    assert (
-        coverage_of(Apply(half, one=one, middle=nn.Linear(6, 6), head=head), torch.randint(11, (EXAMPLES, 5))).share
-        == 1
-    )
-
-
-def test_attention_under_reentrant_checkpointing_is_left_out():
-    def run(m, x):
-        return m.two(checkpoint(lambda z: m.one(z, z, z)[0], x.clone().requires_grad_(), use_reentrant=True))
-
-    net = Apply(run, one=nn.MultiheadAttention(6, 2, batch_first=True), two=nn.Linear(6, 3))
-    coverage = coverage_of(net, floats(5, 6))
-    assert [block.name for block in coverage.blocks] == ["net.two"]
-    assert all(reason.startswith("its output carries no gradient") for _, _, reason in coverage.left_out)
+    assert covered(*prepared(net, floats(5, 6))).share == 1

@@ -1,7 +1,9 @@
+"""Embeddings, bags of them, and weights tied to them."""
+
 import pytest
 import torch
 import torch.nn.functional as F
-from layers.singles import EXAMPLES, Apply, compare, floats, tokens
+from layers.oracle import EXAMPLES, Apply, compare, covered, floats, prepared, tokens
 from torch import nn
 
 SIZE, WIDTH = 11, 6
@@ -105,13 +107,16 @@ def test_an_embedding_tied_to_the_head(bias, length, padding, functional):
     assert len(form) == 2 + (bias and not functional)
 
 
-@pytest.mark.check("layer", "Linear layers tied", "gradients")
-@pytest.mark.parametrize("length", [1, 5])
-def test_tied_linear_layers(length):
-    one, two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-    tie(one, two)
-    coverage = compare(nn.Sequential(one, nn.Tanh(), two), floats(length, WIDTH))
-    assert sorted(block.name for block in coverage.blocks) == ["net.0.bias", "net.0.weight", "net.2.bias"]
+@pytest.mark.check("layer", "Embedding tied to the head, cross terms included", "under autocast")
+def test_tied_weights_under_autocast():
+    def half(m, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return m.head(m.middle(m.one(x)).relu()).float()
+
+    one, head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+    head.weight = one.weight
+    net = Apply(half, one=one, middle=nn.Linear(6, 6), head=head)
+    assert covered(*prepared(net, tokens(5))).share == 1
 
 
 @pytest.mark.check("layer", "Embeddings tied", "gradients")

@@ -14,6 +14,7 @@ from lightning_source.recording.intervals import (
     normalized_weights,
     pairs_to_merge,
 )
+from lightning_source.recording.typed_json import from_json, to_json
 
 SEEDS = range(100)
 
@@ -86,7 +87,7 @@ def test_decay_without_a_rate_is_zero():
 
 def test_json_round_trip():
     for stretch in random_training(3)[0]:
-        assert StepInterval.from_json(json.loads(json.dumps(stretch.to_json()))) == stretch
+        assert from_json(StepInterval, json.loads(json.dumps(to_json(stretch)))) == stretch
 
 
 def test_weights_follow_the_distance_trained():

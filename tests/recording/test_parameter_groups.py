@@ -15,6 +15,7 @@ from lightning_source import SourceCallback, SourceScorer
 from lightning_source.recording.intervals import StepInterval, cut
 from lightning_source.recording.parameter_groups import Phase, phase_at
 from lightning_source.recording.store import RunStore
+from lightning_source.recording.typed_json import from_json, to_json
 
 QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 
@@ -27,7 +28,7 @@ def test_columns_split_where_their_parameters_part():
     assert second.groups == (None, 0, 1, 0)  # a is frozen
     assert first.parents(second.columns) == [0, 0, 1, None]
     assert second.per_column([0.1, 0.2]) == [0.0, 0.1, 0.2, 0.1]
-    assert Phase.from_json(second.to_json()) == second
+    assert from_json(Phase, to_json(second)) == second
     assert phase_at([first, second], 4) == first
     assert phase_at([first, second], 5) == second
 
@@ -149,8 +150,8 @@ def test_scores_are_those_of_the_same_steps(tmp_path, name):
     for mine, other in zip(found.lightning_module.parameters(), expected.lightning_module.parameters(), strict=True):
         assert torch.equal(mine, other)
     one, other = (RunStore.open(tmp_path / run).manifest for run in "ab")
-    assert len(one["stages"][0]["phases"]) == phases
-    assert [(s["first"], s["last"]) for s in one["segments"]] == [(s["first"], s["last"]) for s in other["segments"]]
+    assert len(one.stages[0].phases) == phases
+    assert [(s.first, s.last) for s in one.segments] == [(s.first, s.last) for s in other.segments]
     reference = expected.attribute(QUERY, per_segment=True).by_segment
     scores = found.attribute(QUERY, per_segment=True)
     torch.testing.assert_close(scores.by_segment, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
@@ -220,10 +221,10 @@ def test_resumed_before_a_layer_thaws(tmp_path):
             tmp_path / "cut", Backbone(), finetuning(), epochs=6, ckpt=tmp_path / "ckpt" / "step=4.ckpt", seed=8
         )
     one, other = (RunStore.open(tmp_path / name).manifest for name in ("whole", "cut"))
-    assert one["stages"][0]["phases"] == other["stages"][0]["phases"]
-    assert len(one["segments"]) == 2
+    assert one.stages[0].phases == other.stages[0].phases
+    assert len(one.segments) == 2
     for key in ("snapshots", "segments", "steps"):
-        assert one[key] == other[key]
+        assert getattr(one, key) == getattr(other, key)
     assert torch.equal(whole.attribute(QUERY).values, resumed.attribute(QUERY).values)
     coverage = whole.callbacks[0].scorer(whole)
     with coverage as scorer:

@@ -8,11 +8,11 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_source.recording.intervals import StepInterval
+from lightning_source.recording.manifest import MANIFEST, Settings, StageRecord
 from lightning_source.recording.parameter_groups import Phase
 from lightning_source.recording.recorder import Recorder
 from lightning_source.recording.snapshots import assemble, final_parameters, snapshot_parameters
-from lightning_source.recording.store import MANIFEST, RunStore
+from lightning_source.recording.store import RunStore
 
 shared = torch.arange(12.0).view(3, 4)
 TENSORS = {
@@ -54,10 +54,10 @@ def test_tensors_round_trip(tmp_path, kind):
 
 def test_the_manifest_round_trips(tmp_path):
     store = RunStore.create(tmp_path / "deep" / "run")
-    store.manifest["settings"] = {"segments": [3, 7], "x": None, "rate": 0.1}
+    store.manifest.settings = Settings(segments=[3, 7], factor_examples=None)
     store.commit()
     assert RunStore.open(tmp_path / "deep" / "run").manifest == store.manifest
-    assert RunStore.create(tmp_path / "other").manifest["run_id"] != store.manifest["run_id"]
+    assert RunStore.create(tmp_path / "other").manifest.run_id != store.manifest.run_id
 
 
 # ---------------------------------------------------------------- what cannot be read
@@ -139,7 +139,7 @@ def test_commit_deletes_what_it_no_longer_names(tmp_path):
     store = written(tmp_path, x=TENSORS["tied"], y=TENSORS["scalars"])
     store.commit(remove=("x.safetensors",))
     assert sorted(os.listdir(tmp_path)) == [MANIFEST, "y.safetensors"]
-    assert list(RunStore.open(tmp_path).manifest["files"]) == ["y.safetensors"]
+    assert list(RunStore.open(tmp_path).manifest.files) == ["y.safetensors"]
 
 
 # ---------------------------------------------------------------- kills
@@ -173,7 +173,7 @@ def killed_at(monkeypatch, call, before, work):
 def contents(path):
     """Every tensor of an opened run; reading checks every sha256."""
     store = RunStore.open(path)
-    return {name: {k: v.tolist() for k, v in store.read(name).items()} for name in store.manifest["files"]}
+    return {name: {k: v.tolist() for k, v in store.read(name).items()} for name in store.manifest.files}
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -206,9 +206,10 @@ def test_a_kill_leaves_the_previous_or_the_next_state(tmp_path, monkeypatch, bef
 def record(path, steps=11):
     """A training of one weight by -1 a step, in bins that merge, and its snapshots."""
     store = RunStore.create(path)
-    phase = Phase.after(None, 0, "SGD", [["weight"]], [False])
-    store.manifest |= {"settings": {}, "stages": [{"phases": [phase.to_json()]}]}
     module = nn.Linear(1, 1, bias=False)
+    stage = StageRecord.begin("fit", module, None, maximize=False)
+    stage.phases = (Phase.after(None, 0, "SGD", [["weight"]], [False]),)
+    store.manifest.stages = [stage]
     nn.init.zeros_(module.weight)
     recorder = Recorder(store, module, bins=4, boundaries=[3])
     for _ in range(steps):
@@ -234,7 +235,7 @@ def test_a_recording_killed_anywhere_opens_and_says_what_it_holds(tmp_path, monk
         store = RunStore.open(path)
         assemble(store, 2, 2)
         contents(path)
-        snapshots = [StepInterval.from_json(s) for s in store.manifest["snapshots"]]
+        snapshots = store.manifest.snapshots
         assert [s.first for s in snapshots] == [0, *(s.last for s in snapshots[:-1])]
         steps.append(snapshots[-1].last)
         assert final_parameters(store)["weight"].item() == -steps[-1]

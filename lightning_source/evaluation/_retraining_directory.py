@@ -1,7 +1,9 @@
-"""A sweep's directory: ``sweep.json``, which says what was asked for, and one safetensors file for each finished run.
+"""A directory of retrainings: ``sweep.json`` with what was asked for, and a safetensors file for each finished run.
 
 A sweep killed at any moment leaves whole runs only. Each names the sweep that it belongs to.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -10,20 +12,20 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import safe_open
 from torch import Tensor
 
 from lightning_source._files import write_tensors, write_text
+from lightning_source.evaluation._same_sweep import require_same_sweep
 
 SCHEMA = 1
 MANIFEST = "sweep.json"
 
 
 @dataclass(frozen=True)
-class Sweep:
+class RetrainingDirectory:
     """An open directory; it travels to the workers, which write their runs themselves.
 
     Attributes:
@@ -35,7 +37,9 @@ class Sweep:
     id: str
 
     @classmethod
-    def open(cls, dirpath: str | os.PathLike[str], masks: Tensor, settings: Mapping[str, Any]) -> "Sweep":
+    def open(
+        cls, dirpath: str | os.PathLike[str], masks: Tensor, settings: Mapping[str, object]
+    ) -> RetrainingDirectory:
         """The sweep that the directory holds, or a new one in an empty directory.
 
         Args:
@@ -52,22 +56,17 @@ class Sweep:
         asked = json.loads(json.dumps(asked))  # as it comes back from the file
         manifest = path / MANIFEST
         if manifest.exists():
-            found = json.loads(manifest.read_text())
-            for key, value in asked.items():
-                if found.get(key) != value:
-                    raise MisconfigurationException(
-                        f"`{path}` holds another sweep: its {key} is {found.get(key)!r}, not {value!r}. HINT: give"
-                        " another `dirpath`, or delete the directory."
-                    )
-            return cls(path, found["sweep"])
+            recorded = json.loads(manifest.read_text())
+            require_same_sweep(path, {k: value for k, value in recorded.items() if k != "sweep"}, asked)
+            return cls(path, recorded["sweep"])
         if path.exists() and any(path.glob("*.safetensors")):
             raise MisconfigurationException(
                 f"`{path}` holds safetensors files but no `{MANIFEST}`: it is not a sweep's directory."
             )
         path.mkdir(parents=True, exist_ok=True)
-        sweep = cls(path, uuid.uuid4().hex)
-        write_text(manifest, json.dumps({"sweep": sweep.id} | asked, indent=1) + "\n")
-        return sweep
+        directory = cls(path, uuid.uuid4().hex)
+        write_text(manifest, json.dumps({"sweep": directory.id} | asked, indent=1) + "\n")
+        return directory
 
     def holds(self, subset: int, seed: int) -> bool:
         """Whether the run is finished."""
@@ -101,7 +100,8 @@ class Sweep:
         path = self._file(subset, seed)
         try:
             with safe_open(path, framework="pt") as file:
-                owner, values = (file.metadata() or {}).get("sweep"), file.get_tensor("measurements")
+                owner = (file.metadata() or {}).get("sweep")
+                values: Tensor = file.get_tensor("measurements")
         except Exception as error:  # safetensors has no one class for what can be wrong with a file
             raise MisconfigurationException(
                 f"`{path}` is not a finished run: {error}. HINT: delete it to have the run repeated."

@@ -1,0 +1,398 @@
+"""Records what a model is trained on, stage by stage, whoever trains it: a Trainer, Fabric, or a loop of one's own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, TypedDict
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from safetensors import SafetensorError
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_source._provenance import versions
+from lightning_source.capture.coverage import find_blocks
+from lightning_source.capture.data import Examples, count_examples
+from lightning_source.capture.isolation import parameters_kept, thawed, undisturbed
+from lightning_source.capture.manual_optimization import numbers_of
+from lightning_source.capture.objective import Objective
+from lightning_source.capture.probe import probe
+from lightning_source.names import named_parameters
+from lightning_source.recording.manifest import ManualRecord, ResumePoint, Seen, Settings, StageRecord
+from lightning_source.recording.optimizer_hooks import OptimizerObserver, TrainingLoop
+from lightning_source.recording.recorder import Recorder
+from lightning_source.recording.snapshots import assemble, changed_between_stages, reopen, replace_final
+from lightning_source.recording.store import RunStore, holds_run
+
+# Bins kept while training, per snapshot: enough to cut a run of any length into nearly equal snapshots.
+BINS_PER_SNAPSHOT = 4
+
+
+class SessionState(TypedDict):
+    """What a checkpoint keeps of a session, in primitives; it stands for a resume point in the run directory."""
+
+    schema: int
+    run_id: str
+    dirpath: str
+    stage: int
+    steps: int
+
+
+class RecordingSession:
+    """One run directory, and what is being recorded into it.
+
+    For each stage call :meth:`prepare`, :meth:`open` before the first, and :meth:`begin`; then, for each batch,
+    :meth:`on_batch_start` and :meth:`on_batch_end`, and between them whatever happens of :meth:`on_zero_grad`,
+    :meth:`on_after_backward` and :meth:`on_before_step`; :meth:`close` at the end. Training is not disturbed. All but
+    :meth:`prepare` is for the one process that writes.
+
+    Args:
+        settings: how the run is cut into segments and snapshots.
+        include: glob patterns of module names to attribute; all by default.
+        exclude: glob patterns of module names not to attribute.
+        optimizer: index of the optimizer whose parameters are attributed.
+
+    Example::
+
+        session = RecordingSession(Settings())
+        session.prepare(model, PlainLoop([optimizer]))
+        session.open("source-run")
+        session.begin(examples_of(loader))
+        for index, batch in enumerate(loader):
+            session.on_batch_start(batch, index)
+            optimizer.zero_grad()
+            session.on_zero_grad()
+            model.training_step(batch, index).backward()
+            session.on_after_backward()
+            session.on_before_step(optimizer)
+            optimizer.step()
+            session.on_batch_end()
+        session.close("finished")
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        optimizer: int = 0,
+    ) -> None:
+        settings.check()
+        self.settings = settings
+        self.include = include
+        self.exclude = exclude
+        self.optimizer = optimizer
+        self.seconds = 0.0  # spent on recording
+        self.restored: SessionState | None = None  # what a checkpoint said of its recording
+        self.store: RunStore | None = None
+        self._bins = BINS_PER_SNAPSHOT * settings.segment_count * settings.snapshots_per_segment
+        self._recorder: Recorder | None = None
+        self._observer: OptimizerObserver | None = None
+        self._probed = False
+        self._seen = Seen(0, 0)
+
+    @property
+    def active(self) -> bool:
+        """Whether this process records, or has recorded, and the disk has not failed it."""
+        return self._recorder is not None
+
+    @property
+    def _stage(self) -> StageRecord:
+        assert self.store is not None
+        return self.store.manifest.stages[-1]
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Where the disk fails, training goes on without its record; what is on disk stays valid."""
+        assert self.store is not None
+        with self._timed():
+            try:
+                yield
+            except (OSError, SafetensorError) as error:
+                rank_zero_warn(
+                    f"SourceCallback stops recording, since it cannot write to `{self.store.path}`: {error} Scores can"
+                    " be had for the steps that are on disk."
+                )
+                self._recorder = None
+                self.detach()
+
+    # ---------------------------------------------------------------- a stage begins
+
+    def prepare(self, module: LightningModule, loop: TrainingLoop) -> None:
+        """Look at the model and what trains it, on every process; nothing is written.
+
+        Raises:
+            MisconfigurationException: the optimizer is not understood.
+            ValueError: the training step hides its batches.
+        """
+        Objective(module)
+        self._module, self._loop = module, loop
+        self._observer = OptimizerObserver(loop, module, self.optimizer, self._timed)
+
+    def open(self, path: str | Path, overwrite: bool = False, anywhere: bool = False) -> Path:
+        """The directory of a new run, or that of the run which the checkpoint belongs to; gives back its path.
+
+        Args:
+            path: the directory of a new run. An existing run is refused now; nothing is written until training starts.
+            overwrite: replace the run that ``path`` holds.
+            anywhere: a run to go on with is looked for where the checkpoint says, not in ``path``.
+        """
+        if self.restored is not None:
+            earlier = Path(self.restored["dirpath"] if anywhere else path)
+            if holds_run(earlier):
+                store = RunStore.open(earlier)
+                if store.manifest.run_id == self.restored["run_id"]:
+                    self.store = store
+                    return earlier
+        self.store = RunStore.create(path, overwrite)
+        return self.store.path
+
+    def begin(self, examples: Examples | None, name: str | None = None) -> int:
+        """Start to record a stage, or go on with the one that the checkpoint was taken in; gives back its index.
+
+        Args:
+            examples: the training examples; ``None`` if they have no ids.
+            name: the stage's name; made up by default.
+
+        Raises:
+            MisconfigurationException: the run has a stage of this name already.
+        """
+        assert self.store is not None
+        assert self._observer is not None
+        if self._recorder is not None and holds_run(self.store.path):
+            self.store = RunStore.open(self.store.path)  # scorers may have added to it
+        manifest = self.store.manifest
+        point = self._resume_point()
+        if point is None:
+            self._assemble()  # if the stage before was interrupted
+            while manifest.stages and self._stage.final is None:  # a fit that failed before its first step
+                del manifest.stages[-1]
+            manifest.versions, manifest.settings = versions(), self.settings
+            manifest.flags.history_incomplete |= bool(self._loop.steps and not manifest.stages)
+            manifest.stages.append(self._new_stage(examples, name))
+        index = len(manifest.stages) - 1
+        manifest.status = "running"
+        self._observer.refresh()  # a checkpoint may have come between
+        boundaries, scales = self.settings.boundaries, self._observer.preconditioners
+        self._recorder = Recorder(self.store, self._module, self._bins, boundaries, scales, index, point)
+        self._seen = self._stage.seen or Seen(0, 0)
+        self._probed = self._stage.coverage is not None
+        self._begin_phase()
+        return index
+
+    def _new_stage(self, examples: Examples | None, name: str | None) -> StageRecord:
+        assert self.store is not None
+        assert self._observer is not None
+        stages, optimizers = self.store.manifest.stages, self._loop.optimizers
+        name = name or (f"fit-{len(stages)}" if stages else "fit")
+        if name in {stage.name for stage in stages}:
+            raise MisconfigurationException(f'the run has a stage "{name}" already. HINT: name the next one otherwise.')
+        by_hand = ManualRecord(
+            optimizers=len(optimizers),
+            schedulers=self._loop.schedulers,
+            attributed=self.optimizer,
+            groups=[numbers_of(optimizer) for optimizer in optimizers],
+        )
+        return StageRecord.begin(
+            name,
+            self._module,
+            examples,
+            maximize=any(rule.maximize for rule in self._observer.rules),
+            manual=by_hand if self._loop.by_hand else None,
+            reset=changed_between_stages(self.store, self._module) if stages else [],
+        )
+
+    def _resume_point(self) -> ResumePoint | None:
+        """Where the recording goes on after a checkpoint was loaded; says so if there is no such point."""
+        if not self._loop.steps or (self._recorder is not None and self.restored is None):
+            return None
+        assert self.store is not None
+        manifest = self.store.manifest
+        if self.restored is not None and manifest.run_id == self.restored["run_id"]:
+            point = manifest.resume.get(self.restored["steps"])
+            if point is None and self._is_the_end(self.restored):
+                return reopen(self.store, self._bins, self.settings.boundaries)
+            if point is not None:
+                manifest.flags.resumed_mid_epoch |= self._loop.within_epoch
+                return point
+        rank_zero_warn(
+            f"Training resumes at step {self._loop.steps}, of which `{self.store.path}` keeps no record to go on"
+            " from: scores attribute the steps from here on, as a stage of their own."
+        )
+        return None
+
+    def _is_the_end(self, state: SessionState) -> bool:
+        """Whether a checkpoint's recording is the whole of a finished run."""
+        assert self.store is not None
+        manifest = self.store.manifest
+        finished = not manifest.bins and self._stage.final is not None
+        return finished and (state["stage"], state["steps"]) == (len(manifest.stages) - 1, manifest.steps)
+
+    def _begin_phase(self) -> None:
+        """Record the optimizer's steps from now on, under the groups that it has now."""
+        assert self._recorder is not None
+        assert self._observer is not None
+        phases = self._stage.phases
+        phase = self._observer.phase(phases[-1] if phases else None, self._recorder.steps)
+        self._observer.attach(self._recorder, phase)
+        if phases and replace(phases[-1], first=phase.first) == phase:  # a resumed run as it was
+            return
+        if phases:
+            self._recorder.flush(force=True)
+            trained = [name for group in phase.columns for name in group]
+            self._recorder.regroup(phases[-1].parents(phase.columns), trained)
+        # A phase without a step leaves its columns to the next one, and nothing else.
+        self._stage.phases = (*(earlier for earlier in phases if earlier.first < phase.first), phase)
+        self._probed = False
+
+    # ---------------------------------------------------------------- a batch
+
+    def on_batch_start(self, batch: object, batch_idx: int) -> None:
+        """A batch is about to be trained on; the first of a stage is also looked at, to see what can be attributed."""
+        if self._recorder is None or self._observer is None:
+            return
+        with self._writing():
+            size = count_examples(batch)
+            self._seen = Seen(self._seen.batches + 1, self._seen.examples + size)
+            self._observer.on_batch_start()
+            if self._observer.changed():
+                self._recorder.flush(force=True)  # while the old optimizer's moments can be read
+                self._observer.refresh()
+                self._begin_phase()
+            if not self._probed:
+                self._probe(batch, size, batch_idx)
+
+    def _probe(self, batch: object, size: int, batch_idx: int) -> None:
+        """Find out on a real batch what can be attributed, and say so once."""
+        assert self._observer is not None
+        module, stage = self._module, self._stage
+        own = named_parameters(module)
+        groups = [[own[name] for name in column] for column in stage.phases[-1].columns]
+        if stage.manual is not None:
+            stage.manual.batch_idx = batch_idx
+        objective = stage.objective_of(module)
+        everything = [p for group in groups for p in group]  # those that are frozen again by now, too
+        with (
+            self._observer.paused(),
+            undisturbed(module, self.settings.seed),
+            parameters_kept(module),
+            thawed(everything),
+        ):
+            coverage = find_blocks(module, groups, self.include, self.exclude)
+            try:
+                losses = objective.evaluate(batch, size)
+            except ValueError:
+                return  # no loss for this batch; ask the next one
+            if not objective.stepped and self._loop.more_in_first_epoch:
+                return  # optimizers take turns; look for a batch on which the attributed one steps
+            if not torch.isfinite(losses.loss):  # nothing can be told apart by comparing with it
+                stage.coverage = stage.coverage or coverage
+                return
+            coverage = probe(module, objective, coverage, batch, size)
+        self._probed = True
+        known, stage.coverage = stage.coverage, coverage
+        rank_zero_info(f"SourceCallback: {coverage.summary()}")
+        if not losses.calls and known is None:
+            rank_zero_warn(
+                f"No loss in `{type(module).__name__}.training_step` was recognised: the empirical Fisher stands in"
+                " for the true one, margins are unknown, and the loss is taken to be additive over examples. HINT: use"
+                " torch's losses, or define `attribution_distribution(batch)` on the module."
+            )
+
+    def on_zero_grad(self) -> None:
+        """Gradients were zeroed: a window of micro-batches begins."""
+        if self._observer is not None:
+            self._observer.on_zero_grad()
+
+    def on_after_backward(self) -> None:
+        """A micro-batch's gradients were added."""
+        if self._recorder is not None and self._observer is not None:
+            self._observer.on_after_backward()
+
+    def on_before_step(self, optimizer: Optimizer) -> None:
+        """An optimizer is about to step, its gradients not clipped yet."""
+        if self._recorder is not None and self._observer is not None:
+            self._observer.on_before_step(optimizer)
+
+    def on_batch_end(self) -> None:
+        """A batch was trained on."""
+        if self._recorder is None:
+            return
+        with self._writing():
+            self._stage.examples_per_batch = self._seen.examples / self._seen.batches
+            self._stage.seen = self._seen
+            self._recorder.flush()
+
+    def flush(self) -> None:
+        """Write down all steps so far, because the parameters may be replaced before the next call."""
+        if self._recorder is not None:
+            with self._writing():
+                self._recorder.flush(force=True)
+
+    # ---------------------------------------------------------------- checkpoints and the end
+
+    def state(self) -> SessionState | None:
+        """For a checkpoint of this moment: a few primitives; what they stand for is kept in the run directory."""
+        if self.store is None or self._recorder is None:
+            return self.restored
+        if self.store.manifest.status == "running":  # the end needs no point: its snapshots can be taken up again
+            with self._writing():
+                self._recorder.save_point()
+        if self._recorder is None:
+            return None
+        return SessionState(
+            schema=1,
+            run_id=self.store.manifest.run_id,
+            dirpath=str(self.store.path),
+            stage=self._recorder.stage,
+            steps=self._recorder.steps,
+        )
+
+    def detach(self) -> None:
+        """Leave the optimizer as it was."""
+        if self._observer is not None:
+            self._observer.detach()
+
+    def close(self, status: Literal["finished", "interrupted"]) -> bool:
+        """End the recording; gives back whether there is anything to score.
+
+        Args:
+            status: ``"finished"``, or ``"interrupted"``: such a run may be resumed, which needs its bins.
+        """
+        self.detach()
+        if self._recorder is None or self.store is None:
+            return False
+        manifest = self.store.manifest
+        with self._writing():
+            manifest.status = status
+            self._recorder.finish()
+            if self._recorder.steps > self._recorder.start:
+                self.store.commit()
+            if status == "finished":
+                self._assemble()
+        return self._recorder is not None and bool(manifest.segments)
+
+    def _assemble(self) -> None:
+        assert self.store is not None
+        assemble(self.store, self.settings.segments, self.settings.snapshots_per_segment)
+
+    def replace_final(self, module: nn.Module) -> None:
+        """Queries are asked of the model that the user ends up with, which may be an average of the trained weights."""
+        if self._recorder is not None and self.store is not None and self.store.manifest.segments:
+            with self._writing():
+                replace_final(self.store, module)

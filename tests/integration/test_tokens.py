@@ -1,0 +1,92 @@
+"""Language models and embeddings from end to end: what no score of them may depend on."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import Classifier, fitted
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+class GPT(nn.Module):
+    """Two layers, causal; the head is tied to the token embedding."""
+
+    def __init__(self, vocabulary=13, width=8, length=6, encoder=True):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        layer = nn.TransformerEncoderLayer(width, 2, 2 * width, 0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, x):
+        x = self.tokens(x) + self.places(torch.arange(x.shape[1]))
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        return self.head(self.layers(x, mask=mask, is_causal=True))
+
+
+def language_loss(logits, targets):
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def text(examples, seed=0):
+    ids = torch.randint(13, (examples, 7), generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(ids[:, :-1], ids[:, 1:])
+
+
+METHODS = ["source", "fast-source", "influence", "tracin", "grad-dot", "grad-cos"]
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_small_gpt_from_end_to_end(tmp_path, optimizer):
+    module = Classifier(GPT(), language_loss, lambda parameters: optimizer(parameters, lr=0.01))
+    trainer = fitted(tmp_path, module, text(12), batch_size=4, segments=2, snapshots_per_segment=1)
+    query = [x[:3] for x in text(4, seed=1).tensors]
+    with trainer.callbacks[0].scorer(trainer) as scorer:
+        assert scorer.run.coverage.share >= 0.99, scorer.run.coverage.summary()
+    for method in METHODS:
+        one = trainer.attribute(query, method=method, batch_size=1).values
+        many = trainer.attribute(query, method=method, batch_size=12).values
+        assert one.shape == (3, 12)
+        torch.testing.assert_close(one, many, rtol=0, atol=1e-4 * float(many.abs().max()))
+        assert many.abs().max() > 0
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_embedding_from_end_to_end(tmp_path, optimizer):
+    """Columns of unused tokens never matter: the same scores as one query at a time, and as self-influence."""
+    net = nn.Sequential(nn.Embedding(40, 6), nn.Flatten(), nn.Tanh(), nn.Linear(30, 3))
+    module = Classifier(net, optimizer=lambda parameters: optimizer(parameters, lr=0.05))
+    generator = torch.Generator().manual_seed(1)
+    data = TensorDataset(torch.randint(40, (16, 5), generator=generator), torch.randint(3, (16,), generator=generator))
+    trainer = fitted(tmp_path, module, data, segments=2, snapshots_per_segment=2)
+    for method in METHODS:
+        together = trainer.attribute(data, method=method).values
+        single = [trainer.attribute([x[i : i + 1] for x in data.tensors], method=method).values for i in (0, 5)]
+        torch.testing.assert_close(torch.cat(single), together[[0, 5]], rtol=0, atol=1e-5 * float(together.abs().max()))
+    with trainer.callbacks[0].scorer(trainer) as scorer:
+        own = scorer.self_influence()
+    full = trainer.attribute(data).values
+    torch.testing.assert_close(own, full.diagonal(), rtol=0, atol=1e-5 * float(full.abs().max()))
+
+
+def test_an_embedding_is_the_linear_layer_of_its_one_hot_rows(tmp_path):
+    """Every method gives the scores of a linear layer without bias that sees one-hot rows."""
+    generator = torch.Generator().manual_seed(1)
+    ids, labels = torch.randint(9, (16, 5), generator=generator), torch.randint(3, (16,), generator=generator)
+    start = torch.randn(6, 9, generator=generator)
+    scores = []
+    for inputs in (ids, F.one_hot(ids, 9).float()):
+        torch.manual_seed(3)
+        first = nn.Embedding(9, 6) if inputs is ids else nn.Linear(9, 6, bias=False)
+        first.weight.data = (start.T if inputs is ids else start).clone()
+        torch.manual_seed(3)
+        net = nn.Sequential(first, nn.Flatten(), nn.Tanh(), nn.Linear(30, 3))
+        torch.manual_seed(3)
+        trainer = fitted(
+            tmp_path / str(len(scores)), Classifier(net), TensorDataset(inputs, labels), curvature="diagonal"
+        )
+        scores.append({m: trainer.attribute([inputs[:4], labels[:4]], method=m).values for m in METHODS})
+    for method in METHODS:
+        one, two = (score[method] for score in scores)
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-5 * float(two.abs().max()))
