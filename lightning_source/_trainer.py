@@ -87,11 +87,6 @@ class TrainerLoop:
         """Whether training resumes within an epoch; its loader starts again, in another order."""
         return 0 < self._trainer.fit_loop.epoch_loop.batch_progress.current.ready < self._trainer.num_training_batches
 
-    @property
-    def more_in_first_epoch(self) -> bool:
-        """Whether another batch of the first epoch follows the present one."""
-        return self._trainer.current_epoch == 0 and not self._trainer.is_last_batch
-
 
 def check_trainer(trainer: Trainer, module: LightningModule, optimizer: int | None) -> None:
     """Refuse what would be recorded wrongly.

@@ -24,6 +24,7 @@ from lightning_source._trainer import (
 )
 from lightning_source.attribution import AttributingCallback
 from lightning_source.capture.data import examples_of
+from lightning_source.names import has_uninitialized
 from lightning_source.recording.manifest import Settings, check_choice
 from lightning_source.recording.session import RecordingSession, SessionState
 from lightning_source.recording.store import RunStore, holds_run
@@ -107,6 +108,7 @@ class SourceCallback(AttributingCallback):
         self._session = RecordingSession(self.settings, include, exclude, optimizer or 0)
         self._next_name: str | None = None
         self._trains = False
+        self._waits = False
         self._factor_seconds = 0.0
 
     @property
@@ -159,12 +161,18 @@ class SourceCallback(AttributingCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trains = True
+        self._waits = has_uninitialized(pl_module)
+        if not self._waits:
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loader = training_loader(trainer)
         examples = None if loader is None else examples_of(loader)
-        self._trains = True
         index = ranks_of(trainer).on_rank_zero(lambda: self._session.begin(examples, self._next_name))
         self._next_name = None
-        self._stage_data[index] = (pl_module, examples)
+        if index is not None:
+            self._stage_data[index] = (pl_module, examples)
 
     # ---------------------------------------------------------------- during training
 
@@ -189,6 +197,10 @@ class SourceCallback(AttributingCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._session.on_batch_end()
+        if self._waits:  # lazy layers: there are no parameters to record before the first batch
+            self._waits = False
+            with self._session.guarded():
+                self._begin(trainer, pl_module)
 
     # ---------------------------------------------------------------- after training
 

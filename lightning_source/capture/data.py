@@ -34,6 +34,16 @@ class MapDataset(Protocol):
 
 
 @dataclass(frozen=True)
+class _OneOrNone:
+    """A collate function for batches of one example, which may be one that the user's own leaves out."""
+
+    collate: Callable[[list[Any]], Batch]
+
+    def __call__(self, items: list[Any]) -> Batch:
+        return None if items[0] is None else self.collate(items)
+
+
+@dataclass(frozen=True)
 class Examples:
     """A map-style dataset and how to make batches of it. An example's id is its position in the dataset."""
 
@@ -44,6 +54,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def one_at_a_time(self) -> Examples:
+        """The same examples in batches of one; an example that is ``None``, and so dropped, has no batch: ``None``."""
+        collate = self.collate
+        return replace(self, batch_size=1, collate=collate if isinstance(collate, _OneOrNone) else _OneOrNone(collate))
 
     def split(self, limit: int) -> list[Examples]:
         """In pieces of at most ``limit`` examples."""

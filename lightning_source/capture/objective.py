@@ -64,6 +64,10 @@ class _LossTap(TorchFunctionMode):
         return call.value
 
 
+class NoLoss(ValueError):
+    """The step gave no loss for a batch; in training such a batch moves nothing."""
+
+
 @dataclass(frozen=True)
 class CallScale:
     """How the training batches weighted the elements of one loss call."""
@@ -81,6 +85,8 @@ class ObjectiveSpec:
     origin: Literal["recognised", "hook", "whole"]
     fisher: Literal["true", "empirical"]
     calls: tuple[CallScale, ...]
+    # Why examples are run one at a time; None where a batch's rows are its examples.
+    one_at_a_time: str | None = None
 
 
 @dataclass
@@ -292,7 +298,7 @@ class Objective:
             hooked: ``False`` runs ``training_step`` although there is a hook.
 
         Raises:
-            ValueError: no loss came back, or it is not a scalar.
+            NoLoss: no loss came back, or it is not a scalar.
         """
         manual = None if getattr(self.module, "automatic_optimization", True) else self._manual()
         listening = recording.listening(size) if recording else nullcontext()
@@ -300,7 +306,7 @@ class Objective:
             hook = self.hook if hooked else None
             loss = self.step(batch, manual) if hook is None else self._hooked(hook, batch, tap)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ValueError("`training_step` returned no scalar loss for this batch")
+            raise NoLoss("`training_step` returned no scalar loss for this batch")
         calls, scales = tap.calls, []
         if calls and loss.requires_grad:
             elements = [call.elements for call in calls]

@@ -120,8 +120,11 @@ def calibrate_alone(
             factor = examples_per_batch if kind == "sum" else 1 / weight
             scales.append(CallScale(call.name, kind, factor * ratio, single))
         hook = workspace.objective.hook
-        fisher = "empirical" if hook == "attribution_losses" else "true"
-        spec = ObjectiveSpec("hook" if hook else "recognised", fisher, tuple(scales))
+        spec = ObjectiveSpec(
+            "hook" if hook else "recognised",
+            "empirical" if hook == "attribution_losses" else "true",
+            tuple(scales),
+        )
     if torch.equal(batch.loss, again.loss):  # noise differs from draw to draw, and tells nothing of other examples
         _refuse_coupled(workspace, batch, alone, spec)
     workspace.spec = gone_up(spec) if maximize else spec
@@ -131,8 +134,8 @@ def calibrate_alone(
 def _whole(batch: Losses, alone: Sequence[Losses], workspace: Workspace, examples_per_batch: float) -> ObjectiveSpec:
     """The loss as a whole, a mean or a sum over examples, by the size of its gradient."""
     parameters = _parameters(workspace)
-    together = total_gradient(batch.loss, parameters, retain_graph=True)
-    separate = sum((total_gradient(one.loss, parameters, retain_graph=True) for one in alone), together.new_zeros(()))
+    together = total_gradient(batch.loss, parameters)
+    separate = sum((total_gradient(one.loss, parameters) for one in alone), together.new_zeros(()))
     share = float((together * separate).sum() / separate.square().sum().clamp_min(1e-30))
     kind: Kind = "mean" if share < len(alone) ** -0.5 else "sum"
     return ObjectiveSpec(
@@ -175,9 +178,9 @@ def _refuse_coupled(workspace: Workspace, batch: Losses, alone: Sequence[Losses]
     left = float((together - separate).norm() / together.norm().clamp_min(1e-30))
     if left > COUPLED:
         raise MisconfigurationException(
-            f"the loss of an example depends on the other examples of its batch: run alone, examples leave {left:.0%} of"
-            f" their batch's gradient unexplained (`{type(workspace.module).__name__}.training_step`). Contrastive losses,"
-            " statistics of the batch and losses that select among a batch's examples have no gradient of one example."
+            f"in `{type(workspace.module).__name__}.training_step` the loss of an example depends on the other examples"
+            f" of its batch: run alone, they leave {left:.0%} of the batch's gradient unexplained. Contrastive losses,"
+            " statistics of the batch and losses that select among its examples have no gradient of one example."
         )
 
 

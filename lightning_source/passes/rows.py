@@ -91,7 +91,7 @@ def _matrix(gradients: BlockGradients | None, scalars: int, examples: int) -> Te
 
 
 def total_gradient(target: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """The gradient of a target's sum over parameters that may not reach it, flat, on the CPU."""
-    found = torch.autograd.grad(target.sum(), list(parameters), allow_unused=True)
-    pieces = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    """The gradient of a target's sum over parameters that may not reach it, flat, on the CPU; the graph is kept."""
+    gradients = torch.autograd.grad(target.sum(), list(parameters), allow_unused=True, retain_graph=True)
+    pieces = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
     return torch.cat([piece.to_dense().flatten().float().cpu() for piece in pieces])

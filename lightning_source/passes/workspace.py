@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_source.capture.data import Examples, GivenBatches, to_module
 from lightning_source.capture.isolation import StateRestorer, thawed, undisturbed
 from lightning_source.capture.layer_gradients import GradientCapture
-from lightning_source.capture.objective import Losses, Measurement, Objective, ObjectiveSpec
+from lightning_source.capture.objective import Losses, Measurement, NoLoss, Objective, ObjectiveSpec
 from lightning_source.curvature.block_gradients import (
     BlockGradients,
     Rows,
@@ -115,11 +115,21 @@ class Workspace:
         ids: Sequence[int] | Tensor | None = None,
         what: str = "examples",
     ) -> Iterator[tuple[Tensor, dict[str, BlockGradients]]]:
-        """Run over data: ``(ids, blocks by name)`` for each batch, gradients being those of ``target``."""
+        """Run over data: ``(ids, blocks by name)`` for each batch, gradients being those of ``target``.
+
+        Examples that the collate function drops, or for which the step gives no loss, have no gradient: no block.
+        """
         recording = GradientCapture(self.module, self.blocks)
         for index, batch in data.batches(ids):
-            with torch.enable_grad():
-                values = target(to_module(batch, self.module, self.hooks), index, recording)
+            if batch is None:  # its collate function dropped every example
+                yield index, {}
+                continue
+            try:
+                with torch.enable_grad():
+                    values = target(to_module(batch, self.module, self.hooks), index, recording)
+            except NoLoss:
+                yield index, {}
+                continue
             total = float(values.detach().sum())
             if not math.isfinite(total):
                 raise FloatingPointError(f"the objective is {total} on {what} {shorten(index)}")

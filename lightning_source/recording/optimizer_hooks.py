@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -63,11 +63,6 @@ class TrainingLoop(Protocol):
         """Whether training, about to start, goes on within an epoch, whose data come in another order."""
         ...
 
-    @property
-    def more_in_first_epoch(self) -> bool:
-        """Whether it is in its first epoch, and another batch of it follows the present one."""
-        ...
-
 
 @dataclass
 class PlainLoop:
@@ -81,7 +76,6 @@ class PlainLoop:
     scales_loss: bool = False
     steps: int = 0
     within_epoch: bool = False
-    more_in_first_epoch: bool = False
 
 
 class OptimizerObserver:
@@ -91,20 +85,20 @@ class OptimizerObserver:
         loop: what trains.
         module: the model.
         index: which optimizer.
-        timed: a context that the observer's own work runs in.
+        guarded: a context that the observer's own work runs in; what fails in it must not end training.
 
     Raises:
         MisconfigurationException: no rule is known for the optimizer.
     """
 
     def __init__(
-        self, loop: TrainingLoop, module: nn.Module, index: int, timed: Callable[[], AbstractContextManager[None]]
+        self, loop: TrainingLoop, module: nn.Module, index: int, guarded: Callable[[], AbstractContextManager[None]]
     ) -> None:
         self.loop = loop
         self.index = index
         self.by_hand = loop.by_hand
         self.names = parameter_names(module)
-        self._timed = timed
+        self._guarded = guarded
         self._clips = not self.by_hand and loop.clips_gradients
         self.trained: tuple[tuple[int, ...], ...] = ()  # ids of parameters by group
         self._handles: list[RemovableHandle] = []
@@ -113,7 +107,6 @@ class OptimizerObserver:
         self._window = 0
         self._batch = self._counted = 0
         self._witness: nn.Parameter | None = None
-        self._paused = False
         self._weight: float | None = None
         self._norm: Tensor | None = None
         self.refresh()
@@ -179,19 +172,10 @@ class OptimizerObserver:
         """By hand, where the other hooks are silent, batches that reach the optimizer's gradients count."""
         self._batch += 1
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Gradients inside are not training's."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
-
     def _on_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         if self._witness is None:  # one parameter that training reaches speaks for all
             self._witness = parameter
-        if parameter is not self._witness or self._paused:
+        if parameter is not self._witness:
             return
         if parameter.grad is None:  # zeroed since
             self._window = self._counted = 0
@@ -221,13 +205,13 @@ class OptimizerObserver:
 
     def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         assert self._recorder is not None
-        with self._timed():
+        with self._guarded():
             self._recorder.before_step()
 
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         assert self._recorder is not None
         assert self._columns is not None
-        with self._timed():
+        with self._guarded():
             rules = self.rules
             self._recorder.after_step(
                 self._columns.per_column([group["lr"] for group in optimizer.param_groups]),

@@ -9,15 +9,15 @@ from functools import partial
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_source.capture.coverage import Coverage
 from lightning_source.capture.data import Examples
-from lightning_source.capture.objective import ObjectiveSpec
 from lightning_source.curvature.ekfac import BlockFactors, CovarianceSums, Factors
 from lightning_source.curvature.unroll import SegmentCurvature
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.layers import Block
-from lightning_source.passes.calibration import calibrate
 from lightning_source.passes.factors import WeightedState, factor_ids, fit_factors, squared_traces
 from lightning_source.passes.workspace import State, Workspace
 from lightning_source.recording.intervals import StepInterval, cut, merge_all
@@ -72,15 +72,14 @@ class Run:
             )
         self.stages: list[Stage] = []
         for index, record in enumerate(r for r in store.manifest.stages if r.final is not None):
-            if record.coverage is None:
-                raise MisconfigurationException(
-                    f"`{store.path}` cannot be attributed: `training_step` gave no loss for any batch of stage"
-                    f' "{record.name}".'
-                )
             module = modules[min(index, len(modules) - 1)]
             self.stages.append(Stage(index, record, self.settings.seed, module, (data or {}).get(index), hooks, ranks))
         self.stage = self.stages[_index_of(stage, [s.name for s in self.stages])]
-        self.coverage = self.stage.coverage
+
+    @property
+    def coverage(self) -> Coverage:
+        """What of the asked stage's parameters is attributed."""
+        return self.stage.coverage
 
     @property
     def snapshots(self) -> Sequence[StepInterval]:
@@ -253,15 +252,11 @@ class Run:
 
     def _calibrate(self, stage: Stage) -> None:
         if stage.workspace.spec is None:
-            per_batch = stage.record.examples_per_batch or stage.data.batch_size
             state = final_parameters(self.store, stage.index)
-
-            def learn() -> ObjectiveSpec:
-                with stage.workspace.at(state):
-                    return calibrate(stage.workspace, stage.data, per_batch, stage.record.maximize)
-
-            stage.workspace.spec = stage.record.objective = self.ranks.on_rank_zero(learn)
+            before = stage.coverage
+            stage.enter(self.ranks.on_rank_zero(lambda: stage.prepare(state)))
             self.store.commit()
+            _report(stage, before)
 
     def snapshot_factors(self, segment: Segment, which: str = "mean") -> Factors:
         """A segment's factors, averaged over its snapshots; computed and kept on disk the first time."""
@@ -356,6 +351,25 @@ class Run:
             )
             for block in stage.coverage.blocks
         }
+
+
+def _report(stage: Stage, before: Coverage) -> None:
+    """Say what preparation found that differs from what was taken for granted, or costs more."""
+    spec, name = stage.workspace.spec, type(stage.workspace.module).__name__
+    assert spec is not None
+    if stage.coverage.left_out != before.left_out:
+        rank_zero_info(f"SourceCallback: {stage.coverage.summary()}")
+    if spec.one_at_a_time is not None:
+        rank_zero_warn(
+            f"A batch's rows are not its examples in `{name}` ({spec.one_at_a_time}): examples are run one at a time,"
+            " which is right for any code and slower, about a batch's forward and backward for each example."
+        )
+    if spec.origin == "whole":
+        rank_zero_warn(
+            f"No loss in `{name}.training_step` was recognised: the empirical Fisher stands in for the true one,"
+            " margins are unknown, and the loss is taken to be additive over examples. HINT: use torch's losses, or define"
+            " `attribution_distribution(batch)` on the module."
+        )
 
 
 def _index_of(stage: int | str | None, names: Sequence[str]) -> int:

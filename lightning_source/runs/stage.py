@@ -9,7 +9,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_source.capture.data import Examples
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
-from lightning_source.passes.workspace import Workspace
+from lightning_source.passes.preparation import Preparation, prepare
+from lightning_source.passes.workspace import State, Workspace
 from lightning_source.recording.intervals import StepInterval, normalized_weights
 from lightning_source.recording.manifest import StageRecord
 from lightning_source.recording.parameter_groups import phase_at
@@ -60,7 +61,10 @@ class Stage:
         ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
         record.module.check(module)
-        assert record.coverage is not None
+        if record.coverage is None:
+            raise MisconfigurationException(
+                f'stage "{record.name}" cannot be attributed: `training_step` gave no loss for any batch of it.'
+            )
         self.index = index
         self.record = record
         self.name = record.name
@@ -94,7 +98,20 @@ class Stage:
                 f'the training examples of stage "{self.name}" are needed and not at hand. HINT: pass `train=` the'
                 " run's training dataset."
             )
-        return self.examples
+        spec = self.workspace.spec
+        return self.examples if spec is None or spec.one_at_a_time is None else self.examples.one_at_a_time()
+
+    def prepare(self, state: State) -> Preparation:
+        """Learn from the training examples what passes need to know; see :func:`prepare`."""
+        per_batch = self.record.examples_per_batch or self.data.batch_size
+        with self.workspace.at(state):
+            return prepare(self.workspace, self.coverage, self.data, per_batch, self.record.maximize)
+
+    def enter(self, preparation: Preparation) -> None:
+        """Keep what was learnt, in the stage's record as well."""
+        self.coverage = self.record.coverage = preparation.coverage
+        self.workspace.blocks = preparation.coverage.blocks
+        self.workspace.spec = self.record.objective = preparation.spec
 
     def decoupled(self, step: int, column: int) -> bool:
         """Whether a column's weight decay was not preconditioned at that step."""
