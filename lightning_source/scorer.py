@@ -214,7 +214,9 @@ class SourceScorer:
         run = self.run
         queries = query_of(query, run.stage.examples, batch_size)
         run.calibrate()
-        data = run.data if batch_size is None else examples_of(run.data.dataset, batch_size, run.data)
+        queries, data = run.queries(queries), run.data
+        if batch_size is not None and data.batch_size > 1:
+            data = examples_of(data.dataset, batch_size, data)
         ids = _ids(train_ids, len(data))
         train_ids = torch.arange(len(data)) if ids is None else ids
         segments = len(run.segments(options.get("segments"))) if per_segment else None

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from lightning_source.capture.isolation import isolated_rng
+from lightning_source.capture.splitting import split
 
 Batch = object  # what the user's training_step takes
 NumberedBatch = tuple[Tensor, Batch]  # with the ids of its examples
@@ -98,6 +99,24 @@ class GivenBatches:
     def split(self, limit: int) -> list[GivenBatches]:
         """In pieces of at most ``limit`` examples where the given batches allow it."""
         return [GivenBatches([batch]) for batch in self.given] if len(self) > limit else [self]
+
+    def one_at_a_time(self) -> GivenBatches:
+        """The same examples in batches of one.
+
+        Raises:
+            MisconfigurationException: a batch does not say how it is made of its examples.
+        """
+        singles: list[Batch] = []
+        for batch in self.given:
+            size = count_examples(batch)
+            pieces = split(batch, size)
+            if pieces is None:
+                raise MisconfigurationException(
+                    f"the query, a `{type(batch).__name__}` of {size} examples, cannot be cut into these, which this"
+                    " `training_step` must be given one at a time. HINT: pass a Dataset or a DataLoader as the query."
+                )
+            singles += pieces
+        return GivenBatches(singles)
 
     def batches(self, ids: Sequence[int] | Tensor | None = None) -> Iterator[NumberedBatch]:
         """The batches, empty ones left out; some of their examples cannot be chosen."""
@@ -190,7 +209,7 @@ def to_module(batch: Batch, module: LightningModule, hooks: LightningDataModule 
         owner = hooks if hooks is not None and _overrides(hooks, name) else module
         batch = getattr(owner, name)(batch, *arguments)
     # What the Trainer's precision plugin does in "bf16-true", "16-true" and "64-true".
-    dtype = next((p.dtype for p in module.parameters()), torch.float32)
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     if dtype == torch.float32:
         return batch
     return apply_to_collection(batch, Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t)

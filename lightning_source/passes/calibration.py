@@ -100,6 +100,8 @@ def evaluate(
     """
     batches = Examples(data.dataset, len(ids), data.collate)
     (_, batch), *_ = batches.batches(ids)
+    if batch is None:
+        raise NoLoss("the collate function gives no batch")
     workspace.begin_step()
     losses = workspace.objective.evaluate(
         to_module(batch, workspace.module, workspace.hooks), len(ids), recording, hooked

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from lightning_source.capture.coverage import Coverage
 from lightning_source.capture.data import Examples, to_module
-from lightning_source.capture.objective import CallScale, Kind, Losses, ObjectiveSpec
+from lightning_source.capture.objective import CallScale, Kind, Losses, NoLoss, ObjectiveSpec
 from lightning_source.capture.probe import probe
 from lightning_source.names import named_parameters
-from lightning_source.passes.calibration import calibrate, evaluate, gone_up, hook_ratio
+from lightning_source.passes.calibration import TRIED_BATCHES, calibrate, evaluate, first_with_loss, gone_up, hook_ratio
 from lightning_source.passes.factors import factor_ids
-from lightning_source.passes.rows import compared_ids, rows_differ, total_gradient
+from lightning_source.passes.rows import COMPARED, compared_ids, rows_differ, total_gradient
 from lightning_source.passes.workspace import Workspace
 
 # What single examples leave unexplained of their batch's gradient, as a share of it: round-off is below 1e-3 in float32
@@ -63,7 +63,8 @@ def prepare(
     try:
         spec = calibrate(workspace, data, examples_per_batch, maximize)
         ids = compared_ids(data, workspace.seed)
-        checked = _probe(workspace, coverage, data, range(min(len(data), data.batch_size)))
+        probed, _ = first_with_loss(workspace, data, min(len(data), data.batch_size))
+        checked = _probe(workspace, coverage, data, probed)
         workspace.blocks = checked.blocks
         reason = rows_differ(workspace, data, ids)
         if reason is None and spec.origin == "whole" and checked.left_out != coverage.left_out:
@@ -75,11 +76,10 @@ def prepare(
     if reason is None:
         return Preparation(checked, spec)
     workspace.blocks = coverage.blocks
-    alone = data.one_at_a_time()
     spec = replace(calibrate_alone(workspace, data, examples_per_batch, maximize), one_at_a_time=reason)
     checked = coverage
-    for example in compared_ids(alone, workspace.seed).tolist()[:PROBED]:
-        checked = _probe(workspace, checked, alone, [example])
+    for example in _examples_with_loss(workspace, data)[0][:PROBED]:
+        checked = _probe(workspace, checked, data.one_at_a_time(), [example])
     workspace.blocks, workspace.spec = checked.blocks, spec
     return Preparation(checked, spec)
 
@@ -105,9 +105,8 @@ def calibrate_alone(
     Raises:
         MisconfigurationException: an example's loss depends on the others of its batch.
     """
-    ids = compared_ids(replace(data, batch_size=max(2, data.batch_size)), workspace.seed).tolist()
+    ids, alone = _examples_with_loss(workspace, data)
     batch, again = (evaluate(workspace, data, ids) for _ in range(2))
-    alone = [evaluate(workspace, data, [index]) for index in ids]
     named = {tuple(call.name for call in losses.calls) for losses in (batch, *alone)}
     if len(named) > 1 or not batch.calls:  # none is known, or each example has calls of its own
         spec = _whole(batch, alone, workspace, examples_per_batch)
@@ -125,10 +124,32 @@ def calibrate_alone(
             "empirical" if hook == "attribution_losses" else "true",
             tuple(scales),
         )
-    if torch.equal(batch.loss, again.loss):  # noise differs from draw to draw, and tells nothing of other examples
+    if len(ids) > 1 and torch.equal(batch.loss, again.loss):  # noise of the step's own tells nothing of other examples
         _refuse_coupled(workspace, batch, alone, spec)
     workspace.spec = gone_up(spec) if maximize else spec
     return workspace.spec
+
+
+def _examples_with_loss(workspace: Workspace, data: Examples) -> tuple[list[int], list[Losses]]:
+    """A few examples that have a loss of their own, drawn at random, and these losses.
+
+    Raises:
+        NoLoss: none has.
+    """
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(workspace.seed)).tolist()
+    ids: list[int] = []
+    alone = []
+    for index in order[: TRIED_BATCHES * COMPARED]:
+        try:
+            alone.append(evaluate(workspace, data.one_at_a_time(), [index]))
+        except NoLoss:
+            continue
+        ids.append(index)
+        if len(ids) == COMPARED:
+            break
+    if not ids:
+        raise NoLoss(f"`{type(workspace.module).__name__}.training_step` gave no loss for any example by itself")
+    return ids, alone
 
 
 def _whole(batch: Losses, alone: Sequence[Losses], workspace: Workspace, examples_per_batch: float) -> ObjectiveSpec:
@@ -170,12 +191,12 @@ def _weight_of_example(workspace: Workspace, data: Examples, alone: Sequence[Los
 
 
 def _refuse_coupled(workspace: Workspace, batch: Losses, alone: Sequence[Losses], spec: ObjectiveSpec) -> None:
+    """A batch's gradient must be made of those of its examples alone, whatever it weighs each of them by."""
     parameters = _parameters(workspace)
-    together = total_gradient(batch.data_target(spec), parameters)
-    separate = sum(
-        (total_gradient(losses.data_target(spec), parameters) for losses in alone), torch.zeros_like(together)
-    )
-    left = float((together - separate).norm() / together.norm().clamp_min(1e-30))
+    together = total_gradient(batch.data_target(spec), parameters).double()
+    separate = torch.stack([total_gradient(losses.data_target(spec), parameters) for losses in alone]).double()
+    weights = torch.linalg.lstsq(separate @ separate.T, separate @ together, driver="gelsd").solution
+    left = float((together - weights @ separate).norm() / together.norm().clamp_min(1e-30))
     if left > COUPLED:
         raise MisconfigurationException(
             f"in `{type(workspace.module).__name__}.training_step` the loss of an example depends on the other examples"

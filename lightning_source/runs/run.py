@@ -13,7 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_source.capture.coverage import Coverage
-from lightning_source.capture.data import Examples
+from lightning_source.capture.data import Examples, GivenBatches, to_module
+from lightning_source.capture.objective import NoLoss
 from lightning_source.curvature.ekfac import BlockFactors, CovarianceSums, Factors
 from lightning_source.curvature.unroll import SegmentCurvature
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
@@ -118,6 +119,36 @@ class Run:
     def data(self) -> Examples:
         """The asked stage's training examples."""
         return self.stage.data
+
+    def queries(self, queries: Examples | GivenBatches) -> Examples | GivenBatches:
+        """Queries as passes take them: one at a time where a batch's rows are not its examples.
+
+        Raises:
+            MisconfigurationException: a given batch cannot be cut into its examples.
+        """
+        spec = self.stages[-1].workspace.spec
+        if spec is None or spec.one_at_a_time is None:
+            return queries
+        singles = queries.one_at_a_time()
+        if isinstance(singles, GivenBatches):
+            self._require_runnable(singles)
+        return singles
+
+    def _require_runnable(self, singles: GivenBatches) -> None:
+        """A batch may be cut into parts that are no examples: then the step cannot run on them."""
+        workspace = self.stages[-1].workspace
+        with workspace.at(self.final()):
+            for index, batch in singles.batches():
+                try:
+                    workspace.losses(to_module(batch, workspace.module, workspace.hooks), len(index))
+                except NoLoss:
+                    continue
+                except Exception as error:
+                    raise MisconfigurationException(
+                        "the query batch was cut into its examples, which this `training_step` must be given one at"
+                        f" a time, and query {index.tolist()[0]} does not run: {type(error).__name__}: {error}. HINT:"
+                        " pass a Dataset or a DataLoader as the query."
+                    ) from error
 
     # ---------------------------------------------------------------- segments
 
@@ -367,8 +398,8 @@ def _report(stage: Stage, before: Coverage) -> None:
     if spec.origin == "whole":
         rank_zero_warn(
             f"No loss in `{name}.training_step` was recognised: the empirical Fisher stands in for the true one,"
-            " margins are unknown, and the loss is taken to be additive over examples. HINT: use torch's losses, or define"
-            " `attribution_distribution(batch)` on the module."
+            " margins are unknown, and the loss is taken to be additive over examples. HINT: use torch's losses, or"
+            " define `attribution_distribution(batch)` on the module."
         )
 
 
