@@ -121,7 +121,9 @@ For scoring all queries on one thread of a shared machine, factors included wher
 ### Recipes
 
 Measurements are the margin log p/(1-p) for classes, the absolute error for regressions, the mean token loss for
-language. Where a recipe differs from the paper's, it says so.
+language. Where a recipe differs from the paper's, it says so. The rows of kronfluence and bergson need the options
+`--kronfluence` and `--bergson` as well, the interpreter of an environment that has them; other than 5 full models are
+`--seeds`.
 
 {recipes}
 
