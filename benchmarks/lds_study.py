@@ -131,7 +131,7 @@ SIZED = {*(row for row in ROWS if row.startswith(("source", "fast-source", "infl
 def scores_of(trial: Trial, row: str, rows: dict[str, Scores]) -> InfluenceScores:
     """A row's scores and, in the metadata, the ``seconds`` that they took; from the cache if it has them."""
     slug = re.sub(r"[^a-z0-9.=]+", "-", row.lower().replace("λ", "rate")).strip("-")
-    file = trial.cache / "scores" / trial.name / f"{slug}-{trial.seed}.safetensors"
+    file = trial.cache / "scores" / f"{trial.name}-{trial.share:g}" / f"{slug}-{trial.seed}.safetensors"
     if file.exists():
         return InfluenceScores.load(file)
     trial.scorer()  # training is no part of the time

@@ -121,18 +121,20 @@ For scoring all queries on one thread of a shared machine, factors included wher
 ### Recipes
 
 Measurements are the margin log p/(1-p) for classes, the absolute error for regressions, the mean token loss for
-language. Where a recipe differs from the paper's, it says so.
+language. Where a recipe differs from the paper's, it says so. The rows of kronfluence and bergson need the options
+`--kronfluence` and `--bergson` as well, the interpreter of an environment that has them; other than 5 full models are
+`--seeds`.
 
 {recipes}
 
-Empty cells were not run, or refused by the estimator{refused_of(found)}.
+Empty cells were not run{refused_of(found)}.
 """
 
 
 def refused_of(found: dict[str, Report]) -> str:
     """Which rows an estimator does not do, by task."""
     words = [f"{', '.join(report['refused'])} on {name}" for name, report in found.items() if report["refused"]]
-    return f" ({'; '.join(words)})" if words else ""
+    return f", or the estimator refuses them ({'; '.join(words)})" if words else ""
 
 
 def draw_lds(found: dict[str, Report]) -> None:
@@ -216,8 +218,8 @@ changes fast when it stops, this counts more than anything else: in the last col
 after as many steps as a retraining takes, and SOURCE is ahead. One averaged snapshot (Fast-SOURCE), whose parameters
 lie nearer to where the retrainings end, is ahead of six there for the same reason, and normalised gradients (the
 cosine), blind to how far training got, are too. With subsets of 70 %, whose retrainings end nearer to the full model,
-SOURCE on the whole run is ahead of the cosine and of the shorter run, and Fast-SOURCE's lead shrinks. On fashion-noisy,
-as short in epochs but with noisy labels and a lower rate, the shorter run is no better.
+SOURCE on the whole run is ahead of the cosine, the shorter run gains next to nothing, and Fast-SOURCE's lead shrinks.
+On fashion-noisy, as short in epochs but with noisy labels and a lower rate, the shorter run is no better.
 
 *Small eigenvalues.* A larger Λ raises the score (rows "Λ times 3" and "10" of the ablations): directions of small
 curvature count for more than SOURCE's defaults let them; on digits-20 K-FAC's eigenvalues, smaller there than EK-FAC's,
@@ -250,6 +252,7 @@ on digits-adam, where the curvature is large, it is the other way round. One sym
             rows = [row for row in next(iter(columns.values()))["lds"]]
             entries = [[row, *(cell(columns[s], row) for s in sorted(columns))] for row in rows]
             text += table([name, *(f"subsets of {float(s):.0%}" for s in sorted(columns))], entries) + "\n\n"
+            text += "\n".join(f"`{of[name]['command']}`\n" for of in shares.values() if name in of)
     return text
 
 

@@ -54,6 +54,19 @@ def test_lds_of_a_first_stage(folder):
     assert report["reliability"] > 0.25
 
 
+def test_scores_are_kept_apart_by_the_subsets_share(folder):
+    """A row may depend on the share: a run as long as a retraining does."""
+    import torch
+    from harness import Trial
+    from lds_study import scores_of
+    from tasks import TASKS
+
+    task = TASKS["quick"]
+    halves, most = (Trial("quick", task, task.load(folder), 0, folder / "cache", share) for share in (0.5, 0.7))
+    rows = {"share": lambda trial: torch.full((1, 1), trial.share)}
+    assert float(scores_of(halves, "share", rows).values) != float(scores_of(most, "share", rows).values)
+
+
 def test_ablations(folder):
     import ablations
 
