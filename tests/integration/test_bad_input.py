@@ -6,24 +6,13 @@ import os
 import lightning as L
 import pytest
 import torch
-from helpers import Classifier, classes, fitted, mlp, quiet_trainer
+from helpers import QUERY, Classifier, classes, fitted, mlp, quiet_trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import SGD, Rprop
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from lightning_source import SourceCallback, SourceScorer, attribute
-
-QUERY = [x[:3] for x in classes(8, seed=2).tensors]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads only wait for each other on matrices this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +221,7 @@ def test_fast_dev_run_and_sanity_check(tmp_path):
     for options in ({"fast_dev_run": 2}, {"num_sanity_val_steps": 2}):
         trainer = quiet_trainer(tmp_path, SourceCallback(str(tmp_path / "run")), **options)
         trainer.fit(Validated(mlp()), loader(), DataLoader(classes(), 8))
-        assert trainer.attribute(QUERY).values.shape == (3, 24)
+        assert trainer.attribute(QUERY).values.shape == (4, 24)
         trainer.validate(trainer.lightning_module, loader(), verbose=False)
         assert trainer.attribute(QUERY).values.abs().max() > 0
         assert (tmp_path / "run").exists() == ("fast_dev_run" not in options)
@@ -249,7 +238,7 @@ def test_fast_dev_run_does_not_touch_an_existing_run(tmp_path):
 def test_small_batches_and_data_sets(tmp_path, examples, batch_size):
     trainer = fitted(tmp_path, data=classes(examples), batch_size=batch_size)
     scores = trainer.attribute(QUERY)
-    assert scores.values.shape == (3, examples)
+    assert scores.values.shape == (4, examples)
     assert scores.values.isfinite().all()
     own = trainer.attribute(classes(examples)).values
     assert (own.diagonal() > 0).all()  # an example helps itself
@@ -369,7 +358,7 @@ def test_a_dataset_that_grew_since_fit(tmp_path):
     with pytest.raises(MisconfigurationException, match=r"holds 25 examples.*trained on 24"):
         trainer.attribute(QUERY)
     data.pop()
-    assert trainer.attribute(QUERY).values.shape == (3, 24)
+    assert trainer.attribute(QUERY).values.shape == (4, 24)
 
 
 # ---------------------------------------------------------------- runs that cannot be opened
