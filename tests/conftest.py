@@ -9,6 +9,8 @@ from checks import Checks
 # other processes, too, and keeps Lightning's strategies for several processes from choosing another number in this one.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# A test sees no power cut, and waiting for the disk took a quarter of the time.
+os.fsync = lambda descriptor: None
 
 
 def pytest_addoption(parser):

@@ -74,42 +74,29 @@ class TwoOptimizers(Classifier):
         return SGD([first], 0.1), SGD(others, 0.1)
 
 
-class FromIterator(Classifier):
-    def training_step(self, dataloader_iter):
-        batch, _, _ = next(dataloader_iter)
-        return super().training_step(batch, 0)
-
-
 def optimized(make):
     return lambda: Classifier(mlp(), optimizer=make)
 
 
-# name: (module, training data, message)
+# name: (module, message); what is refused of the data is in capture/test_data.py
 REFUSED = {
-    "no layer": (Frozen, loader(), r"no layer.*\n.*\n.*scale \(.*\)"),
-    "unknown optimizer": (optimized(lambda p: Rprop(p, 0.1)), loader(), "`Rprop`.*Known optimizers: .*SGD"),
-    "subclass": (optimized(lambda p: type("Signed", (SGD,), {})(p, 0.1)), loader(), "`Signed`"),
-    "two optimizers": (TwoOptimizers, loader(), r"`TwoOptimizers` has 2 optimizers.*optimizer=0"),
-    "several loaders": (
-        lambda: Classifier(mlp()),
-        {"a": loader(), "b": loader()},
-        "one training DataLoader, got `dict`",
-    ),
-    "dataloader_iter": (lambda: FromIterator(mlp()), loader(), "dataloader_iter"),
-    "strings": (lambda: Classifier(mlp()), DataLoader(["a", "b"], 2), "no tensor to count"),
-    "nothing included": (lambda: Classifier(mlp()), loader(), "net.2.bias.*not included"),
+    "no layer": (Frozen, r"no layer.*\n.*\n.*scale \(.*\)"),
+    "unknown optimizer": (optimized(lambda p: Rprop(p, 0.1)), "`Rprop`.*Known optimizers: .*SGD"),
+    "subclass": (optimized(lambda p: type("Signed", (SGD,), {})(p, 0.1)), "`Signed`"),
+    "two optimizers": (TwoOptimizers, r"`TwoOptimizers` has 2 optimizers.*optimizer=0"),
+    "nothing included": (lambda: Classifier(mlp()), "net.2.bias.*not included"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_recorded_is_refused_before_the_first_step(tmp_path, case):
-    make, data, message = REFUSED[case]
+    make, message = REFUSED[case]
     include = ["other"] if case == "nothing included" else None
     trainer = quiet_trainer(tmp_path, SourceCallback(str(tmp_path / "run"), include=include))
     module = make()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     with pytest.raises((MisconfigurationException, ValueError), match=f"(?s){message}"):
-        trainer.fit(module, data)
+        trainer.fit(module, loader())
     assert trainer.global_step == 0
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert not (tmp_path / "run" / "manifest.json").exists()
