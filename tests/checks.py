@@ -16,6 +16,7 @@ measure comes back to the one that started them, which writes the page.
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,8 +171,10 @@ def page(cells: dict[Key, Cell]) -> str:
         own = {(row, column): cell for (kind, row, column), cell in cells.items() if kind == table}
         if not own:
             continue
-        columns = list(dict.fromkeys(column for _, column in own))
-        rows = list(dict.fromkeys(row for row, _ in own))
+        # What most subjects are checked for comes first, and subjects come with the first check that they have.
+        counts = Counter(column for _, column in own)
+        columns = [column for column, _ in counts.most_common()]
+        rows = list(dict.fromkeys(row for column in columns for row, other in own if other == column))
         subjects = [row.split(",")[0] for row in rows]  # what a row begins with stands together
         rows.sort(key=lambda row: subjects.index(row.split(",")[0]))
         lines = [

@@ -49,6 +49,14 @@ def classes(examples: int = 24, inputs: int = 6, count: int = 3, seed: int = 1) 
     )
 
 
+QUERY = [x[:4] for x in classes(8, seed=2).tensors]
+
+
+def close(one: Tensor, other: Tensor, rtol: float = 1e-5) -> None:
+    """Equal to ``rtol`` of the largest score: sums of float32 products in another order differ by about 1e-7 of it."""
+    torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=rtol * float(other.abs().max()))
+
+
 def quiet_trainer(tmp_path: Any, *callbacks: L.Callback, **options: Any) -> L.Trainer:
     defaults: dict[str, Any] = {
         "default_root_dir": tmp_path,
@@ -76,10 +84,10 @@ def fitted(
 
 
 def run_python(*arguments: object) -> None:
-    """Another interpreter that finds the package and these helpers, with as many threads as here: sums depend on it."""
+    """Another interpreter that finds the package and these helpers; as here, torch runs on one thread."""
     tests = Path(__file__).parent
     paths = [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -4,14 +4,13 @@ import itertools
 import os
 import pickle
 import shutil
-import signal
 from contextlib import nullcontext
 from datetime import timedelta
 
 import lightning as L
 import pytest
 import torch
-from helpers import Classifier, classes, fitted, mlp, quiet_trainer
+from helpers import QUERY, Classifier, classes, fitted, mlp, quiet_trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.optim import SGD
@@ -22,17 +21,6 @@ from lightning_source import SourceCallback, SourceScorer
 from lightning_source.recording.manifest import Flags
 from lightning_source.recording.snapshots import assemble, snapshot_parameters
 from lightning_source.recording.store import RunStore
-
-QUERY = [x[:3] for x in classes(8, seed=2).tensors]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads only wait for each other on matrices this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def values(module):
@@ -327,18 +315,10 @@ def test_bins_of_a_run_of_unknown_length_merge(tmp_path):
     assert [s.first for s in segments] == [0, segments[0].last, segments[1].last]
     assert segments[-1].last == 110
     assert all(abs(s.steps - 110 / 3) <= 8 for s in segments)  # whole bins of 8
-    assert trainer.attribute(QUERY, per_segment=True).by_segment.shape == (3, 3, 24)
+    assert trainer.attribute(QUERY, per_segment=True).by_segment.shape == (3, 4, 24)
 
 
 # ---------------------------------------------------------------- how a run may end
-
-
-@pytest.fixture
-def _ctrl_c():
-    """Lightning ignores SIGINT from a KeyboardInterrupt on."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def early_stopping():

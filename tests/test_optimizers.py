@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from helpers import Classifier, classes, fitted, mlp
+from helpers import QUERY, Classifier, classes, fitted, mlp
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_source.optimizers import StepRule, register_optimizer, rule_for
 
-QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 # Without a first moment or momentum one step is exactly lr · P · (gradient + decay · θ).
 MEMORYLESS = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.3),

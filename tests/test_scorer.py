@@ -2,18 +2,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Classifier, classes, fitted, mlp, run_python
+from helpers import QUERY, Classifier, classes, close, fitted, mlp, run_python
 
 from lightning_source import InfluenceScores, SourceScorer, attribute
 from lightning_source.capture.data import Examples
-
-QUERY = [x[:4] for x in classes(8, seed=2).tensors]
-
-
-def close(a, b, rtol=1e-5):
-    """Equal to ``rtol`` of the largest score: sums of float32 products in another order differ by about 1e-7 of it."""
-    torch.testing.assert_close(a, b, rtol=0, atol=rtol * float(b.abs().max()))
-
 
 METHODS = ["source", "fast-source", "influence", "tracin", "grad-dot", "grad-cos"]
 
@@ -37,15 +29,13 @@ def test_scores_do_not_depend_on_the_batch_size(recorded, method):
 ELSEWHERE = """
 import sys
 import torch
-from helpers import Classifier, classes, mlp
+from helpers import QUERY, Classifier, classes, mlp
 from lightning_source import SourceScorer
 folder, *methods = sys.argv[1:]
 torch.manual_seed(7)
-torch.set_num_threads(1)
 scorer = SourceScorer.from_run(f"{folder}/run", Classifier(mlp()))
-query = [x[:4] for x in classes(8, seed=2).tensors]
 for method in methods:
-    scorer.score(query, classes(), method=method).save(f"{folder}/{method}.safetensors")
+    scorer.score(QUERY, classes(), method=method).save(f"{folder}/{method}.safetensors")
 """
 
 

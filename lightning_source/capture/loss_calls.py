@@ -74,7 +74,11 @@ _READERS: dict[Callable[..., object], tuple[inspect.Signature, Reader]] = {}
 
 
 def register_loss(function: LossFunction) -> Callable[[Reader], Reader]:
-    """Decorator: the decorated function reads calls of ``function``, given its bound arguments."""
+    """Decorator: the decorated function reads calls of ``function``, given its bound arguments.
+
+    Torch shows calls of its own functions; one written in Python needs :func:`torch.overrides.wrap_torch_function`.
+    ``CONTRIBUTING.md`` has an example.
+    """
 
     def enter(reader: Reader) -> Reader:
         _READERS[function] = (inspect.signature(function), reader)

@@ -17,6 +17,7 @@ from lightning_source.layers.contract import LayerForm as LayerForm
 from lightning_source.layers.forms import MatrixForm as MatrixForm
 from lightning_source.layers.forms import VectorForm as VectorForm
 from lightning_source.layers.forms import captured_vectors as captured_vectors
+from lightning_source.layers.forms import rows_by_example as rows_by_example
 from lightning_source.layers.registry import blocks_of as blocks_of
 from lightning_source.layers.registry import form_of as form_of
 from lightning_source.layers.registry import register_layer as register_layer

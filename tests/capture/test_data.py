@@ -130,7 +130,11 @@ def loader():
 
 # what: (module, training data, message)
 REFUSED = {
-    "several loaders, a dictionary": (Classifier, lambda: {"a": loader(), "b": loader()}, "one training DataLoader"),
+    "several loaders, a dictionary": (
+        Classifier,
+        lambda: {"a": loader(), "b": loader()},
+        "one training DataLoader, got `dict`",
+    ),
     "several loaders, a list": (Classifier, lambda: [loader(), loader()], "one training DataLoader"),
     "several loaders, CombinedLoader": (
         Classifier,
@@ -150,3 +154,4 @@ def test_what_cannot_be_attributed_is_refused(tmp_path, what):
     with pytest.raises((MisconfigurationException, ValueError), match=message):
         trainer.fit(kind(mlp()), data())
     assert trainer.global_step == 0
+    assert not (tmp_path / "run" / "manifest.json").exists()

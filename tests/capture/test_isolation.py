@@ -8,16 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import Classifier, classes, fitted, mlp
+from helpers import QUERY, Classifier, classes, fitted, mlp
 
 from lightning_source.capture.coverage import find_blocks
 from lightning_source.capture.isolation import undisturbed
 from lightning_source.capture.objective import Objective
 from lightning_source.passes.calibration import calibrate
 from lightning_source.passes.workspace import Examples, Workspace
-
-QUERY = [x[:4] for x in classes(8, seed=2).tensors]
-
 
 # ---------------------------------------------------------------- what the step writes
 

@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import measured
+from capture.sampled import DRAWS, check_second_moment
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -17,7 +17,6 @@ from lightning_source.capture.losses import read_call
 from lightning_source.capture.objective import Objective
 
 N, C = 3, 4  # examples and classes, or examples and output coordinates
-DRAWS = 20_000
 
 
 def fixed(*shape: int, seed: int = 0) -> Tensor:
@@ -133,25 +132,12 @@ def test_value_is_torchs_own(name, reduction):
 )
 @ignore_broadcasting
 def test_sampled_gradients_have_the_gauss_newton_matrix_as_second_moment(name):
-    """Over all elements of the batch at once, so elements that are not drawn independently fail too.
-
-    The estimate over ``DRAWS`` draws must lie within 5 of its own standard errors, which are about 1 % of the matrix;
-    where the draws have no variance (a sign squared), within float32.
-    """
     case = CASES[name]
     hessian = torch.autograd.functional.hessian(lambda z: case.torch(z, "sum"), case.output)
     hessian = hessian.reshape(case.output.numel(), -1)
     many = case.repeated(DRAWS)
     output = many.output.requires_grad_()
-    call = many.read(output)
-    sampled = (call.curvature.sqrt() * call.sample(torch.Generator().manual_seed(0))).sum()
-    (gradient,) = torch.autograd.grad(sampled, output)
-    gradient = gradient.reshape(DRAWS, -1)
-    products = gradient.unsqueeze(1) * gradient.unsqueeze(2)
-    error = 5 * products.std(0) / math.sqrt(DRAWS) + 1e-4 * hessian.abs().max()
-    assert (error < 0.1 * hessian.abs().max()).all()
-    assert ((products.mean(0) - hessian).abs() <= error).all()
-    measured((products.mean(0) - hessian).abs().max() / hessian.abs().max())
+    check_second_moment(many.read(output), output, hessian)
 
 
 def closed_form(case: Case) -> tuple[Tensor, Tensor] | None:

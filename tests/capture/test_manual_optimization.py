@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Classifier, classes, mlp, quiet_trainer
+from helpers import QUERY, Classifier, classes, mlp, quiet_trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
@@ -12,8 +12,6 @@ from lightning_source import SourceCallback, SourceScorer
 from lightning_source.capture.manual_optimization import ManualStep
 from lightning_source.capture.objective import Objective
 from lightning_source.recording.store import RunStore
-
-QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 
 
 class ByHand(Classifier):

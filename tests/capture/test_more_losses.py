@@ -1,20 +1,18 @@
 """Losses read as other densities than the categorical and the Normal of fixed variance."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import measured
+from capture.sampled import DRAWS, check_second_moment
 from torch import Tensor
 
 from lightning_source.capture.losses import read_call
 from lightning_source.capture.objective import Objective
 
 N, C = 3, 4  # examples, and output coordinates or classes
-DRAWS = 20_000
 
 
 def fixed(*shape: int, seed: int = 0) -> Tensor:
@@ -181,25 +179,11 @@ def test_value_is_torchs_own(name, reduction):
 @pytest.mark.parametrize("name", CASES)
 @quietly
 def test_sampled_gradients_have_the_fisher_as_second_moment(name):
-    """Over all elements of the first example at once, so elements that are not drawn independently fail too.
-
-    The estimate over ``DRAWS`` draws must lie within 5 of its own standard errors, which are about 1 % of the matrix;
-    where the draws have no variance (a sign squared), within float32, or the quadrature's 1e-4.
-    """
     case = CASES[name]
     one = case.output[:1]
-    expected = case.fisher(one)
     output = one.repeat(DRAWS, *[1] * (one.dim() - 1)).requires_grad_()
     positional, options = case.arguments(output, slice(1), DRAWS)
-    call = read_call(case.function, tuple(positional), options)
-    sampled = (call.curvature.sqrt() * call.sample(torch.Generator().manual_seed(0))).sum()
-    (gradient,) = torch.autograd.grad(sampled, output)
-    gradient = gradient.reshape(DRAWS, -1)
-    products = gradient.unsqueeze(1) * gradient.unsqueeze(2)
-    error = 5 * products.std(0) / math.sqrt(DRAWS) + 1e-4 * expected.abs().max()
-    assert (error < 0.1 * expected.abs().max()).all()
-    assert ((products.mean(0) - expected).abs() <= error).all()
-    measured((products.mean(0) - expected).abs().max() / expected.abs().max())
+    check_second_moment(read_call(case.function, tuple(positional), options), output, case.fisher(one))
 
 
 @pytest.mark.check("loss", "{name}", "margin and log-probability")

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Classifier, classes, fitted, mlp
+from helpers import QUERY, Classifier, classes, close, fitted, mlp
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributions import Categorical, Normal
 from torch.utils.data import TensorDataset
@@ -14,7 +14,6 @@ from lightning_source.capture.objective import Objective
 
 N, B, T, OUTPUTS = 40, 8, 5, 3
 DATA = classes(N)
-QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 
 
 class Step(Classifier):
@@ -113,10 +112,6 @@ def run(path, step, lr=0.1, kind=Step, data=DATA, **options):
     torch.manual_seed(0)
     defaults = {"batch_size": B, "snapshots_per_segment": 1, "max_epochs": 1}
     return fitted(path, kind(step, lr), data, **(defaults | options))
-
-
-def close(a, b, rtol):
-    torch.testing.assert_close(a, b, rtol=0, atol=rtol * float(b.abs().max()))
 
 
 CE = ce()

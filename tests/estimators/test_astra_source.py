@@ -4,8 +4,8 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from estimators.test_estimators import QUERY, close, gauss_newton, per_example
-from helpers import Classifier, classes, fitted, mlp, quiet_trainer
+from estimators.dense import gauss_newton, per_example
+from helpers import QUERY, Classifier, classes, close, fitted, mlp, quiet_trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Classifier, classes, fitted, mlp
+from estimators.dense import gauss_newton, per_example
+from helpers import QUERY, Classifier, classes, close, fitted, mlp
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from scipy.stats import pearsonr, spearmanr
 from sklearn.datasets import load_digits, make_regression
@@ -13,13 +14,6 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_source.ensembling import ensemble
-
-QUERY = [x[:4] for x in classes(8, seed=2).tensors]
-
-
-def close(a, b, rtol=1e-5):
-    """Equal to ``rtol`` of the largest score: sums of float32 products in another order differ by about 1e-7 of it."""
-    torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=rtol * float(b.abs().max()))
 
 
 def standing(path, net, data, loss=F.cross_entropy, batch_size=8, **settings):
@@ -119,31 +113,6 @@ def test_digits_1_or_3_by_logistic_regression_predicts_leaving_one_out(tmp_path)
 
 
 # ---------------------------------------------------------------- dense references on a small network
-
-
-def per_example(module, data, measure):
-    """Gradients ``[B, D]`` of ``measure(outputs, targets)`` one example at a time, over all parameters."""
-    rows = []
-    for x, y in zip(*data, strict=True):
-        value = measure(module.net(x.unsqueeze(0)), y.unsqueeze(0))
-        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, list(module.net.parameters()))]))
-    return torch.stack(rows).double()
-
-
-def gauss_newton(module, inputs):
-    """Of the mean cross entropy over inputs, ``[D, D]``."""
-    total = 0
-    for x in inputs:
-        z = module.net(x.unsqueeze(0))[0]
-        rows = [
-            torch.cat(
-                [g.flatten() for g in torch.autograd.grad(value, list(module.net.parameters()), retain_graph=True)]
-            )
-            for value in z
-        ]
-        j, p = torch.stack(rows).double(), z.detach().softmax(0).double()
-        total = total + j.T @ (torch.diag(p) - torch.outer(p, p)) @ j
-    return total / len(inputs)
 
 
 def classifier(path, **settings):

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from helpers import Classifier, classes, mlp, quiet_trainer
+from helpers import QUERY, Classifier, classes, mlp, quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import save_file
@@ -20,8 +20,6 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_source import SourceCallback
 from lightning_source.passes import factors
-
-QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 
 
 class Net(Classifier):
@@ -40,11 +38,6 @@ class Net(Classifier):
         if self.form == "adam":
             return torch.optim.AdamW(self.parameters(), lr=0.02, weight_decay=0.1)
         return torch.optim.SGD(self.parameters(), lr=0.02 if self.form == "sum" else 0.2, momentum=0.5)
-
-
-def seeded(form: str) -> Net:
-    torch.manual_seed(3)
-    return Net(form)
 
 
 class Copies(L.Callback):
@@ -133,7 +126,6 @@ def fails(*args: Any, **options: Any) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
     os.chdir(sys.argv[1])
     train_all(Path(sys.argv[1]), 2)
     gather(Path(sys.argv[1]))

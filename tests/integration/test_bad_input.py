@@ -6,24 +6,13 @@ import os
 import lightning as L
 import pytest
 import torch
-from helpers import Classifier, classes, fitted, mlp, quiet_trainer
+from helpers import QUERY, Classifier, classes, fitted, mlp, quiet_trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import SGD, Rprop
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from lightning_source import SourceCallback, SourceScorer, attribute
-
-QUERY = [x[:3] for x in classes(8, seed=2).tensors]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads only wait for each other on matrices this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -85,42 +74,29 @@ class TwoOptimizers(Classifier):
         return SGD([first], 0.1), SGD(others, 0.1)
 
 
-class FromIterator(Classifier):
-    def training_step(self, dataloader_iter):
-        batch, _, _ = next(dataloader_iter)
-        return super().training_step(batch, 0)
-
-
 def optimized(make):
     return lambda: Classifier(mlp(), optimizer=make)
 
 
-# name: (module, training data, message)
+# name: (module, message); what is refused of the data is in capture/test_data.py
 REFUSED = {
-    "no layer": (Frozen, loader(), r"no layer.*\n.*\n.*scale \(.*\)"),
-    "unknown optimizer": (optimized(lambda p: Rprop(p, 0.1)), loader(), "`Rprop`.*Known optimizers: .*SGD"),
-    "subclass": (optimized(lambda p: type("Signed", (SGD,), {})(p, 0.1)), loader(), "`Signed`"),
-    "two optimizers": (TwoOptimizers, loader(), r"`TwoOptimizers` has 2 optimizers.*optimizer=0"),
-    "several loaders": (
-        lambda: Classifier(mlp()),
-        {"a": loader(), "b": loader()},
-        "one training DataLoader, got `dict`",
-    ),
-    "dataloader_iter": (lambda: FromIterator(mlp()), loader(), "dataloader_iter"),
-    "strings": (lambda: Classifier(mlp()), DataLoader(["a", "b"], 2), "no tensor to count"),
-    "nothing included": (lambda: Classifier(mlp()), loader(), "net.2.bias.*not included"),
+    "no layer": (Frozen, r"no layer.*\n.*\n.*scale \(.*\)"),
+    "unknown optimizer": (optimized(lambda p: Rprop(p, 0.1)), "`Rprop`.*Known optimizers: .*SGD"),
+    "subclass": (optimized(lambda p: type("Signed", (SGD,), {})(p, 0.1)), "`Signed`"),
+    "two optimizers": (TwoOptimizers, r"`TwoOptimizers` has 2 optimizers.*optimizer=0"),
+    "nothing included": (lambda: Classifier(mlp()), "net.2.bias.*not included"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_recorded_is_refused_before_the_first_step(tmp_path, case):
-    make, data, message = REFUSED[case]
+    make, message = REFUSED[case]
     include = ["other"] if case == "nothing included" else None
     trainer = quiet_trainer(tmp_path, SourceCallback(str(tmp_path / "run"), include=include))
     module = make()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     with pytest.raises((MisconfigurationException, ValueError), match=f"(?s){message}"):
-        trainer.fit(module, data)
+        trainer.fit(module, loader())
     assert trainer.global_step == 0
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert not (tmp_path / "run" / "manifest.json").exists()
@@ -232,7 +208,7 @@ def test_fast_dev_run_and_sanity_check(tmp_path):
     for options in ({"fast_dev_run": 2}, {"num_sanity_val_steps": 2}):
         trainer = quiet_trainer(tmp_path, SourceCallback(str(tmp_path / "run")), **options)
         trainer.fit(Validated(mlp()), loader(), DataLoader(classes(), 8))
-        assert trainer.attribute(QUERY).values.shape == (3, 24)
+        assert trainer.attribute(QUERY).values.shape == (4, 24)
         trainer.validate(trainer.lightning_module, loader(), verbose=False)
         assert trainer.attribute(QUERY).values.abs().max() > 0
         assert (tmp_path / "run").exists() == ("fast_dev_run" not in options)
@@ -249,7 +225,7 @@ def test_fast_dev_run_does_not_touch_an_existing_run(tmp_path):
 def test_small_batches_and_data_sets(tmp_path, examples, batch_size):
     trainer = fitted(tmp_path, data=classes(examples), batch_size=batch_size)
     scores = trainer.attribute(QUERY)
-    assert scores.values.shape == (3, examples)
+    assert scores.values.shape == (4, examples)
     assert scores.values.isfinite().all()
     own = trainer.attribute(classes(examples)).values
     assert (own.diagonal() > 0).all()  # an example helps itself
@@ -369,7 +345,7 @@ def test_a_dataset_that_grew_since_fit(tmp_path):
     with pytest.raises(MisconfigurationException, match=r"holds 25 examples.*trained on 24"):
         trainer.attribute(QUERY)
     data.pop()
-    assert trainer.attribute(QUERY).values.shape == (3, 24)
+    assert trainer.attribute(QUERY).values.shape == (4, 24)
 
 
 # ---------------------------------------------------------------- runs that cannot be opened

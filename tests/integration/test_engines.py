@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 from checks import measured
-from helpers import Classifier, classes, fitted, mlp, quiet_trainer
+from helpers import QUERY, Classifier, classes, fitted, mlp, quiet_trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -15,8 +15,6 @@ from torch.utils.data import DataLoader
 
 from lightning_source import SourceCallback, SourceScorer
 from lightning_source.recording.store import RunStore
-
-QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 
 
 def run(path, module, *callbacks, settings=None, **options):

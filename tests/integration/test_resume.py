@@ -7,15 +7,13 @@ import warnings
 import lightning as L
 import pytest
 import torch
-from helpers import Classifier, classes, mlp, quiet_trainer
+from helpers import QUERY, Classifier, classes, mlp, quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_source import SourceCallback, SourceScorer
 from lightning_source.recording.snapshots import mean_parameters
 from lightning_source.recording.store import RunStore
-
-QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 
 
 class Dies(L.Callback):

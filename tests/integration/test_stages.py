@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import Classifier, classes, mlp, quiet_trainer
+from helpers import QUERY, Classifier, classes, close, mlp, quiet_trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
@@ -11,7 +11,6 @@ from lightning_source import SourceCallback, SourceScorer
 from lightning_source.curvature.unroll import segment_decay, segment_response
 from lightning_source.passes.query_gradients import QueryGradients
 
-QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 FIRST, SECOND = classes(24, seed=3), classes(16, seed=4)
 
 
@@ -26,10 +25,6 @@ def two_stages(tmp_path):
     source, module = SourceCallback(str(tmp_path / "run")), Classifier(mlp())
     fit(tmp_path, source.stage("first"), module, FIRST)
     return fit(tmp_path, source.stage("second"), module, SECOND, epochs=3)
-
-
-def close(a, b, rtol=1e-5):
-    torch.testing.assert_close(a, b, rtol=0, atol=rtol * float(b.abs().max()))
 
 
 @pytest.mark.check("stage", "two stages", "own examples, N and segments")

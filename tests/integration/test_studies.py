@@ -96,12 +96,17 @@ def test_mislabel_detection(folder):
         assert rows["source"]["found"] == sorted(rows["source"]["found"])
 
 
-def test_final_model_only(folder, monkeypatch):
+@pytest.mark.parametrize("rows", ["few", pytest.param("all", marks=pytest.mark.slow)])
+def test_final_model_only(folder, monkeypatch, rows):
     """With the horizon known, SOURCE and influence follow the first steps of further training closely."""
     import json
 
     import final_model_only
 
+    if rows == "few":
+        monkeypatch.setattr(final_model_only, "EPOCHS", (1, 5, 20))
+        for method in ("influence-lissa", "astra", "influence-cg, horizon"):
+            monkeypatch.delitem(final_model_only.METHODS, method)
     arguments = ["final_model_only.py", "--quick", "--out", str(folder / "fimo.json")]
     monkeypatch.setattr(sys, "argv", arguments)
     final_model_only.main()

@@ -2,7 +2,6 @@
 
 import copy
 import random
-import signal
 from collections import deque
 from contextlib import nullcontext
 
@@ -24,15 +23,6 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_source import SourceCallback
 from lightning_source.capture import isolation as _guards
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads only wait for each other on matrices this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Diary(Logger):
@@ -561,14 +551,6 @@ class Stop(L.Callback):
     def on_before_optimizer_step(self, trainer, module, optimizer):
         if self.error and trainer.global_step == 3:
             raise self.error
-
-
-@pytest.fixture
-def _ctrl_c():
-    """Lightning ignores SIGINT from a KeyboardInterrupt on."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("_ctrl_c")

@@ -1,16 +1,18 @@
 """What a file outside the package may define: unusual layers with forms of their own, against autograd."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
-from layers.singles import Apply, compare, floats
+from layers.oracle import Apply, compare, floats
 from torch import nn
 
 from lightning_source.capture.coverage import Coverage
 from lightning_source.curvature.block_gradients import join
 from lightning_source.layers import Block, LayerForm, MatrixForm, VectorForm, form_of, register_layer
 from lightning_source.layers.forms import rows_by_example
+from lightning_source.recording.typed_json import from_json, to_json
 
 
 class Gain(nn.Module):
@@ -122,7 +124,7 @@ def test_a_form_of_several_outputs_that_falls_back_on_another(features_first, fo
     )
     coverage = compare(net, floats(4, steps) if features_first else floats(steps, 4))
     assert forms(coverage) == {"net.one": form}
-    assert Coverage.from_json(coverage.to_json()) == coverage
+    assert from_json(Coverage, json.loads(json.dumps(to_json(coverage)))) == coverage
 
 
 def test_a_form_with_the_name_of_another_is_refused():

@@ -5,7 +5,7 @@ import warnings
 import lightning as L
 import pytest
 import torch
-from helpers import Classifier, classes, mlp, quiet_trainer
+from helpers import QUERY, Classifier, classes, mlp, quiet_trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -16,8 +16,6 @@ from lightning_source.recording.intervals import StepInterval, cut
 from lightning_source.recording.parameter_groups import Phase, phase_at
 from lightning_source.recording.store import RunStore
 from lightning_source.recording.typed_json import from_json, to_json
-
-QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 
 
 def test_columns_split_where_their_parameters_part():

@@ -3,14 +3,13 @@
 import pytest
 import torch
 from checks import measured
-from helpers import Classifier, classes, mlp, quiet_trainer
+from helpers import QUERY, Classifier, classes, mlp, quiet_trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_source import SourceCallback, SourceScorer
 
-QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 FIRST, SECOND = classes(24, seed=3), classes(16, seed=4)
 METHODS = ["source", "fast-source", "influence", "tracin", "grad-dot", "grad-cos"]
 
