@@ -70,14 +70,15 @@ def _evaluate(
     hooked: bool = True,
     recording: GradientCapture | None = None,
 ) -> Losses:
-    batches = Examples(data.dataset, len(ids), data.collate)
-    (_, batch), *_ = batches.batches(ids)
+    (_, batch), *_ = data.in_batches_of(len(ids)).batches(ids)
     workspace.begin_step()
     losses = workspace.objective.evaluate(
         to_module(batch, workspace.module, workspace.hooks), len(ids), recording, hooked
     )
     if not torch.isfinite(losses.loss):
-        raise FloatingPointError(f"the objective is {losses.loss.item()} on examples {shorten(torch.tensor(ids))}")
+        raise FloatingPointError(
+            f"the objective is {losses.loss.item()} on examples {shorten(data.named(torch.tensor(ids)))}"
+        )
     return losses
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,15 +16,18 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from lightning_source._provenance import versions
+from lightning_source.capture.batch_sizes import BatchSizes
 from lightning_source.capture.coverage import find_blocks
-from lightning_source.capture.data import Examples, count_examples
+from lightning_source.capture.data import Examples
 from lightning_source.capture.isolation import parameters_kept, thawed, undisturbed
 from lightning_source.capture.manual_optimization import numbers_of
 from lightning_source.capture.objective import Objective
 from lightning_source.capture.probe import probe
 from lightning_source.names import named_parameters
+from lightning_source.recording.drawn import write_drawn
 from lightning_source.recording.manifest import ManualRecord, ResumePoint, Seen, Settings, StageRecord
 from lightning_source.recording.optimizer_hooks import OptimizerObserver, TrainingLoop
 from lightning_source.recording.recorder import Recorder
@@ -64,7 +67,7 @@ class RecordingSession:
         session = RecordingSession(Settings())
         session.prepare(model, PlainLoop([optimizer]))
         session.open("source-run")
-        session.begin(examples_of(loader))
+        session.begin(examples_of(loader), loader=loader)
         for index, batch in enumerate(loader):
             session.on_batch_start(batch, index)
             optimizer.zero_grad()
@@ -97,6 +100,7 @@ class RecordingSession:
         self._observer: OptimizerObserver | None = None
         self._probed = False
         self._seen = Seen(0, 0)
+        self._sizes = BatchSizes(None)
 
     @property
     def active(self) -> bool:
@@ -162,12 +166,13 @@ class RecordingSession:
         self.store = RunStore.create(path, overwrite)
         return self.store.path
 
-    def begin(self, examples: Examples | None, name: str | None = None) -> int:
+    def begin(self, examples: Examples | None, name: str | None = None, loader: DataLoader[Any] | None = None) -> int:
         """Start to record a stage, or go on with the one that the checkpoint was taken in; gives back its index.
 
         Args:
             examples: the training examples; ``None`` if they have no ids.
             name: the stage's name; made up by default.
+            loader: what makes its batches, which tells their sizes; by default their tensors do.
 
         Raises:
             MisconfigurationException: the run has a stage of this name already.
@@ -185,6 +190,8 @@ class RecordingSession:
             manifest.versions, manifest.settings = versions(), self.settings
             manifest.flags.history_incomplete |= bool(self._loop.steps and not manifest.stages)
             manifest.stages.append(self._new_stage(examples, name))
+            if examples is not None and examples.keys is not None:
+                self._stage.drawn = write_drawn(self.store, len(manifest.stages) - 1, examples)
         index = len(manifest.stages) - 1
         manifest.status = "running"
         self._observer.refresh()  # a checkpoint may have come between
@@ -192,8 +199,13 @@ class RecordingSession:
         self._recorder = Recorder(self.store, self._module, self._bins, boundaries, scales, index, point)
         self._seen = self._stage.seen or Seen(0, 0)
         self._probed = self._stage.coverage is not None
+        self.load_from(loader)
         self._begin_phase()
         return index
+
+    def load_from(self, loader: DataLoader[Any] | None) -> None:
+        """Batches come from this loader now, which may be another in each epoch."""
+        self._sizes = BatchSizes(loader)
 
     def _new_stage(self, examples: Examples | None, name: str | None) -> StageRecord:
         assert self.store is not None
@@ -267,14 +279,15 @@ class RecordingSession:
         if self._recorder is None or self._observer is None:
             return
         with self._writing():
-            size = count_examples(batch)
-            self._seen = Seen(self._seen.batches + 1, self._seen.examples + size)
+            size = self._sizes.of(batch_idx, batch)
+            if size is not None:
+                self._seen = Seen(self._seen.batches + 1, self._seen.examples + size)
             self._observer.on_batch_start()
             if self._observer.changed():
                 self._recorder.flush(force=True)  # while the old optimizer's moments can be read
                 self._observer.refresh()
                 self._begin_phase()
-            if not self._probed:
+            if not self._probed and size is not None:
                 self._probe(batch, size, batch_idx)
 
     def _probe(self, batch: object, size: int, batch_idx: int) -> None:
@@ -334,8 +347,9 @@ class RecordingSession:
         if self._recorder is None:
             return
         with self._writing():
-            self._stage.examples_per_batch = self._seen.examples / self._seen.batches
-            self._stage.seen = self._seen
+            if self._seen.batches:
+                self._stage.examples_per_batch = self._seen.examples / self._seen.batches
+                self._stage.seen = self._seen
             self._recorder.flush()
 
     def flush(self) -> None:
@@ -380,6 +394,9 @@ class RecordingSession:
         manifest = self.store.manifest
         with self._writing():
             manifest.status = status
+            if status == "finished" and (size := self._sizes.settled()) is not None:
+                self._stage.examples_per_batch = size
+            self.load_from(None)
             self._recorder.finish()
             if self._recorder.steps > self._recorder.start:
                 self.store.commit()

@@ -20,6 +20,7 @@ from lightning_source.layers import Block
 from lightning_source.passes.calibration import calibrate
 from lightning_source.passes.factors import WeightedState, factor_ids, fit_factors, squared_traces
 from lightning_source.passes.workspace import State, Workspace
+from lightning_source.recording.drawn import read_drawn
 from lightning_source.recording.intervals import StepInterval, cut, merge_all
 from lightning_source.recording.snapshots import (
     assemble,
@@ -78,7 +79,8 @@ class Run:
                     f' "{record.name}".'
                 )
             module = modules[min(index, len(modules) - 1)]
-            self.stages.append(Stage(index, record, self.settings.seed, module, (data or {}).get(index), hooks, ranks))
+            examples, drawn = (data or {}).get(index), read_drawn(store, index)
+            self.stages.append(Stage(index, record, self.settings.seed, module, examples, hooks, ranks, drawn))
         self.stage = self.stages[_index_of(stage, [s.name for s in self.stages])]
         self.coverage = self.stage.coverage
 

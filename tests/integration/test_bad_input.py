@@ -101,13 +101,7 @@ REFUSED = {
     "unknown optimizer": (optimized(lambda p: Rprop(p, 0.1)), loader(), "`Rprop`.*Known optimizers: .*SGD"),
     "subclass": (optimized(lambda p: type("Signed", (SGD,), {})(p, 0.1)), loader(), "`Signed`"),
     "two optimizers": (TwoOptimizers, loader(), r"`TwoOptimizers` has 2 optimizers.*optimizer=0"),
-    "several loaders": (
-        lambda: Classifier(mlp()),
-        {"a": loader(), "b": loader()},
-        "one training DataLoader, got `dict`",
-    ),
     "dataloader_iter": (lambda: FromIterator(mlp()), loader(), "dataloader_iter"),
-    "strings": (lambda: Classifier(mlp()), DataLoader(["a", "b"], 2), "no tensor to count"),
     "nothing included": (lambda: Classifier(mlp()), loader(), "net.2.bias.*not included"),
 }
 
