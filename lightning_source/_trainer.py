@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 
@@ -161,36 +161,29 @@ def _run_directory(trainer: Any, log_dir: str | None, dirpath: str | None, taken
 
 
 def training_loader(trainer: Trainer) -> DataLoader[Any] | None:
-    """The fit's training loader; ``None`` where its data have no order (iterable), with a word on what follows."""
-    loader = trainer.train_dataloader
-    if not isinstance(loader, DataLoader):
-        raise MisconfigurationException(
-            f"SourceCallback needs one training DataLoader, got `{type(loader).__name__}`. HINT: concatenate the"
-            " datasets (`torch.utils.data.ConcatDataset`)."
-        )
-    if isinstance(loader.dataset, IterableDataset):
+    """The fit's training loader, with a word where it is cut short; ``None``, with another, where there is not one."""
+    loader = present_loader(trainer)
+    if loader is None:
         rank_zero_warn(
-            "The training data are iterable, so examples have no stable ids: parameters are recorded, and factors and"
-            " scores wait until `attribute(..., train=a map-style dataset of the same examples)`."
+            f"SourceCallback knows the examples of one training DataLoader, not those of"
+            f" `{type(trainer.train_dataloader).__name__}`: parameters are recorded, and factors and scores wait until"
+            " `attribute(..., train=a map-style dataset whose batches are like those of training)`. HINT: concatenate"
+            " the datasets (`torch.utils.data.ConcatDataset`)."
         )
         return None
-    unseen = _left_out(trainer, loader)
-    if unseen:
-        rank_zero_warn(f"Training does not visit all examples alike ({'; '.join(unseen)}): scores assume that it does.")
+    count = trainer.num_training_batches
+    if not isinstance(loader.dataset, IterableDataset) and count < len(loader):
+        rank_zero_warn(
+            f"Training does not visit all examples alike (`limit_train_batches` leaves {count} of {len(loader)}"
+            " batches): scores assume that it does."
+        )
     return loader
 
 
-def _left_out(trainer: Trainer, loader: DataLoader[Any]) -> Sequence[str]:
-    reasons = []
-    if trainer.num_training_batches < len(loader):
-        reasons.append(f"`limit_train_batches` leaves {trainer.num_training_batches} of {len(loader)} batches")
-    sampler = loader.sampler
-    alike = (RandomSampler, SequentialSampler, DistributedSampler)
-    if not isinstance(sampler, alike) and loader.batch_size is not None:
-        reasons.append(f"the sampler is `{type(sampler).__name__}`")
-    if loader.drop_last and isinstance(sampler, SequentialSampler) and len(loader.dataset) % (loader.batch_size or 1):  # type: ignore[arg-type]
-        reasons.append("`drop_last` without shuffling never reaches the last examples")
-    return reasons
+def present_loader(trainer: Trainer) -> DataLoader[Any] | None:
+    """The training loader as it is now, which may be another in each epoch; ``None`` where there is not one."""
+    loader = trainer.train_dataloader
+    return loader if isinstance(loader, DataLoader) else None
 
 
 # ---------------------------------------------------------------- where it runs, and beside whom

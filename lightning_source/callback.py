@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_source._trainer import (
@@ -18,12 +19,13 @@ from lightning_source._trainer import (
     check_trainer,
     loads_tuner_checkpoint,
     other_callbacks,
+    present_loader,
     ranks_of,
     run_directory,
     training_loader,
 )
 from lightning_source.attribution import AttributingCallback
-from lightning_source.capture.data import examples_of
+from lightning_source.capture.data import same_data, training_examples
 from lightning_source.names import has_uninitialized
 from lightning_source.recording.manifest import Settings, check_choice
 from lightning_source.recording.session import RecordingSession, SessionState
@@ -109,6 +111,8 @@ class SourceCallback(AttributingCallback):
         self._next_name: str | None = None
         self._trains = False
         self._waits = False
+        self._loader: DataLoader[Any] | None = None  # of the present epoch
+        self._reloaded = False
         self._factor_seconds = 0.0
 
     @property
@@ -168,13 +172,30 @@ class SourceCallback(AttributingCallback):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loader = training_loader(trainer)
-        examples = None if loader is None else examples_of(loader)
-        index = ranks_of(trainer).on_rank_zero(lambda: self._session.begin(examples, self._next_name))
+        examples = None if loader is None else training_examples(loader)
+        index = ranks_of(trainer).on_rank_zero(lambda: self._session.begin(examples, self._next_name, loader))
+        self._loader, self._reloaded = loader, False
         self._next_name = None
         if index is not None:
             self._stage_data[index] = (pl_module, examples)
 
     # ---------------------------------------------------------------- during training
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loader, earlier = present_loader(trainer), self._loader
+        if loader is None or earlier is None or loader is earlier:
+            return
+        self._session.load_from(loader)
+        self._loader = loader
+        if not self._reloaded and not same_data(loader.dataset, earlier.dataset):
+            self._reloaded = True
+            rank_zero_warn(
+                f"SourceCallback: the training data were loaded anew for epoch {trainer.current_epoch}"
+                " (`reload_dataloaders_every_n_epochs`). Scores are those of the data of the first epoch, as if every"
+                " epoch had trained on them; where later epochs' examples are others, nothing is known of these. HINT:"
+                " call `fit` for each set of data, which makes it a stage of its own."
+            )
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -244,3 +265,4 @@ class SourceCallback(AttributingCallback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._session.detach()
+        self._loader = None

@@ -98,8 +98,7 @@ def evaluate(
         NoLoss: the step gives none.
         FloatingPointError: the loss is not finite.
     """
-    batches = Examples(data.dataset, len(ids), data.collate)
-    (_, batch), *_ = batches.batches(ids)
+    (_, batch), *_ = data.in_batches_of(len(ids)).batches(ids)
     if batch is None:
         raise NoLoss("the collate function gives no batch")
     workspace.begin_step()
@@ -107,7 +106,9 @@ def evaluate(
         to_module(batch, workspace.module, workspace.hooks), len(ids), recording, hooked
     )
     if not torch.isfinite(losses.loss):
-        raise FloatingPointError(f"the objective is {losses.loss.item()} on examples {shorten(torch.tensor(ids))}")
+        raise FloatingPointError(
+            f"the objective is {losses.loss.item()} on examples {shorten(data.named(torch.tensor(ids)))}"
+        )
     return losses
 
 

@@ -85,7 +85,7 @@ def prepare(
 
 
 def _probe(workspace: Workspace, coverage: Coverage, data: Examples, ids: Sequence[int]) -> Coverage:
-    (_, batch), *_ = Examples(data.dataset, len(ids), data.collate).batches(list(ids))
+    (_, batch), *_ = data.in_batches_of(len(ids)).batches(list(ids))
     workspace.begin_step()
     batch = to_module(batch, workspace.module, workspace.hooks)
     return probe(workspace.module, workspace.objective, coverage, batch, len(ids))

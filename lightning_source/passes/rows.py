@@ -47,9 +47,9 @@ def rows_differ(workspace: Workspace, data: Examples, ids: Tensor) -> str | None
     """
     if len(ids) < 2:
         return None
-    batch = Examples(data.dataset, len(ids), data.collate)
+    batch = data.in_batches_of(len(ids))
     first, again = (_flat(workspace, batch, ids) for _ in range(2))
-    alone = Examples(data.dataset, 1, data.collate)
+    alone = data.in_batches_of(1)
     if not _close(first, again).all():
         return _random_rows_differ(workspace, batch, alone, ids)
     close = _close(first, _flat(workspace, alone, ids))

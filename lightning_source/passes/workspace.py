@@ -132,7 +132,7 @@ class Workspace:
                 continue
             total = float(values.detach().sum())
             if not math.isfinite(total):
-                raise FloatingPointError(f"the objective is {total} on {what} {shorten(index)}")
+                raise FloatingPointError(f"the objective is {total} on {what} {shorten(data.named(index))}")
             yield index, recording.captured(values, len(index))
 
     def shard(self, data: Examples, ids: Tensor | None) -> Tensor | None:
@@ -281,7 +281,7 @@ class Workspace:
             keep = hand_over if self.ranks.world_size == 1 else own.append
             with self.at(state):
                 for index, captured in self.captures(data, self.trained(), self.shard(data, ids)):
-                    keep(self._products(index, captured, vectors, bases, normalize))
+                    keep(self._products(data.named(index), captured, vectors, bases, normalize))
 
         self.ranks.on_all_ranks(own_part)
         for products in self.ranks.gather(own):

@@ -13,6 +13,7 @@ from lightning_source.recording.intervals import StepInterval
 STEPS = "steps.safetensors"
 FROZEN = "frozen.safetensors"
 FINAL = "final.safetensors"
+DRAWN = "drawn.safetensors"
 AVERAGED = "averaged.safetensors"
 
 

@@ -181,6 +181,7 @@ class StageRecord:
     coverage: Coverage | None = None  # None: no batch has given a loss yet
     seen: Seen | None = None
     frozen: str | None = None  # file of the parameters that the stage leaves alone
+    drawn: str | None = None  # file of the dataset's positions that training draws from; None: all
     log: str | None = None  # file of the step log, once the stage has ended
     final: str | None = None  # file of the parameters that the stage ended with
 

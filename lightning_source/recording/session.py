@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -15,14 +15,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from lightning_source._provenance import versions
+from lightning_source.capture.batch_sizes import BatchSizes
 from lightning_source.capture.coverage import find_blocks
-from lightning_source.capture.data import Examples, count_examples
+from lightning_source.capture.data import Examples
 from lightning_source.capture.isolation import thawed
 from lightning_source.capture.manual_optimization import numbers_of
 from lightning_source.capture.objective import Objective
 from lightning_source.names import named_parameters
+from lightning_source.recording.drawn import write_drawn
 from lightning_source.recording.manifest import ManualRecord, ResumePoint, Seen, Settings, StageRecord
 from lightning_source.recording.optimizer_hooks import OptimizerObserver, TrainingLoop
 from lightning_source.recording.recorder import Recorder
@@ -62,7 +65,7 @@ class RecordingSession:
         session = RecordingSession(Settings())
         session.prepare(model, PlainLoop([optimizer]))
         session.open("source-run")
-        session.begin(examples_of(loader))
+        session.begin(examples_of(loader), loader=loader)
         for index, batch in enumerate(loader):
             session.on_batch_start(batch, index)
             optimizer.zero_grad()
@@ -95,6 +98,7 @@ class RecordingSession:
         self._observer: OptimizerObserver | None = None
         self._seen = Seen(0, 0)
         self._batch_idx = 0
+        self._sizes = BatchSizes(None)
 
     @property
     def active(self) -> bool:
@@ -160,7 +164,9 @@ class RecordingSession:
         self.store = RunStore.create(path, overwrite)
         return self.store.path
 
-    def begin(self, examples: Examples | None, name: str | None = None) -> int | None:
+    def begin(
+        self, examples: Examples | None, name: str | None = None, loader: DataLoader[Any] | None = None
+    ) -> int | None:
         """Start to record a stage, or go on with the one that the checkpoint was taken in; gives back its index.
 
         ``None`` if that failed, which a warning has said: training goes on without a record.
@@ -168,19 +174,20 @@ class RecordingSession:
         Args:
             examples: the training examples; ``None`` if they have no ids.
             name: the stage's name; made up by default.
+            loader: what makes its batches, which tells their sizes; by default their tensors do.
 
         Raises:
             MisconfigurationException: the run has a stage of this name already, or nothing can be attributed.
         """
         try:
-            return self._begin(examples, name)
+            return self._begin(examples, name, loader)
         except MisconfigurationException:
             raise
         except Exception as error:
             self._stop(error)
             return None
 
-    def _begin(self, examples: Examples | None, name: str | None) -> int:
+    def _begin(self, examples: Examples | None, name: str | None, loader: DataLoader[Any] | None) -> int:
         assert self.store is not None
         assert self._observer is not None
         if self._recorder is not None and holds_run(self.store.path):
@@ -194,14 +201,21 @@ class RecordingSession:
             manifest.versions, manifest.settings = versions(), self.settings
             manifest.flags.history_incomplete |= bool(self._loop.steps and not manifest.stages)
             manifest.stages.append(self._new_stage(examples, name))
+            if examples is not None and examples.keys is not None:
+                self._stage.drawn = write_drawn(self.store, len(manifest.stages) - 1, examples)
         index = len(manifest.stages) - 1
         manifest.status = "running"
         self._observer.refresh()  # a checkpoint may have come between
         boundaries, scales = self.settings.boundaries, self._observer.preconditioners
         self._recorder = Recorder(self.store, self._module, self._bins, boundaries, scales, index, point)
         self._seen = self._stage.seen or Seen(0, 0)
+        self.load_from(loader)
         self._begin_phase()
         return index
+
+    def load_from(self, loader: DataLoader[Any] | None) -> None:
+        """Batches come from this loader now, which may be another in each epoch."""
+        self._sizes = BatchSizes(loader)
 
     def _new_stage(self, examples: Examples | None, name: str | None) -> StageRecord:
         assert self.store is not None
@@ -293,8 +307,9 @@ class RecordingSession:
         if self._recorder is None or self._observer is None:
             return
         with self.guarded():
-            size = count_examples(batch)
-            self._seen = Seen(self._seen.batches + 1, self._seen.examples + size)
+            size = self._sizes.of(batch_idx, batch)
+            if size is not None:
+                self._seen = Seen(self._seen.batches + 1, self._seen.examples + size)
             self._batch_idx = batch_idx
             self._observer.on_batch_start()
             if self._observer.changed():
@@ -325,8 +340,9 @@ class RecordingSession:
         if self._recorder is None:
             return
         with self.guarded():
-            self._stage.examples_per_batch = self._seen.examples / self._seen.batches
-            self._stage.seen = self._seen
+            if self._seen.batches:
+                self._stage.examples_per_batch = self._seen.examples / self._seen.batches
+                self._stage.seen = self._seen
             if self._stage.manual is not None and self._recorder.steps == self._recorder.start:
                 self._stage.manual.batch_idx = self._batch_idx  # until the first step: the index at which it comes
             self._recorder.flush()
@@ -373,6 +389,9 @@ class RecordingSession:
         manifest = self.store.manifest
         with self.guarded():
             manifest.status = status
+            if status == "finished" and (size := self._sizes.settled()) is not None:
+                self._stage.examples_per_batch = size
+            self.load_from(None)
             self._recorder.finish()
             if self._recorder.steps > self._recorder.start:
                 self.store.commit()

@@ -21,6 +21,7 @@ from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.layers import Block
 from lightning_source.passes.factors import WeightedState, factor_ids, fit_factors, squared_traces
 from lightning_source.passes.workspace import State, Workspace
+from lightning_source.recording.drawn import read_drawn
 from lightning_source.recording.intervals import StepInterval, cut, merge_all
 from lightning_source.recording.snapshots import (
     assemble,
@@ -74,7 +75,8 @@ class Run:
         self.stages: list[Stage] = []
         for index, record in enumerate(r for r in store.manifest.stages if r.final is not None):
             module = modules[min(index, len(modules) - 1)]
-            self.stages.append(Stage(index, record, self.settings.seed, module, (data or {}).get(index), hooks, ranks))
+            examples, drawn = (data or {}).get(index), read_drawn(store, index)
+            self.stages.append(Stage(index, record, self.settings.seed, module, examples, hooks, ranks, drawn))
         self.stage = self.stages[_index_of(stage, [s.name for s in self.stages])]
 
     @property

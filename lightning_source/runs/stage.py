@@ -11,6 +11,7 @@ from lightning_source.capture.data import Examples
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.passes.preparation import Preparation, prepare
 from lightning_source.passes.workspace import State, Workspace
+from lightning_source.recording.drawn import DatasetPart
 from lightning_source.recording.intervals import StepInterval, normalized_weights
 from lightning_source.recording.manifest import StageRecord
 from lightning_source.recording.parameter_groups import phase_at
@@ -45,6 +46,7 @@ class Stage:
         data: its training examples; ``None`` until something needs them.
         hooks: the LightningDataModule, if its batch-transfer hooks are part of the data.
         ranks: the processes that work on it together.
+        drawn: the part of the dataset that a sampler drew from; ``None`` for all of it.
 
     Raises:
         MisconfigurationException: the model does not match.
@@ -59,6 +61,7 @@ class Stage:
         data: Examples | None = None,
         hooks: LightningDataModule | None = None,
         ranks: Ranks = SINGLE_PROCESS,
+        drawn: DatasetPart | None = None,
     ) -> None:
         record.module.check(module)
         if record.coverage is None:
@@ -72,6 +75,7 @@ class Stage:
         self.phases = record.phases
         objective = record.objective_of(module)
         self.workspace = Workspace(module, self.coverage.blocks, objective, record.objective, seed, hooks, ranks)
+        self.drawn = drawn
         self.examples: Examples | None = None
         self.use(data)
 
@@ -80,6 +84,8 @@ class Stage:
         if data is None:
             return
         count = self.record.examples
+        if self.drawn is not None and len(data.dataset) == self.drawn.of:
+            data = data.among(self.drawn.positions)
         if count is None:
             self.record.examples = len(data)
         elif len(data) != count:
