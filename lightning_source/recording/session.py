@@ -378,6 +378,8 @@ class RecordingSession:
         if self._recorder is None or self.store is None:
             return False
         manifest = self.store.manifest
+        if self._observer is not None:
+            self._observer.report()
         with self._writing():
             manifest.status = status
             self._recorder.finish()
