@@ -96,7 +96,7 @@ def known_class(optimizer: Optimizer) -> type[Optimizer]:
 # round-off of a sum that cancels. Adam then divides noise by noise: ``P`` nears ``1/ε``, and what the passes find there
 # (they normalise by running statistics, under which such a bias does matter) is blown up by it.
 #
-# Round-off is measured against two things, and must be small beside both: the entry's own layer, since in a deep network
+# Round-off is small beside two things: the entry's own layer, since in a deep network
 # whole layers may have honest gradients far below the others'; and the largest of the biases and their like, since with
 # inputs in the millions a weight's gradient dwarfs its honest bias. Measured beside the smaller of these: biases before
 # normalisation 2e-8 to 2e-4 (growing with batch and image), honest biases above 3e-3. Only sums over everything cancel
