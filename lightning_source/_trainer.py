@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Paralle
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -68,14 +68,18 @@ class TrainerLoop:
         return self._trainer.accumulate_grad_batches
 
     @property
-    def clips_gradients(self) -> bool:
-        """Whether a step's gradient may be scaled before the optimizer sees it."""
-        return bool(self._trainer.gradient_clip_val) or is_overridden("configure_gradient_clipping", self._module)
+    def zeroes_gradients(self) -> bool:
+        """Whether ``on_before_zero_grad`` means it: an ``optimizer_zero_grad`` of the module's own need not."""
+        return not is_overridden("optimizer_zero_grad", self._module)
 
     @property
-    def scales_loss(self) -> bool:
-        """Whether a loss scaler multiplies the loss."""
-        return self._trainer.scaler is not None
+    def loss_scale(self) -> Tensor | None:
+        """What the loss scaler multiplies the loss by, on the module's device."""
+        scaler = self._trainer.scaler
+        if scaler is None:
+            return None
+        scale: Tensor = scaler.scale(torch.ones((), device=self._module.device))
+        return scale
 
     @property
     def steps(self) -> int:

@@ -42,6 +42,11 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + "/")}
 
 
+def inverse(diagonal: Tensor) -> Tensor:
+    """``1/x``, and 0 where there is 0: entries that carry nothing do so on disk and off it."""
+    return torch.where(diagonal == 0, 0.0, 1 / diagonal)
+
+
 def weighted_mean(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
     """Weighted mean of each floating-point tensor over the states that hold it, in float32 or better."""
     result = {}

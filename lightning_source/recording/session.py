@@ -388,6 +388,8 @@ class RecordingSession:
             return False
         manifest = self.store.manifest
         with self.guarded():
+            if self._observer is not None:
+                self._observer.report()
             manifest.status = status
             if status == "finished" and (size := self._sizes.settled()) is not None:
                 self._stage.examples_per_batch = size
