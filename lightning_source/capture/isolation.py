@@ -52,13 +52,14 @@ def isolated_rng(seed: int) -> Iterator[None]:
 def undisturbed(module: nn.Module, seed: int = 0) -> Iterator[None]:
     """Run passes of ``module`` in eval mode without disturbing it or the process.
 
-    Inside: every submodule in eval mode (set one by one: a user's ``train()`` may freeze parts), gradients enabled,
-    ``log`` silent, ``all_gather`` of this process alone, hooks honoured under ``torch.compile``, global generators
-    seeded with ``seed``.
+    Inside: every submodule in eval mode (set one by one: a user's ``train()`` may freeze parts), no ``.grad`` yet,
+    gradients enabled, ``log`` silent, ``all_gather`` of this process alone, hooks honoured under ``torch.compile``,
+    global generators seeded with ``seed``.
     """
     with ExitStack() as stack:
         stack.enter_context(isolated_rng(seed))
         stack.enter_context(_attributes_kept(module))
+        stack.enter_context(_gradients_aside(module))
         stack.enter_context(_eval_mode(module))
         stack.enter_context(_silent_log(module))
         stack.enter_context(_gathering_alone(module))
@@ -66,6 +67,19 @@ def undisturbed(module: nn.Module, seed: int = 0) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+@contextmanager
+def _gradients_aside(module: nn.Module) -> Iterator[None]:
+    """A step may call ``backward()`` itself: what that adds to ``.grad`` goes, and what training left there is back."""
+    gradients = [(p, p.grad) for p in module.parameters()]
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
 
 @contextmanager
@@ -172,7 +186,8 @@ class StateRestorer:
     """What the calls of a ``training_step`` write is as it was before each of them.
 
     A momentum encoder, a running centre or a counter would else drift from batch to batch, and an example's gradient
-    would depend on the batches before it. Generators go on: every batch draws its own noise.
+    would depend on the batches before it; so does ``.grad``, which each of them finds empty. Generators go on: every
+    batch draws its own noise.
 
     Args:
         module: the module, as every call is to find it.
@@ -181,15 +196,18 @@ class StateRestorer:
 
     def __init__(self, module: nn.Module, values: Mapping[int, Tensor]) -> None:
         self._kept = _SavedState()
+        self._parameters = list(module.parameters())
         for child in module.modules():
             self._kept.add(child)
-        for p in module.parameters():
+        for p in self._parameters:
             self._kept.tensors.append(_Values(p, values[id(p)] if id(p) in values else p.detach().clone()))
         self._calls = 0
 
     def __call__(self) -> None:
         """To be called before each call of the step."""
         if self._calls:
+            for parameter in self._parameters:
+                parameter.grad = None
             for restore in self._kept.contents:
                 restore()
             for tensor in self._kept.tensors:

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 from torch.overrides import TorchFunctionMode
 
+from lightning_source.capture.batch_copies import copied
 from lightning_source.capture.data import Batch
 from lightning_source.capture.layer_gradients import GradientCapture
 from lightning_source.capture.losses import Information, LossCall, read_call
@@ -310,7 +311,11 @@ class Objective:
         return Losses(loss, calls, scales, size)
 
     def step(self, batch: Batch, manual: ManualStep | None = None) -> Any:
-        """The loss that the user's ``training_step`` returns for a batch, or gives to ``manual`` where it optimizes."""
+        """The loss that the user's ``training_step`` returns for a batch, or gives to ``manual`` where it optimizes.
+
+        The step gets a copy: it may take its batch apart, and the next call finds it whole.
+        """
+        batch = copied(batch)
         with nullcontext() if manual is None else manual.in_place_of(self.module):
             arguments = (batch, self.batch_idx) if self._takes_index else (batch,)
             output = self.module.training_step(*arguments)
@@ -321,7 +326,7 @@ class Objective:
 
     def _hooked(self, hook: str, batch: Batch, tap: _LossTap) -> Tensor:
         """The mean of what the module's hook says it minimises, which stands in ``tap`` as its only call."""
-        output = getattr(self.module, hook)(batch)
+        output = getattr(self.module, hook)(copied(batch))
         tap.calls.clear()
         if hook == "attribution_losses":
             call = _plain_call(hook, output, lambda generator: output)
