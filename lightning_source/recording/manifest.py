@@ -139,12 +139,13 @@ class ModuleRecord:
 
 @dataclass(kw_only=True)
 class ManualRecord:
-    """What a module that optimizes by hand is given in place of its optimizers; see :class:`Objective`."""
+    """What a step that asks for its optimizers is given in their place; see :class:`Objective`."""
 
     optimizers: int
     schedulers: int
     attributed: int
     groups: list[list[dict[str, int | float | str | bool]]]  # the plain values of each optimizer's parameter groups
+    kinds: list[str] = field(default_factory=list)  # the optimizers' classes
     batch_idx: int = 0  # at which the attributed optimizer steps
 
 
@@ -202,7 +203,7 @@ class StageRecord:
             module: the model that is trained.
             examples: the training examples; ``None`` if they have no ids.
             maximize: whether steps go up the loss.
-            manual: how the module optimizes by hand, if it does.
+            manual: what stands for the module's optimizers, in steps by hand and in others that look at them.
             reset: names of the parameters that are not what the stage before ended with.
         """
         return cls(

@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 from lightning_source._provenance import versions
 from lightning_source.capture.coverage import find_blocks
 from lightning_source.capture.data import Examples, count_examples
+from lightning_source.capture.inert_optimizers import kind_of, numbers_of
 from lightning_source.capture.isolation import parameters_kept, thawed, undisturbed
-from lightning_source.capture.manual_optimization import numbers_of
 from lightning_source.capture.objective import Objective
 from lightning_source.capture.probe import probe
 from lightning_source.names import named_parameters
@@ -202,18 +202,19 @@ class RecordingSession:
         name = name or (f"fit-{len(stages)}" if stages else "fit")
         if name in {stage.name for stage in stages}:
             raise MisconfigurationException(f'the run has a stage "{name}" already. HINT: name the next one otherwise.')
-        by_hand = ManualRecord(
+        manual = ManualRecord(
             optimizers=len(optimizers),
             schedulers=self._loop.schedulers,
             attributed=self.optimizer,
             groups=[numbers_of(optimizer) for optimizer in optimizers],
+            kinds=[kind_of(optimizer) for optimizer in optimizers],
         )
         return StageRecord.begin(
             name,
             self._module,
             examples,
             maximize=any(rule.maximize for rule in self._observer.rules),
-            manual=by_hand if self._loop.by_hand else None,
+            manual=manual,
             reset=changed_between_stages(self.store, self._module) if stages else [],
         )
 
@@ -283,7 +284,7 @@ class RecordingSession:
         module, stage = self._module, self._stage
         own = named_parameters(module)
         groups = [[own[name] for name in column] for column in stage.phases[-1].columns]
-        if stage.manual is not None:
+        if stage.manual is not None and self._loop.by_hand:
             stage.manual.batch_idx = batch_idx
         objective = stage.objective_of(module)
         everything = [p for group in groups for p in group]  # those that are frozen again by now, too
