@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_source._trainer import optimizer_lists
 from lightning_source.capture.inert_optimizers import InertOptimizer, InertScheduler, inert_optimizer
+from lightning_source.capture.trainer_view import TrainerView
 
 ItemT = TypeVar("ItemT")
 
@@ -129,7 +130,11 @@ class ManualStep:
         def lr_schedulers() -> Any:
             return _one_or_all(self.schedulers) if self.schedulers else None
 
-        with _replaced(module, {"optimizers": optimizers, "lr_schedulers": lr_schedulers}):
+        view = vars(module).get("_trainer")
+        with ExitStack() as stack:
+            stack.enter_context(_replaced(module, {"optimizers": optimizers, "lr_schedulers": lr_schedulers}))
+            if isinstance(view, TrainerView):
+                stack.enter_context(_replaced(view, {"stand_ins": self}))
             yield
 
 

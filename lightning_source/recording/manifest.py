@@ -16,7 +16,9 @@ from torch import nn
 from lightning_source.capture.coverage import Coverage
 from lightning_source.capture.data import Examples
 from lightning_source.capture.objective import Objective, ObjectiveSpec
+from lightning_source.capture.trainer_view import TrainerFacts
 from lightning_source.names import named_parameters
+from lightning_source.recording.epochs import EpochMark
 from lightning_source.recording.intervals import StepInterval
 from lightning_source.recording.parameter_groups import Phase
 from lightning_source.recording.step_log import StepRecord
@@ -163,6 +165,7 @@ class Progress:
     phases: tuple[Phase, ...] = ()
     coverage: Coverage | None = None
     seen: Seen | None = None
+    epochs: tuple[EpochMark, ...] = ()
 
 
 @dataclass(kw_only=True)
@@ -181,6 +184,8 @@ class StageRecord:
     reset: list[str]  # parameters that are not what the stage before ended with
     coverage: Coverage | None = None  # None: no batch has given a loss yet
     seen: Seen | None = None
+    epochs: tuple[EpochMark, ...] = ()  # when they began
+    trainer: TrainerFacts | None = None  # what a step may read off it; None: it had none
     frozen: str | None = None  # file of the parameters that the stage leaves alone
     log: str | None = None  # file of the step log, once the stage has ended
     final: str | None = None  # file of the parameters that the stage ended with
@@ -195,6 +200,7 @@ class StageRecord:
         maximize: bool,
         manual: ManualRecord | None = None,
         reset: Sequence[str] = (),
+        trainer: TrainerFacts | None = None,
     ) -> StageRecord:
         """A stage before its first step.
 
@@ -205,6 +211,7 @@ class StageRecord:
             maximize: whether steps go up the loss.
             manual: what stands for the module's optimizers, in steps by hand and in others that look at them.
             reset: names of the parameters that are not what the stage before ended with.
+            trainer: what a step may read off the Trainer.
         """
         return cls(
             name=name,
@@ -216,6 +223,7 @@ class StageRecord:
             manual=manual,
             maximize=maximize,
             reset=list(reset),
+            trainer=trainer,
         )
 
     def objective_of(self, module: LightningModule) -> Objective:
@@ -224,11 +232,12 @@ class StageRecord:
 
     def progress(self) -> Progress:
         """What is to come back when the stage goes on from here."""
-        return Progress(phases=self.phases, coverage=self.coverage, seen=self.seen)
+        return Progress(phases=self.phases, coverage=self.coverage, seen=self.seen, epochs=self.epochs)
 
     def restore(self, progress: Progress) -> None:
         """Go back to an earlier state."""
         self.phases, self.coverage, self.seen = progress.phases, progress.coverage, progress.seen
+        self.epochs = progress.epochs
 
 
 @dataclass(frozen=True)

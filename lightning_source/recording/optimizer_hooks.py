@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -59,6 +59,16 @@ class TrainingLoop(Protocol):
         ...
 
     @property
+    def epoch(self) -> int:
+        """The epoch that training is in."""
+        ...
+
+    @property
+    def facts(self) -> Mapping[str, Any] | None:
+        """What a step may read off the Trainer, by :class:`~lightning_source.capture.trainer_view.TrainerFacts`."""
+        ...
+
+    @property
     def within_epoch(self) -> bool:
         """Whether training, about to start, goes on within an epoch, whose data come in another order."""
         ...
@@ -80,6 +90,8 @@ class PlainLoop:
     by_hand: bool = False
     scales_loss: bool = False
     steps: int = 0
+    epoch: int = 0
+    facts: Mapping[str, Any] | None = None
     within_epoch: bool = False
     more_in_first_epoch: bool = False
 

@@ -24,7 +24,9 @@ from lightning_source.capture.inert_optimizers import kind_of, numbers_of
 from lightning_source.capture.isolation import parameters_kept, thawed, undisturbed
 from lightning_source.capture.objective import Objective
 from lightning_source.capture.probe import probe
+from lightning_source.capture.trainer_view import TrainerFacts
 from lightning_source.names import named_parameters
+from lightning_source.recording.epochs import EpochMark, moment_at, with_mark
 from lightning_source.recording.manifest import ManualRecord, ResumePoint, Seen, Settings, StageRecord
 from lightning_source.recording.optimizer_hooks import OptimizerObserver, TrainingLoop
 from lightning_source.recording.recorder import Recorder
@@ -216,6 +218,7 @@ class RecordingSession:
             maximize=any(rule.maximize for rule in self._observer.rules),
             manual=manual,
             reset=changed_between_stages(self.store, self._module) if stages else [],
+            trainer=None if self._loop.facts is None else TrainerFacts(**self._loop.facts),
         )
 
     def _resume_point(self) -> ResumePoint | None:
@@ -270,6 +273,7 @@ class RecordingSession:
         with self._writing():
             size = count_examples(batch)
             self._seen = Seen(self._seen.batches + 1, self._seen.examples + size)
+            self._mark_epoch()
             self._observer.on_batch_start()
             if self._observer.changed():
                 self._recorder.flush(force=True)  # while the old optimizer's moments can be read
@@ -277,6 +281,21 @@ class RecordingSession:
                 self._begin_phase()
             if not self._probed:
                 self._probe(batch, size, batch_idx)
+
+    def _mark_epoch(self) -> None:
+        """Remember when an epoch began: steps that read the Trainer see its counters again in passes."""
+        assert self._recorder is not None
+        stage, loop = self._stage, self._loop
+        if stage.trainer is not None and (not stage.epochs or stage.epochs[-1].epoch != loop.epoch):
+            stage.epochs = with_mark(stage.epochs, EpochMark(self._recorder.steps, loop.epoch, loop.steps))
+
+    def _mark_end(self) -> None:
+        """The same at the end of training, where the Trainer's steps cannot be told from those that were recorded."""
+        assert self._recorder is not None
+        steps, epochs = self._recorder.steps, self._stage.epochs
+        moment = moment_at(epochs, steps)
+        if moment is not None and moment.global_step != self._loop.steps:
+            self._stage.epochs = (*epochs, EpochMark(steps, moment.current_epoch, self._loop.steps))
 
     def _probe(self, batch: object, size: int, batch_idx: int) -> None:
         """Find out on a real batch what can be attributed, and say so once."""
@@ -381,6 +400,7 @@ class RecordingSession:
         manifest = self.store.manifest
         with self._writing():
             manifest.status = status
+            self._mark_end()
             self._recorder.finish()
             if self._recorder.steps > self._recorder.start:
                 self.store.commit()

@@ -67,7 +67,9 @@ class Stage:
         self.coverage = record.coverage
         self.phases = record.phases
         objective = record.objective_of(module)
-        self.workspace = Workspace(module, self.coverage.blocks, objective, record.objective, seed, hooks, ranks)
+        self.workspace = Workspace(
+            module, self.coverage.blocks, objective, record.objective, seed, hooks, ranks, facts=record.trainer
+        )
         self.examples: Examples | None = None
         self.use(data)
 
