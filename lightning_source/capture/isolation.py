@@ -24,6 +24,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_source._trainer import gathers, silent_loggers
+from lightning_source.capture.modes import EVAL, PassMode, in_mode
 
 # A plain tensor attribute up to this many scalars (a running statistic) is kept by value, a larger one by reference,
 # and so is everything after this many scalars and items in all (a data set that the module holds).
@@ -49,18 +50,17 @@ def isolated_rng(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(module: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Run passes of ``module`` in eval mode without disturbing it or the process.
+def undisturbed(module: nn.Module, seed: int = 0, mode: PassMode = EVAL) -> Iterator[None]:
+    """Run passes of ``module`` without disturbing it or the process, by default in eval mode.
 
-    Inside: every submodule in eval mode (set one by one: a user's ``train()`` may freeze parts), no ``.grad`` yet,
-    gradients enabled, ``log`` silent, ``all_gather`` of this process alone, hooks honoured under ``torch.compile``,
-    global generators seeded with ``seed``.
+    Inside: every submodule in that mode, no ``.grad`` yet, gradients enabled, ``log`` silent, ``all_gather`` of this
+    process alone, hooks honoured under ``torch.compile``, global generators seeded with ``seed``.
     """
     with ExitStack() as stack:
         stack.enter_context(isolated_rng(seed))
         stack.enter_context(_attributes_kept(module))
         stack.enter_context(_gradients_aside(module))
-        stack.enter_context(_eval_mode(module))
+        stack.enter_context(in_mode(module, mode))
         stack.enter_context(_silent_log(module))
         stack.enter_context(_gathering_alone(module))
         stack.enter_context(torch.inference_mode(False))
@@ -80,18 +80,6 @@ def _gradients_aside(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    modes = [(child, child.training) for child in module.modules()]
-    try:
-        for child, _ in modes:
-            child.training = False
-        yield
-    finally:
-        for child, mode in modes:
-            child.training = mode
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_source.capture.coverage import Coverage
 from lightning_source.capture.data import Examples
+from lightning_source.capture.modes import Mode
 from lightning_source.capture.objective import Objective, ObjectiveSpec
 from lightning_source.capture.trainer_view import TrainerFacts
 from lightning_source.names import named_parameters
@@ -58,6 +59,7 @@ class Settings:
     factor_examples: int | None = 5000
     label_samples: int = 1
     seed: int = 0
+    passes: Literal["auto", "eval", "train"] = "auto"  # the mode that passes call the module in
 
     @property
     def segment_count(self) -> int:
@@ -86,6 +88,7 @@ class Settings:
             if value < 1:
                 raise ValueError(f"`{name}={value}` must be at least 1")
         check_choice("snapshots", self.snapshots, ("mean", "point"))
+        check_choice("passes", self.passes, ("auto", "eval", "train"))
         check_choice("curvature", self.curvature, ("ekfac", "kfac", "diagonal"))
 
 
@@ -185,6 +188,8 @@ class StageRecord:
     coverage: Coverage | None = None  # None: no batch has given a loss yet
     seen: Seen | None = None
     epochs: tuple[EpochMark, ...] = ()  # when they began
+    mode: Mode = "eval"  # that passes call the module in
+    evaluating: tuple[str, ...] = ()  # modules that training itself keeps in eval mode
     trainer: TrainerFacts | None = None  # what a step may read off it; None: it had none
     frozen: str | None = None  # file of the parameters that the stage leaves alone
     log: str | None = None  # file of the step log, once the stage has ended

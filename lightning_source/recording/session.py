@@ -25,7 +25,7 @@ from lightning_source.capture.isolation import parameters_kept, thawed, undistur
 from lightning_source.capture.objective import Objective
 from lightning_source.capture.probe import probe
 from lightning_source.capture.trainer_view import TrainerFacts
-from lightning_source.names import named_parameters
+from lightning_source.names import named_modules, named_parameters
 from lightning_source.recording.epochs import EpochMark, moment_at, with_mark
 from lightning_source.recording.manifest import ManualRecord, ResumePoint, Seen, Settings, StageRecord
 from lightning_source.recording.optimizer_hooks import OptimizerObserver, TrainingLoop
@@ -274,6 +274,9 @@ class RecordingSession:
             size = count_examples(batch)
             self._seen = Seen(self._seen.batches + 1, self._seen.examples + size)
             self._mark_epoch()
+            if self._seen.batches == 1:
+                own = named_modules(self._module)
+                self._stage.evaluating = tuple(name for name, child in own.items() if not child.training)
             self._observer.on_batch_start()
             if self._observer.changed():
                 self._recorder.flush(force=True)  # while the old optimizer's moments can be read

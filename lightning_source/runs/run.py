@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_source.capture.data import Examples
+from lightning_source.capture.modes import Mode
 from lightning_source.capture.objective import ObjectiveSpec
 from lightning_source.capture.trainer_view import Moment
 from lightning_source.curvature.ekfac import BlockFactors, CovarianceSums, Factors
@@ -267,11 +268,16 @@ class Run:
             per_batch = stage.record.examples_per_batch or stage.data.batch_size
             state = final_parameters(self.store, stage.index)
 
-            def learn() -> ObjectiveSpec:
+            def learn() -> tuple[Mode, ObjectiveSpec]:
+                chosen = self.settings.passes
+                mode = stage.workspace.choose_mode(state, stage.data) if chosen == "auto" else chosen
+                stage.workspace.mode = replace(stage.workspace.mode, kind=mode)
                 with stage.workspace.at(state):
-                    return calibrate(stage.workspace, stage.data, per_batch, stage.record.maximize)
+                    return mode, calibrate(stage.workspace, stage.data, per_batch, stage.record.maximize)
 
-            stage.workspace.spec = stage.record.objective = self.ranks.on_rank_zero(learn)
+            stage.record.mode, spec = self.ranks.on_rank_zero(learn)
+            stage.workspace.mode = replace(stage.workspace.mode, kind=stage.record.mode)
+            stage.workspace.spec = stage.record.objective = spec
             self.store.commit()
 
     def snapshot_factors(self, segment: Segment, which: str = "mean") -> Factors:

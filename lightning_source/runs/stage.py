@@ -8,6 +8,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_source.capture.data import Examples
+from lightning_source.capture.modes import PassMode
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.passes.workspace import Workspace
 from lightning_source.recording.intervals import StepInterval, normalized_weights
@@ -68,7 +69,15 @@ class Stage:
         self.phases = record.phases
         objective = record.objective_of(module)
         self.workspace = Workspace(
-            module, self.coverage.blocks, objective, record.objective, seed, hooks, ranks, facts=record.trainer
+            module,
+            self.coverage.blocks,
+            objective,
+            record.objective,
+            seed,
+            hooks,
+            ranks,
+            facts=record.trainer,
+            mode=PassMode(record.mode, record.evaluating),
         )
         self.examples: Examples | None = None
         self.use(data)
