@@ -87,6 +87,16 @@ class TrainerLoop:
         return self._trainer.global_step
 
     @property
+    def epoch(self) -> int:
+        """The epoch that it is in."""
+        return self._trainer.current_epoch
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a step may read off the Trainer; see :func:`facts_of`."""
+        return facts_of(self._trainer)
+
+    @property
     def within_epoch(self) -> bool:
         """Whether training resumes within an epoch; its loader starts again, in another order."""
         return 0 < self._trainer.fit_loop.epoch_loop.batch_progress.current.ready < self._trainer.num_training_batches
@@ -226,21 +236,30 @@ def loads_tuner_checkpoint(trainer: Trainer) -> bool:
 # ---------------------------------------------------------------- what a module knows of it
 
 
-def _trainer_of(module: nn.Module) -> Any:
-    """The Trainer that a module is attached to; ``None`` if there is none."""
-    return getattr(module, "_trainer", None)
+def trainer_of(module: nn.Module) -> Any:
+    """The Trainer that a module is attached to, itself where the module sees a stand-in; ``None`` if there is none."""
+    trainer = getattr(module, "_trainer", None)
+    return getattr(trainer, "real_trainer", trainer)
+
+
+def facts_of(trainer: Any) -> dict[str, Any]:
+    """Numbers of a fit that a ``training_step`` may read off its Trainer; ``None`` for infinitely many batches."""
+    batches = trainer.num_training_batches
+    names = ("max_epochs", "max_steps", "accumulate_grad_batches", "log_every_n_steps", "world_size", "num_devices")
+    numbers = {name: getattr(trainer, name) for name in names}
+    return numbers | {"num_training_batches": None if batches == float("inf") else int(batches)}
 
 
 def optimizer_lists(module: nn.Module) -> list[Sequence[Any]]:
     """The optimizers that a ``training_step`` may hold on to: torch's own, and Lightning's wrappers of them."""
-    trainer = _trainer_of(module)
+    trainer = trainer_of(module)
     return [] if trainer is None else [trainer.optimizers, list(trainer.strategy._lightning_optimizers)]
 
 
 @contextmanager
 def silent_loggers(module: nn.Module) -> Iterator[None]:
     """Inside, the loggers that the module writes to take nothing."""
-    trainer = _trainer_of(module)
+    trainer = trainer_of(module)
     loggers = trainer.loggers if trainer is not None else []
     try:
         if loggers:
@@ -253,6 +272,6 @@ def silent_loggers(module: nn.Module) -> Iterator[None]:
 
 def gathers(module: LightningModule) -> bool:
     """Whether Lightning would gather from processes, even if there is only one, and so add a dimension."""
-    owner: Any = module.fabric if module.fabric is not None else _trainer_of(module)
+    owner: Any = module.fabric if module.fabric is not None else trainer_of(module)
     parallel = isinstance(getattr(owner, "strategy", None), (ParallelStrategy, FabricParallelStrategy))
     return parallel and dist.is_available() and dist.is_initialized()

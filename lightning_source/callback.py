@@ -58,6 +58,8 @@ class SourceCallback(AttributingCallback):
         mode: ``"fit"`` computes factors when training ends, ``"deferred"`` when scores are first asked for.
         optimizer: where the module has several optimizers, the index of the one whose parameters are attributed.
         overwrite: replace the run that ``dirpath`` holds.
+        passes: the mode that the module is called in after training: ``"eval"``, ``"train"`` (without dropout and
+            statistics of the batch), or ``"auto"``: ``"eval"`` unless the module computes something else there.
         seed: seeds sampled labels and the choice of factor examples.
 
     Raises:
@@ -87,6 +89,7 @@ class SourceCallback(AttributingCallback):
         optimizer: int | None = None,
         overwrite: bool = False,
         seed: int = 0,
+        passes: Literal["auto", "eval", "train"] = "auto",
     ) -> None:
         super().__init__(dirpath, measurement)
         if isinstance(segments, str):
@@ -106,6 +109,7 @@ class SourceCallback(AttributingCallback):
             factor_examples=factor_examples,
             label_samples=label_samples,
             seed=seed,
+            passes=passes,
         )
         self._session = RecordingSession(self.settings, include, exclude, optimizer or 0)
         self._next_name: str | None = None

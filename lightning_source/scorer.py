@@ -169,6 +169,7 @@ class SourceScorer:
         set_rate(self.run, rate)
         return self
 
+    @torch.inference_mode(False)  # gradients are taken, whatever the mode that the question is asked in
     def score(
         self,
         query: Any,
@@ -257,6 +258,7 @@ class SourceScorer:
             start = rows.stop
         return extra_metadata
 
+    @torch.inference_mode(False)
     def self_influence(self, train: Any = None, *, train_ids: Sequence[int] | Tensor | None = None) -> Tensor:
         """Each training example's SOURCE score on its own loss: how much of its fit is owed to itself.
 

@@ -15,6 +15,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset, default_collate
 
+from lightning_source.capture.batch_copies import copied
 from lightning_source.capture.batch_sizes import leading_lengths, most_common
 from lightning_source.capture.isolation import isolated_rng
 from lightning_source.capture.samplers import batches_drawn_by, drawn_by, fetches_batches, iterated
@@ -331,14 +332,15 @@ def count_examples(batch: Batch) -> int:
 
 
 def to_module(batch: Batch, module: LightningModule, hooks: LightningDataModule | None = None) -> Batch:
-    """Through the user's three batch-transfer hooks onto the module's device.
+    """A copy of a batch through the user's three batch-transfer hooks onto the module's device.
 
     Args:
-        batch: a batch from a loader.
+        batch: a batch from a loader, or the user's own; the hooks may write into what they get, so they get a copy.
         module: the LightningModule.
         hooks: the LightningDataModule, whose hooks take precedence as they do in ``fit``.
     """
     device = module.device
+    batch = copied(batch)
     for name, arguments in (
         ("on_before_batch_transfer", (0,)),
         ("transfer_batch_to_device", (device, 0)),

@@ -53,11 +53,16 @@ def quiet_training(module: nn.Module) -> Iterator[None]:
     try:
         for child in noisy:
             child.training = False
-        with _QuietFunctions():
+        with quiet_functions():
             yield
     finally:
         for child in noisy:
             child.training = True
+
+
+def quiet_functions() -> TorchFunctionMode:
+    """Inside, functions draw no dropout and use running statistics where they are given some."""
+    return _QuietFunctions()
 
 
 class _QuietFunctions(TorchFunctionMode):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +60,16 @@ class TrainingLoop(Protocol):
         ...
 
     @property
+    def epoch(self) -> int:
+        """The epoch that training is in."""
+        ...
+
+    @property
+    def facts(self) -> Mapping[str, Any] | None:
+        """What a step may read off the Trainer, by :class:`~lightning_source.capture.trainer_view.TrainerFacts`."""
+        ...
+
+    @property
     def within_epoch(self) -> bool:
         """Whether training, about to start, goes on within an epoch, whose data come in another order."""
         ...
@@ -76,6 +86,8 @@ class PlainLoop:
     zeroes_gradients: bool = True
     loss_scale: Tensor | None = None
     steps: int = 0
+    epoch: int = 0
+    facts: Mapping[str, Any] | None = None
     within_epoch: bool = False
 
 

@@ -21,11 +21,13 @@ from lightning_source._provenance import versions
 from lightning_source.capture.batch_sizes import BatchSizes
 from lightning_source.capture.coverage import find_blocks
 from lightning_source.capture.data import Examples
+from lightning_source.capture.inert_optimizers import kind_of, numbers_of
 from lightning_source.capture.isolation import thawed
-from lightning_source.capture.manual_optimization import numbers_of
 from lightning_source.capture.objective import Objective
-from lightning_source.names import named_parameters
+from lightning_source.capture.trainer_view import TrainerFacts
+from lightning_source.names import named_modules, named_parameters
 from lightning_source.recording.drawn import write_drawn
+from lightning_source.recording.epochs import EpochMark, moment_at, with_mark
 from lightning_source.recording.manifest import ManualRecord, ResumePoint, Seen, Settings, StageRecord
 from lightning_source.recording.optimizer_hooks import OptimizerObserver, TrainingLoop
 from lightning_source.recording.recorder import Recorder
@@ -98,6 +100,7 @@ class RecordingSession:
         self._observer: OptimizerObserver | None = None
         self._seen = Seen(0, 0)
         self._batch_idx = 0
+        self._first_batch = True
         self._sizes = BatchSizes(None)
 
     @property
@@ -209,6 +212,7 @@ class RecordingSession:
         boundaries, scales = self.settings.boundaries, self._observer.preconditioners
         self._recorder = Recorder(self.store, self._module, self._bins, boundaries, scales, index, point)
         self._seen = self._stage.seen or Seen(0, 0)
+        self._first_batch = True
         self.load_from(loader)
         self._begin_phase()
         return index
@@ -224,19 +228,21 @@ class RecordingSession:
         name = name or (f"fit-{len(stages)}" if stages else "fit")
         if name in {stage.name for stage in stages}:
             raise MisconfigurationException(f'the run has a stage "{name}" already. HINT: name the next one otherwise.')
-        by_hand = ManualRecord(
+        manual = ManualRecord(
             optimizers=len(optimizers),
             schedulers=self._loop.schedulers,
             attributed=self.optimizer,
             groups=[numbers_of(optimizer) for optimizer in optimizers],
+            kinds=[kind_of(optimizer) for optimizer in optimizers],
         )
         return StageRecord.begin(
             name,
             self._module,
             examples,
             maximize=any(rule.maximize for rule in self._observer.rules),
-            manual=by_hand if self._loop.by_hand else None,
+            manual=manual,
             reset=changed_between_stages(self.store, self._module) if stages else [],
+            trainer=None if self._loop.facts is None else TrainerFacts(**self._loop.facts),
         )
 
     def _resume_point(self) -> ResumePoint | None:
@@ -311,11 +317,31 @@ class RecordingSession:
             if size is not None:
                 self._seen = Seen(self._seen.batches + 1, self._seen.examples + size)
             self._batch_idx = batch_idx
+            self._mark_epoch()
+            if self._first_batch:
+                self._first_batch = False
+                own = named_modules(self._module)
+                self._stage.evaluating = tuple(name for name, child in own.items() if not child.training)
             self._observer.on_batch_start()
             if self._observer.changed():
                 self._recorder.flush(force=True)  # while the old optimizer's moments can be read
                 self._observer.refresh()
                 self._begin_phase()
+
+    def _mark_epoch(self) -> None:
+        """Remember when an epoch began: steps that read the Trainer see its counters again in passes."""
+        assert self._recorder is not None
+        stage, loop = self._stage, self._loop
+        if stage.trainer is not None and (not stage.epochs or stage.epochs[-1].epoch != loop.epoch):
+            stage.epochs = with_mark(stage.epochs, EpochMark(self._recorder.steps, loop.epoch, loop.steps))
+
+    def _mark_end(self) -> None:
+        """The same at the end of training, where the Trainer's steps cannot be told from those that were recorded."""
+        assert self._recorder is not None
+        steps, epochs = self._recorder.steps, self._stage.epochs
+        moment = moment_at(epochs, steps)
+        if moment is not None and moment.global_step != self._loop.steps:
+            self._stage.epochs = (*epochs, EpochMark(steps, moment.current_epoch, self._loop.steps))
 
     def on_zero_grad(self) -> None:
         """Gradients were zeroed: a window of micro-batches begins."""
@@ -343,7 +369,7 @@ class RecordingSession:
             if self._seen.batches:
                 self._stage.examples_per_batch = self._seen.examples / self._seen.batches
                 self._stage.seen = self._seen
-            if self._stage.manual is not None and self._recorder.steps == self._recorder.start:
+            if self._stage.manual is not None and self._loop.by_hand and self._recorder.steps == self._recorder.start:
                 self._stage.manual.batch_idx = self._batch_idx  # until the first step: the index at which it comes
             self._recorder.flush()
 
@@ -394,6 +420,7 @@ class RecordingSession:
             if status == "finished" and (size := self._sizes.settled()) is not None:
                 self._stage.examples_per_batch = size
             self.load_from(None)
+            self._mark_end()
             self._recorder.finish()
             if self._recorder.steps > self._recorder.start:
                 self.store.commit()

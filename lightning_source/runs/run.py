@@ -14,14 +14,19 @@ from torch import Tensor
 
 from lightning_source.capture.coverage import Coverage
 from lightning_source.capture.data import Examples, GivenBatches, to_module
+from lightning_source.capture.modes import Mode
 from lightning_source.capture.objective import NoLoss
+from lightning_source.capture.trainer_view import Moment
 from lightning_source.curvature.ekfac import BlockFactors, CovarianceSums, Factors
 from lightning_source.curvature.unroll import SegmentCurvature
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.layers import Block
 from lightning_source.passes.factors import WeightedState, factor_ids, fit_factors, squared_traces
-from lightning_source.passes.workspace import State, Workspace
+from lightning_source.passes.preparation import Preparation
+from lightning_source.passes.states import State, StateAt, moment_of
+from lightning_source.passes.workspace import Workspace
 from lightning_source.recording.drawn import read_drawn
+from lightning_source.recording.epochs import moment_at
 from lightning_source.recording.intervals import StepInterval, cut, merge_all
 from lightning_source.recording.snapshots import (
     assemble,
@@ -77,6 +82,8 @@ class Run:
             module = modules[min(index, len(modules) - 1)]
             examples, drawn = (data or {}).get(index), read_drawn(store, index)
             self.stages.append(Stage(index, record, self.settings.seed, module, examples, hooks, ranks, drawn))
+            last = max((s.last for s in self.snapshots if s.stage == index), default=0)
+            self.stages[-1].workspace.end = moment_at(record.epochs, last)
         self.stage = self.stages[_index_of(stage, [s.name for s in self.stages])]
 
     @property
@@ -263,7 +270,8 @@ class Run:
 
     def for_query(self, state: State) -> State:
         """Parameters of the asked stage for the final model: what came only later has its final value."""
-        return self._overlaid(self.final(), state)
+        moment = moment_of(state) if self.stage is self.stages[-1] else None  # the last stage does the asking
+        return StateAt(self._overlaid(self.final(), state), moment)
 
     def _overlaid(self, base: State, over: State) -> State:
         changed = self._changed()
@@ -272,11 +280,15 @@ class Run:
 
     def state(self, snapshot: StepInterval, which: str) -> State:
         """A snapshot's parameters: ``"mean"`` over its steps, or at the ``"point"`` in its middle."""
-        return snapshot_parameters(self.store, snapshot, which)
+        return StateAt(snapshot_parameters(self.store, snapshot, which), self._middle_of(snapshot))
 
     def mean_state(self, segment: Segment) -> State:
         """The parameters averaged over a whole segment (Fast-SOURCE)."""
-        return mean_parameters(self.store, segment.snapshots)
+        return StateAt(mean_parameters(self.store, segment.snapshots), self._middle_of(segment.stretch))
+
+    def _middle_of(self, interval: StepInterval) -> Moment | None:
+        """What a step that reads the Trainer is shown at parameters that stand for an interval."""
+        return moment_at(self.stages[interval.stage].record.epochs, (interval.first + interval.last) // 2)
 
     def calibrate(self) -> None:
         """The objectives' scales, learnt from the training examples where the run does not hold them yet."""
@@ -286,8 +298,16 @@ class Run:
     def _calibrate(self, stage: Stage) -> None:
         if stage.workspace.spec is None:
             state = final_parameters(self.store, stage.index)
-            before = stage.coverage
-            stage.enter(self.ranks.on_rank_zero(lambda: stage.prepare(state)))
+            before, chosen = stage.coverage, self.settings.passes
+
+            def learn() -> tuple[Mode, Preparation]:
+                mode = stage.workspace.choose_mode(state, stage.data) if chosen == "auto" else chosen
+                stage.workspace.mode = replace(stage.workspace.mode, kind=mode)
+                return mode, stage.prepare(state)
+
+            stage.record.mode, preparation = self.ranks.on_rank_zero(learn)
+            stage.workspace.mode = replace(stage.workspace.mode, kind=stage.record.mode)
+            stage.enter(preparation)
             self.store.commit()
             _report(stage, before)
 

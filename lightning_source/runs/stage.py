@@ -8,6 +8,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_source.capture.data import Examples
+from lightning_source.capture.modes import PassMode
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.passes.preparation import Preparation, prepare
 from lightning_source.passes.workspace import State, Workspace
@@ -74,7 +75,17 @@ class Stage:
         self.coverage = record.coverage
         self.phases = record.phases
         objective = record.objective_of(module)
-        self.workspace = Workspace(module, self.coverage.blocks, objective, record.objective, seed, hooks, ranks)
+        self.workspace = Workspace(
+            module,
+            self.coverage.blocks,
+            objective,
+            record.objective,
+            seed,
+            hooks,
+            ranks,
+            facts=record.trainer,
+            mode=PassMode(record.mode, record.evaluating),
+        )
         self.drawn = drawn
         self.examples: Examples | None = None
         self.use(data)

@@ -112,11 +112,10 @@ class Trace:
 def unchanged(module: nn.Module, seed: int = 0) -> Iterator[None]:
     """Training inside leaves the module, its modes, buffers and gradients and the process's generators as they were."""
     with undisturbed(module, seed):
-        saved = [(p, p.detach().clone(), p.grad) for p in module.parameters()]
+        saved = [(p, p.detach().clone()) for p in module.parameters()]
         try:
             yield
         finally:
             with torch.no_grad():
-                for parameter, values, gradient in saved:
+                for parameter, values in saved:
                     parameter.copy_(values)
-                    parameter.grad = gradient
