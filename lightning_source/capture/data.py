@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from lightning_source.capture.isolation import isolated_rng
+
+_EMPTY_QUERY = "the query is empty: there is nothing to attribute."
 
 Batch = object  # what the user's training_step takes
 NumberedBatch = tuple[Tensor, Batch]  # with the ids of its examples
@@ -139,11 +141,14 @@ def query_of(query: object, like: Examples | None, batch_size: int | None = None
         with isolated_rng(0):  # an iterator draws its base seed, and the dataset what it likes
             examples: Examples | GivenBatches = GivenBatches(list(query))
     elif isinstance(query, (DataLoader, Dataset)):
+        dataset: object = query.dataset if isinstance(query, DataLoader) else query
+        if isinstance(dataset, Sized) and not len(dataset):
+            raise MisconfigurationException(_EMPTY_QUERY)
         examples = examples_of(query, batch_size, like)
     else:
         examples = GivenBatches([query])
     if len(examples) == 0:
-        raise MisconfigurationException("the query is empty: there is nothing to attribute.")
+        raise MisconfigurationException(_EMPTY_QUERY)
     return examples
 
 
