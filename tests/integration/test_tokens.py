@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Classifier, fitted
+from helpers import Classifier, close, fitted
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -48,7 +48,7 @@ def test_a_small_gpt_from_end_to_end(tmp_path, optimizer):
         one = trainer.attribute(query, method=method, batch_size=1).values
         many = trainer.attribute(query, method=method, batch_size=12).values
         assert one.shape == (3, 12)
-        torch.testing.assert_close(one, many, rtol=0, atol=1e-4 * float(many.abs().max()))
+        close(one, many, 1e-4)
         assert many.abs().max() > 0
 
 
@@ -63,11 +63,11 @@ def test_an_embedding_from_end_to_end(tmp_path, optimizer):
     for method in METHODS:
         together = trainer.attribute(data, method=method).values
         single = [trainer.attribute([x[i : i + 1] for x in data.tensors], method=method).values for i in (0, 5)]
-        torch.testing.assert_close(torch.cat(single), together[[0, 5]], rtol=0, atol=1e-5 * float(together.abs().max()))
+        close(torch.cat(single), together[[0, 5]])
     with trainer.callbacks[0].scorer(trainer) as scorer:
         own = scorer.self_influence()
     full = trainer.attribute(data).values
-    torch.testing.assert_close(own, full.diagonal(), rtol=0, atol=1e-5 * float(full.abs().max()))
+    close(own, full.diagonal())
 
 
 def test_an_embedding_is_the_linear_layer_of_its_one_hot_rows(tmp_path):
@@ -89,4 +89,4 @@ def test_an_embedding_is_the_linear_layer_of_its_one_hot_rows(tmp_path):
         scores.append({m: trainer.attribute([inputs[:4], labels[:4]], method=m).values for m in METHODS})
     for method in METHODS:
         one, two = (score[method] for score in scores)
-        torch.testing.assert_close(one, two, rtol=0, atol=1e-5 * float(two.abs().max()))
+        close(one, two)

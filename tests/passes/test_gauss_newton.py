@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from capture import test_losses, test_more_losses
-from helpers import classes, mlp
+from helpers import classes, close, mlp
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -141,8 +141,8 @@ def test_products_do_not_depend_on_the_batch_size_or_on_the_other_vectors():
     vectors = torch.randn(40, five.layout.width)
     whole = five(vectors)
     for other in (product_of(module, classes(11), 1), product_of(module, classes(11), 64)):
-        torch.testing.assert_close(other(vectors), whole, rtol=0, atol=float(1e-5 * whole.abs().max()))
-    torch.testing.assert_close(five(vectors[7:8]), whole[7:8], rtol=0, atol=float(1e-6 * whole.abs().max()))
+        close(other(vectors), whole)
+    close(five(vectors[7:8]), whole[7:8], 1e-6)
 
 
 def test_some_examples_and_minibatches():
@@ -213,7 +213,7 @@ def test_a_loss_that_is_not_recognised_has_its_empirical_fisher(reduction):
     assert matrix.kind == "empirical"
     expected = by_examples(matrix, cubes(module.net(data.tensors[0]), data.tensors[1]))
     expected = expected * (5 if reduction == "sum" else 1)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    close(found, expected, 1e-4)
 
 
 class Hooked(Step):
@@ -256,7 +256,7 @@ def test_a_distribution_that_the_module_names(name):
     expected = reference(matrix, information)
     found = dense(matrix)
     assert matrix.kind == "gauss-newton"
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    close(found, expected, 1e-4)
 
 
 def test_a_distribution_without_a_closed_form_is_sampled_and_stays_one_matrix():
