@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_source.capture.samplers import batches_drawn_by, is_plain, yields_of
+from lightning_source.capture.samplers import batches_drawn_by, copied, is_plain, yields_of
 
 
 class BatchSizes:
@@ -70,7 +70,7 @@ class BatchSizes:
         if loader is None or batches is None or is_plain(batches) or isinstance(batches, Sequence):
             return None
         try:
-            epoch = [list(batch) for batch in yields_of(batches, loader)]
+            epoch = [list(batch) for batch in yields_of(copied(batches, loader))]
             visits = Counter(key for batch in epoch for key in batch)
         except Exception:  # whatever the user's code raises on a copy: what was counted stays
             return None

@@ -13,7 +13,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 from lightning_source.capture.batch_copies import copied
 from lightning_source.capture.batch_sizes import leading_lengths, most_common
@@ -86,16 +94,17 @@ class Examples:
     @property
     def positions(self) -> Tensor:
         """Where each example stands in the dataset, ``[N]`` int64; in ``keys``, where those are no numbers."""
-        return torch.tensor(self._keys if self._numbered else range(len(self)), dtype=torch.int64)
+        return torch.tensor(self._keys if self.numbered else range(len(self)), dtype=torch.int64)
 
     @property
-    def _numbered(self) -> bool:
+    def numbered(self) -> bool:
+        """Whether the dataset is asked by position, not by keys of another kind."""
         return isinstance(self._keys, range) or all(isinstance(key, int) for key in self._keys)
 
     @property
     def positions_in_all(self) -> int:
         """How many positions there are, those of other examples of the dataset included."""
-        return len(self.dataset) if self._numbered else len(self)
+        return len(self.dataset) if self.numbered else len(self)
 
     def named(self, ids: Tensor) -> Tensor:
         """The positions of some examples, which is how messages name them."""
@@ -260,9 +269,11 @@ def training_examples(loader: DataLoader[Any]) -> Examples | None:
         rank_zero_warn(f"SourceCallback: {error} {SCORING_NEEDS_TRAIN}")
         return None
     drawn = drawn_by(loader)
-    reasons = []
+    reasons, more = [], ""
     if drawn.unknown is not None and drawn.unknown is not batches_drawn_by(loader):  # whose sizes are to be settled
         reasons.append(f"the sampler is `{type(drawn.unknown).__name__}`")
+        if not isinstance(drawn.unknown, WeightedRandomSampler):
+            more = " Where it draws other than positions, scoring needs `train=` a dataset of the examples by position."
     keys = None if drawn.keys is None else list(dict.fromkeys(drawn.keys))
     if keys is not None and drawn.keys is not None and len(keys) < len(drawn.keys):
         reasons.append("the sampler names some of them more than once")
@@ -272,7 +283,7 @@ def training_examples(loader: DataLoader[Any]) -> Examples | None:
         reasons.append("`drop_last` without shuffling never reaches the last examples")
     if reasons:
         rank_zero_warn(
-            f"Training does not visit all examples alike ({'; '.join(reasons)}): scores assume that it does."
+            f"Training does not visit all examples alike ({'; '.join(reasons)}): scores assume that it does.{more}"
         )
     if keys is not None and all(isinstance(key, int) for key in keys):
         keys.sort()

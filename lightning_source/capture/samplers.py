@@ -79,20 +79,30 @@ def drawn_by(loader: DataLoader[Any]) -> Drawn:
 
 
 def iterated(loader: DataLoader[Any]) -> Sequence[Any]:
-    """The keys of one epoch in their order, from a copy of a loader's samplers; global generators are left alone."""
+    """The keys of one epoch in their order; global generators are left alone, and a sampler that can be copied."""
     batches = batches_drawn_by(loader)
-    keys = yields_of(loader.sampler, loader) if batches is None else _joined(yields_of(batches, loader))
+    sampler = loader.sampler if batches is None else batches
+    try:
+        sampler = copied(sampler, loader)
+    except Exception:  # it holds what has no copy
+        pass
+    keys = yields_of(sampler) if batches is None else _joined(yields_of(sampler))
     return _as_positions(keys, len(loader.dataset))  # type: ignore[arg-type]
 
 
-def yields_of(sampler: Iterable[Any], loader: DataLoader[Any]) -> list[Any]:
-    """What a copy of a loader's sampler yields in one epoch."""
+def copied(sampler: Iterable[Any], loader: DataLoader[Any]) -> Iterable[Any]:
+    """A copy of a loader's sampler, over the same dataset."""
+    return copy.deepcopy(sampler, {id(loader.dataset): loader.dataset})
+
+
+def yields_of(sampler: Iterable[Any]) -> list[Any]:
+    """What a sampler yields in one epoch."""
     try:
         limit = len(sampler)  # type: ignore[arg-type]
-    except TypeError:
+    except (TypeError, NotImplementedError):
         limit = MOST_YIELDS
     with isolated_rng(0):
-        return list(islice(copy.deepcopy(sampler, {id(loader.dataset): loader.dataset}), limit))
+        return list(islice(sampler, limit))
 
 
 def _joined(batches: Iterable[Sequence[Any]]) -> list[Any]:

@@ -21,7 +21,7 @@ class DatasetPart(NamedTuple):
 
 def write_drawn(store: RunStore, stage: int, examples: Examples) -> str | None:
     """Keep the positions of a stage's examples; gives back the file, ``None`` where the dataset has keys instead."""
-    if examples.positions_in_all != len(examples.dataset):
+    if not examples.numbered:
         return None
     tensors = {"positions": examples.positions, "of": torch.tensor(examples.positions_in_all)}
     return store.write(in_stage(stage, DRAWN), tensors)

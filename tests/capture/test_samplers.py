@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import classes
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -59,6 +60,10 @@ DRAWN = {
     "in order": (lambda: {"batch_size": 4}, None),
     "shuffled": (lambda: {"batch_size": 4, "shuffle": True}, None),
     "sampled with replacement": (lambda: {"sampler": RandomSampler(DATA, replacement=True, num_samples=9)}, None),
+    "a part, by Lightning on one rank of several": (
+        lambda: {"sampler": DistributedSamplerWrapper(SubsetRandomSampler([7, 3, 5]), num_replicas=2, rank=1)},
+        [7, 3, 5],
+    ),
     "one rank of several": (lambda: {"sampler": DistributedSampler(DATA, 3, 1)}, None),
     "a part at random": (lambda: {"sampler": SubsetRandomSampler([7, 3, 5]), "batch_size": 2}, [7, 3, 5]),
     "a part given as tensors": (lambda: {"sampler": SubsetRandomSampler(torch.tensor([7, 3]))}, [7, 3]),
@@ -160,6 +165,12 @@ def test_a_batch_sampler_without_a_copy_is_counted_by_tensors():
     sizes = BatchSizes(DataLoader(DATA, batch_sampler=Uncopied()))
     assert sizes.of(2, [torch.zeros(3, 4)]) == 3
     assert sizes.settled() is None
+
+
+def test_a_sampler_without_a_copy_is_iterated_itself():
+    sampler = Uncopied([[3, 1], [7]])
+    assert iterated(DataLoader(DATA, batch_sampler=sampler)) == [3, 1, 7]
+    assert sampler.asked == 1
 
 
 class Stream(IterableDataset):

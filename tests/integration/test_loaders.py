@@ -30,7 +30,8 @@ HALF = [21, 3, 4, 8, 10, 11, 15, 16, 17, 20, 22, 1]
 
 def fit(path: Any, loader: Any, kind: Callable[[nn.Module], Classifier] = Classifier, **options: Any) -> Any:
     torch.manual_seed(0)
-    trainer = quiet_trainer(path, SourceCallback(str(path / "run"), overwrite=True), **options)
+    mode = options.pop("mode", "fit")
+    trainer = quiet_trainer(path, SourceCallback(str(path / "run"), mode=mode, overwrite=True), **options)
     trainer.fit(kind(mlp()), loader)
     return trainer
 
@@ -215,6 +216,38 @@ def test_a_dataset_that_workers_open(tmp_path):
     assert torch.equal(trainer.attribute(QUERIES).values, of_plain_loader(tmp_path))
     some = trainer.attribute(DataLoader(Opened(), 8, sampler=[7, 5], num_workers=1, worker_init_fn=open_file))
     torch.testing.assert_close(some.values, trainer.attribute(Subset(DATA, [7, 5])).values)
+
+
+class ByName(Dataset):
+    """Is asked by name."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        return DATA[int(name.removeprefix("example "))]
+
+
+class Names(Sampler):
+    def __len__(self) -> int:
+        return 24
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"example {index}" for index in range(24))
+
+
+@pytest.mark.check("data", "samplers of keys", "scores of a plain loader, with train= where the sampler is one's own")
+def test_samplers_of_keys(tmp_path):
+    with pytest.warns(UserWarning, match=r"`Names`.*scoring needs `train=`"):
+        trainer = fit(tmp_path / "own", DataLoader(ByName(), 8, sampler=Names()), mode="deferred")
+    expected = of_plain_loader(tmp_path)
+    assert torch.equal(trainer.attribute(QUERIES, train=DataLoader(DATA, 8)).values, expected)
+    trainer = fit(tmp_path / "list", DataLoader(ByName(), 8, sampler=list(Names())))
+    assert torch.equal(trainer.attribute(QUERIES).values, expected)
+    loader = DataLoader(ByName(), 8, sampler=["example 3", "example 1"])
+    scores = trainer.attribute(loader)
+    assert scores.query_ids.tolist() == [0, 1]
+    torch.testing.assert_close(scores.values, trainer.attribute(Subset(DATA, [3, 1])).values)
 
 
 # ---------------------------------------------------------------- how many a batch holds
