@@ -122,8 +122,8 @@ class Examples:
 
     def one_at_a_time(self) -> Examples:
         """The same examples in batches of one; an example that is ``None``, and so dropped, has no batch: ``None``."""
-        collate = self.collate
-        return replace(self, batch_size=1, collate=collate if isinstance(collate, _OneOrNone) else _OneOrNone(collate))
+        wrapped = self.fetches_batches or isinstance(self.collate, _OneOrNone)
+        return replace(self, batch_size=1, collate=self.collate if wrapped else _OneOrNone(self.collate))
 
     def split(self, limit: int) -> list[Examples]:
         """In pieces of at most ``limit`` examples."""
