@@ -52,8 +52,8 @@ class GradientWatch:
         self.directions: list[Tensor] = []  # cosines of the sampled steps by parameter; NaN where there is none
         self._steps = 0
         self._queued = False
-        self._before: Tensor | None = None
-        self._after: Tensor | None = None
+        self._before: list[Tensor] = []
+        self._given: Tensor | None = None
         self._scale: Tensor | None = None
         self._sample: list[Tensor | None] = []
         self._handles: list[RemovableHandle] = [
@@ -99,17 +99,18 @@ class GradientWatch:
             unscaled: whether a loss scale has been taken out of them.
             overflow: of an optimizer that skips by itself, whether it will, nonzero.
         """
-        if self._before is None:
-            return
         after = self._norms()
-        if after is None:
+        if not self._before or not after:
             return
+        given = torch.stack([*self._before, *after]).view(2, -1)  # one call, since calls are what costs here
         if unscaled and self._scale is not None:
-            self._before, self._scale = self._before / self._scale, None
-        self._after = after if overflow is None else torch.where(overflow.reshape(()) > 0, 0.0, after)
+            given = torch.stack([given[0] / self._scale, given[1]])
+        if overflow is not None:
+            given = torch.stack([given[0], torch.where(overflow.reshape(()) > 0, 0.0, given[1])])
+        self._given = given
         if self._sample:
             pairs = zip(self._sample, self._samples(), strict=True)
-            nothing = after.new_full((), float("nan"))
+            nothing = given.new_full((), float("nan"))
             cosines = [nothing if a is None or b is None or a.shape != b.shape else _cosine(a, b) for a, b in pairs]
             self.directions.append(torch.stack([c.to(nothing) for c in cosines]))
             self._sample = []
@@ -117,24 +118,28 @@ class GradientWatch:
     def take(self) -> Tensor | None:
         """Norms before and after of the step just made, ``[2, parameters]``; ``None`` where no backward was seen."""
         self._steps += 1
-        after, self._after = self._after, None
-        return None if self._before is None or after is None else torch.stack([self._before, after])
+        given, self._given = self._given, None
+        return given
 
     def _gradients(self) -> list[Tensor | None]:
         gradients = [None if p is None else p.grad for p in self._parameters.values()]
         return [g._values() if g is not None and g.is_sparse else g for g in gradients]
 
     @torch.no_grad()
-    def _norms(self) -> Tensor | None:
-        """``[parameters]``, 0 for one without a gradient."""
+    def _norms(self) -> list[Tensor]:
+        """0-dim on one device, 0 for a parameter without a gradient; empty where no gradient has been seen yet."""
         gradients = self._gradients()
         held = [g for g in gradients if g is not None]
         if not held:
-            return None if self._before is None else torch.zeros_like(self._before)
+            return [torch.zeros_like(norm) for norm in self._before]
         narrow = any(g.dtype in (torch.float16, torch.bfloat16) for g in held)  # whose squares overflow
-        norms = iter(torch._foreach_norm(held, 2, dtype=torch.float32 if narrow else None))
-        nothing = torch.zeros((), dtype=torch.float32, device=held[0].device)
-        return torch.stack([nothing if g is None else next(norms).to(nothing) for g in gradients])
+        norms = list(torch._foreach_norm(held, 2, dtype=torch.float32 if narrow else None))
+        if any(g.device != held[0].device for g in held):
+            norms = [norm.to(held[0].device) for norm in norms]
+        if len(held) == len(gradients):
+            return norms
+        nothing, known = torch.zeros_like(norms[0]), iter(norms)
+        return [nothing if g is None else next(known) for g in gradients]
 
     @torch.no_grad()
     def _samples(self) -> list[Tensor | None]:
