@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -82,10 +83,8 @@ def iterated(loader: DataLoader[Any]) -> Sequence[Any]:
     """The keys of one epoch in their order; global generators are left alone, and a sampler that can be copied."""
     batches = batches_drawn_by(loader)
     sampler = loader.sampler if batches is None else batches
-    try:
+    with suppress(Exception):  # it may hold what has no copy
         sampler = copied(sampler, loader)
-    except Exception:  # it holds what has no copy
-        pass
     keys = yields_of(sampler) if batches is None else _joined(yields_of(sampler))
     return _as_positions(keys, len(loader.dataset))  # type: ignore[arg-type]
 

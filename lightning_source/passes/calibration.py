@@ -134,12 +134,17 @@ def _kind_of(workspace: Workspace, data: Examples, whole: Losses, index: int, ch
     kinds: list[Kind] = ["mean", "sum", "examples"]
     best = min(sorted(kinds, key=lambda kind: kind != call.reduction), key=mismatch)
     if not random and mismatch(best) > 1e-2:
-        raise MisconfigurationException(
-            f"`training_step` weights the elements of `{call.name}` neither as a mean nor as a sum over the"
-            " batch, so they cannot be told for others. HINT: pass weights to the loss itself (`weight=`), or"
-            " divide by the number of examples or elements."
-        )
+        raise MisconfigurationException(weighted_otherwise(call.name))
     return best
+
+
+def weighted_otherwise(name: str) -> str:
+    """The error where a loss's elements weigh something else in one batch than in another."""
+    return (
+        f"`training_step` weights the elements of `{name}` neither as a mean nor as a sum over the batch, so they cannot"
+        " be told for others. HINT: pass weights to the loss itself (`weight=`), or divide by the number of examples or"
+        " elements."
+    )
 
 
 def _weight_per_example(workspace: Workspace, data: Examples, losses: Losses, index: int, kind: Kind) -> float:

@@ -18,7 +18,15 @@ from lightning_source.capture.data import Examples, to_module
 from lightning_source.capture.objective import CallScale, Kind, Losses, NoLoss, ObjectiveSpec
 from lightning_source.capture.probe import probe
 from lightning_source.names import named_parameters
-from lightning_source.passes.calibration import TRIED_BATCHES, calibrate, evaluate, first_with_loss, gone_up, hook_ratio
+from lightning_source.passes.calibration import (
+    TRIED_BATCHES,
+    calibrate,
+    evaluate,
+    first_with_loss,
+    gone_up,
+    hook_ratio,
+    weighted_otherwise,
+)
 from lightning_source.passes.factors import factor_ids
 from lightning_source.passes.rows import COMPARED, compared_ids, rows_differ, total_gradient
 from lightning_source.passes.workspace import Workspace
@@ -76,7 +84,10 @@ def prepare(
     if reason is None:
         return Preparation(checked, spec)
     workspace.blocks = coverage.blocks
-    spec = replace(calibrate_alone(workspace, data, examples_per_batch, maximize), one_at_a_time=reason)
+    try:
+        spec = replace(calibrate_alone(workspace, data, examples_per_batch, maximize), one_at_a_time=reason)
+    except NoLoss as error:
+        raise MisconfigurationException(f"there is no loss to attribute: {error}.") from None
     checked = coverage
     for example in _examples_with_loss(workspace, data)[0][:PROBED]:
         checked = _probe(workspace, checked, data.one_at_a_time(), [example])
@@ -107,6 +118,7 @@ def calibrate_alone(
     """
     ids, alone = _examples_with_loss(workspace, data)
     batch, again = (evaluate(workspace, data, ids) for _ in range(2))
+    noisy = not torch.equal(batch.loss, again.loss)
     named = {tuple(call.name for call in losses.calls) for losses in (batch, *alone)}
     if len(named) > 1 or not batch.calls:  # none is known, or each example has calls of its own
         spec = _whole(batch, alone, workspace, examples_per_batch)
@@ -114,7 +126,7 @@ def calibrate_alone(
         ratio, single = hook_ratio(workspace, data, ids, max(1, len(ids) // 2), examples_per_batch)
         scales = []
         for index, call in enumerate(batch.calls):
-            kind = _kind_of(batch, alone, index)
+            kind = _kind_of(batch, alone, index, noisy)
             weight = _weight_of_example(workspace, data, alone, index, kind)
             factor = examples_per_batch if kind == "sum" else 1 / weight
             scales.append(CallScale(call.name, kind, factor * ratio, single))
@@ -124,7 +136,7 @@ def calibrate_alone(
             "empirical" if hook == "attribution_losses" else "true",
             tuple(scales),
         )
-    if len(ids) > 1 and torch.equal(batch.loss, again.loss):  # noise of the step's own tells nothing of other examples
+    if len(ids) > 1 and not noisy:  # noise of the step's own tells nothing of other examples
         _refuse_coupled(workspace, batch, alone, spec)
     workspace.spec = gone_up(spec) if maximize else spec
     return workspace.spec
@@ -142,7 +154,7 @@ def _examples_with_loss(workspace: Workspace, data: Examples) -> tuple[list[int]
     for index in order[: TRIED_BATCHES * COMPARED]:
         try:
             alone.append(evaluate(workspace, data.one_at_a_time(), [index]))
-        except NoLoss:
+        except (NoLoss, FloatingPointError):  # a mean over nothing, say
             continue
         ids.append(index)
         if len(ids) == COMPARED:
@@ -164,18 +176,29 @@ def _whole(batch: Losses, alone: Sequence[Losses], workspace: Workspace, example
     )
 
 
-def _kind_of(batch: Losses, alone: Sequence[Losses], index: int) -> Kind:
-    """What a call's elements are divided by: that under which they weigh as much in the batch as alone."""
+def _kind_of(batch: Losses, alone: Sequence[Losses], index: int, noisy: bool) -> Kind:
+    """What a call's elements are divided by: that under which they weigh as much in the batch as alone.
 
-    def weight(losses: Losses, kind: Kind) -> float:
-        return float((losses.weights(index, kind)[0] * (losses.calls[index].weights != 0)).sum())
+    Raises:
+        MisconfigurationException: under none.
+    """
+
+    def weights(losses: Losses, kind: Kind) -> Tensor:
+        return (losses.weights(index, kind)[0] * (losses.calls[index].weights != 0)).flatten()
 
     def mismatch(kind: Kind) -> float:
-        separate = sum(weight(losses, kind) for losses in alone)
-        return round(abs(weight(batch, kind) - separate) / max(abs(separate), 1e-30), 4)
+        together, separate = weights(batch, kind), torch.cat([weights(losses, kind) for losses in alone])
+        if noisy or len(together) != len(separate):  # drawn weights, and padding, agree only in sum
+            together, separate = together.sum(), separate.sum()
+        else:
+            together, separate = together.sort().values, separate.sort().values
+        return round(float((together - separate).norm() / separate.norm().clamp_min(1e-30)), 4)
 
     kinds: list[Kind] = ["mean", "sum", "examples"]
-    return min(sorted(kinds, key=lambda kind: kind != batch.calls[index].reduction), key=mismatch)
+    best = min(sorted(kinds, key=lambda kind: kind != batch.calls[index].reduction), key=mismatch)
+    if not noisy and mismatch(best) > 1e-2:
+        raise MisconfigurationException(weighted_otherwise(batch.calls[index].name))
+    return best
 
 
 def _weight_of_example(workspace: Workspace, data: Examples, alone: Sequence[Losses], index: int, kind: Kind) -> float:

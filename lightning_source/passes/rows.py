@@ -52,7 +52,11 @@ def rows_differ(workspace: Workspace, data: Examples, ids: Tensor) -> str | None
     alone = data.in_batches_of(1)
     if not _close(first, again).all():
         return _random_rows_differ(workspace, batch, alone, ids)
-    close = _close(first, _flat(workspace, alone, ids))
+    separate = [_alone(workspace, alone, index) for index in ids.split(1)]
+    known = torch.tensor([gradient is not None for gradient in separate])
+    if not known.any():
+        return "no example has a loss by itself"
+    close = _close(first[known], torch.cat([gradient for gradient in separate if gradient is not None]))
     if bool(close.all()):
         return None
     return f"gradients of {int((~close).sum())} of {len(ids)} examples are others in a batch than alone"
@@ -72,6 +76,14 @@ def _close(one: Tensor, other: Tensor) -> Tensor:
     """Which rows agree, ``[B]``; a gradient that is small beside the others' may differ by as much as theirs do."""
     sizes = other.norm(dim=1)
     return (one - other).norm(dim=1) <= TOLERANCE * torch.maximum(sizes, 1e-2 * sizes.mean()) + 1e-12
+
+
+def _alone(workspace: Workspace, data: Examples, index: Tensor) -> Tensor | None:
+    """One example's gradient, ``[1, scalars]``; ``None`` where its own loss is not finite, a mean over nothing, say."""
+    try:
+        return _flat(workspace, data, index)
+    except FloatingPointError:
+        return None
 
 
 def _flat(workspace: Workspace, data: Examples, ids: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ class Workspace:
                     return choose_mode(self.module, evaluate, self.mode.evaluating)
                 except Exception as failed:  # no loss for this batch; or the user's own, which comes again
                     error = error or failed
-        if error is not None:
+        if error is not None and not isinstance(error, NoLoss):  # what that means, preparation tells
             raise error
         return "eval"
 

@@ -99,7 +99,6 @@ class RecordingSession:
         self._recorder: Recorder | None = None
         self._observer: OptimizerObserver | None = None
         self._seen = Seen(0, 0)
-        self._batch_idx = 0
         self._first_batch = True
         self._sizes = BatchSizes(None)
 
@@ -316,7 +315,8 @@ class RecordingSession:
             size = self._sizes.of(batch_idx, batch)
             if size is not None:
                 self._seen = Seen(self._seen.batches + 1, self._seen.examples + size)
-            self._batch_idx = batch_idx
+            if self._stage.manual is not None and self._loop.by_hand and self._recorder.steps == self._recorder.start:
+                self._stage.manual.batch_idx = batch_idx  # until the first step: the index at which it comes
             self._mark_epoch()
             if self._first_batch:
                 self._first_batch = False
@@ -369,8 +369,6 @@ class RecordingSession:
             if self._seen.batches:
                 self._stage.examples_per_batch = self._seen.examples / self._seen.batches
                 self._stage.seen = self._seen
-            if self._stage.manual is not None and self._loop.by_hand and self._recorder.steps == self._recorder.start:
-                self._stage.manual.batch_idx = self._batch_idx  # until the first step: the index at which it comes
             self._recorder.flush()
 
     def flush(self) -> None:
