@@ -496,7 +496,7 @@ def test_training_is_bit_identical_however_it_is_done_and_whatever_the_step_does
     ("guards", "make", "changed"),
     [
         (["isolated_rng"], lambda: Busy(*ACTS["global noise"]), {"state", "rng"}),
-        (["_eval_mode", "_attributes_kept"], lambda: Busy(net=normed()), {"state"}),
+        (["in_mode", "_attributes_kept"], lambda: Busy(net=normed()), {"state"}),
         (["_attributes_kept"], lambda: Busy(*ACTS["counter"]), {"watched"}),
         (["_attributes_kept"], lambda: Busy(*ACTS["buffer, in place"]), {"state"}),
         (["_attributes_kept"], lambda: Busy(*ACTS["metric"]), {"logged"}),
