@@ -39,6 +39,7 @@ def _copy_of(value: Any, copies: dict[int, Any]) -> Any:
     if isinstance(value, Tensor):
         # Outside of inference mode, the copy of an inference tensor is a normal one, which autograd can keep.
         fresh = value.detach().clone()
+        # Under functorch's transforms the flag cannot be set, to whatever value.
         return fresh.requires_grad_() if value.requires_grad and value.is_leaf else fresh
     if isinstance(value, nn.utils.rnn.PackedSequence):
         return type(value)(*(_copied(part, copies) for part in value))

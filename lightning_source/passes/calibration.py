@@ -141,9 +141,9 @@ def _kind_of(workspace: Workspace, data: Examples, whole: Losses, index: int, ch
 def weighted_otherwise(name: str) -> str:
     """The error where a loss's elements weigh something else in one batch than in another."""
     return (
-        f"`training_step` weights the elements of `{name}` neither as a mean nor as a sum over the batch, so they cannot"
-        " be told for others. HINT: pass weights to the loss itself (`weight=`), or divide by the number of examples or"
-        " elements."
+        f"`training_step` weights the elements of `{name}` neither as a mean nor as a sum over the batch, so they"
+        " cannot be told for others. HINT: pass weights to the loss itself (`weight=`), or divide by the number of"
+        " examples or elements."
     )
 
 

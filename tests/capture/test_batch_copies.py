@@ -133,3 +133,8 @@ def test_packed_sequences_pack_the_same():
     copy.data.zero_()
     assert torch.equal(original.data, packed().data)
     assert torch.equal(copy.batch_sizes, original.batch_sizes)
+
+
+def test_a_batch_is_copied_under_vmap():
+    values = torch.vmap(lambda rows: copied({"rows": rows})["rows"].mul_(2))(torch.arange(6.0).view(3, 2))
+    assert torch.equal(values, 2 * torch.arange(6.0).view(3, 2))
