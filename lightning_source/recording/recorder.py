@@ -18,6 +18,7 @@ from lightning_source.recording.store import RunStore
 
 KEPT_ON_DEVICE = 1024  # steps whose gradient norms may wait on their device
 RESUME_POINTS = 3  # how many of the last checkpoints can be resumed from without a gap
+WATCHED_FROZEN = 1 << 22  # scalars of parameters without gradients that are looked at whenever a bin ends
 
 
 class Recorder:
@@ -180,7 +181,11 @@ class Recorder:
             parameters = named_parameters(self._module)
             moved = [name for name, total in self._frozen_sums.items() if _sum(parameters[name]) != total]
             self._average([*dict.fromkeys([*self._trained, *moved])])
-            self._frozen_sums = {}  # what stands still in the first bin is taken to stand still
+            # Moved late, a target network at the end of an epoch, say, it is recorded from then on. To look again at
+            # a large frozen model takes time: what stands still in its first bin is taken to stand still.
+            small = sum(parameters[name].numel() for name in self._frozen_sums) <= WATCHED_FROZEN
+            still = {name: total for name, total in self._frozen_sums.items() if name not in moved}
+            self._frozen_sums = still if small else {}
 
     def _enter_bins(self) -> None:
         self.store.manifest.bins, self.store.manifest.steps = list(self.bins), self.steps
