@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import lightning
 import torch
+
+from lightning_source._lightning import version
 
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that the numbers depend on."""
-    return {"torch": torch.__version__, "lightning": lightning.__version__}
+    return {"torch": torch.__version__, "lightning": version()}
 
 
 def name_of(function: object) -> str:

@@ -13,18 +13,20 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.strategies import ParallelStrategy as FabricParallelStrategy
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ParallelStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_source._lightning import (
+    Callback,
+    DummyLogger,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    classes,
+    is_overridden,
+    rank_zero_warn,
+)
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 
 C = TypeVar("C")
@@ -114,13 +116,15 @@ def check_trainer(trainer: Trainer, module: LightningModule, optimizer: int | No
         MisconfigurationException: names the setting and the way out.
     """
     strategy, count = trainer.strategy, len(trainer.optimizers)
-    if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+    deep_speed = classes("strategies.DeepSpeedStrategy")
+    known = (*classes("strategies.SingleDeviceStrategy"), *classes("strategies.DDPStrategy"))
+    if isinstance(strategy, deep_speed) or not isinstance(strategy, known):
         raise MisconfigurationException(
             f"SourceCallback does not support the strategy `{type(strategy).__name__}`: parameters are not whole on"
             ' every rank. HINT: train on one device, or with `strategy="ddp"`.'
         )
     for callback in _callbacks(trainer):
-        if isinstance(callback, StochasticWeightAveraging):
+        if isinstance(callback, classes("callbacks.StochasticWeightAveraging")):
             raise MisconfigurationException(
                 "SourceCallback does not support `StochasticWeightAveraging`, which replaces the weights while training"
                 " goes on. HINT: use `lightning.pytorch.callbacks.WeightAveraging` or `EMAWeightAveraging`, which leave"
@@ -215,7 +219,7 @@ def _callbacks(trainer: Any) -> list[Callback]:
 
 def averages_weights(trainer: Trainer) -> bool:
     """Whether some callback puts an average of the trained weights into the module when training ends."""
-    return any(isinstance(callback, WeightAveraging) for callback in _callbacks(trainer))
+    return any(isinstance(callback, classes("callbacks.WeightAveraging")) for callback in _callbacks(trainer))
 
 
 def other_callbacks(trainer: Trainer, callback: C) -> list[C]:
@@ -273,5 +277,6 @@ def silent_loggers(module: nn.Module) -> Iterator[None]:
 def gathers(module: LightningModule) -> bool:
     """Whether Lightning would gather from processes, even if there is only one, and so add a dimension."""
     owner: Any = module.fabric if module.fabric is not None else trainer_of(module)
-    parallel = isinstance(getattr(owner, "strategy", None), (ParallelStrategy, FabricParallelStrategy))
+    kinds = (*classes("strategies.ParallelStrategy"), *classes("fabric.strategies.ParallelStrategy"))
+    parallel = isinstance(getattr(owner, "strategy", None), kinds)
     return parallel and dist.is_available() and dist.is_initialized()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copyreg
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import Self
 
+from lightning_source._lightning import Callback, LightningModule, MisconfigurationException, Trainer, in_all_namespaces
 from lightning_source._trainer import ranks_of, scoring_device
 from lightning_source.capture.data import Examples
 from lightning_source.capture.objective import Measurement
@@ -27,6 +29,17 @@ class AttributingCallback(Callback):
         dirpath: the run directory, if the user named one.
         measurement: what a query is measured by where the question does not say.
     """
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        """An instance that Trainers of either of Lightning's names take for a callback of theirs."""
+        return super().__new__(in_all_namespaces(cls))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickled as an instance of the class under its own name; the process that reads it has its own namespaces."""
+        kind = next(
+            kind for kind in type(self).__mro__ if sys.modules[kind.__module__].__dict__.get(kind.__name__) is kind
+        )
+        return copyreg.__newobj__, (kind,), self.__dict__  # type: ignore[attr-defined]
 
     def __init__(self, dirpath: str | None, measurement: str | Measurement) -> None:
         super().__init__()

@@ -6,13 +6,11 @@ import time
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_source._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_warn
 from lightning_source._trainer import (
     TrainerLoop,
     averages_weights,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_source._lightning import MisconfigurationException
 from lightning_source.scores import InfluenceScores
 
 _SHARED = ("method", "measurement", "sign", "unit", "examples")

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lightning_source._lightning import MisconfigurationException
 
 Settings = Mapping[str, Any]  # a parameter group, or a parameter's entry in ``optimizer.state``
 

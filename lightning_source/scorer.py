@@ -8,11 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_source._lightning import LightningDataModule, LightningModule, MisconfigurationException
 from lightning_source._provenance import name_of, versions
 from lightning_source.capture.data import Examples, GivenBatches, examples_of, query_of
 from lightning_source.capture.objective import Measurement

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_source._files import write_tensors
+from lightning_source._lightning import MisconfigurationException
 
 SIGN = "Positive: removing the training example raises the measurement. For a loss, a positive score is a proponent."
 HIGHER_IS_BETTER = ("margin", "log-prob")

@@ -7,10 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.core.hooks import DataHooks
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import (
@@ -23,6 +19,13 @@ from torch.utils.data import (
     default_collate,
 )
 
+from lightning_source._lightning import (
+    DataHooks,
+    LightningDataModule,
+    LightningModule,
+    MisconfigurationException,
+    rank_zero_warn,
+)
 from lightning_source.capture.batch_copies import copied
 from lightning_source.capture.batch_sizes import leading_lengths, most_common
 from lightning_source.capture.isolation import isolated_rng

@@ -17,12 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.apply_func import convert_to_tensors
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_source._lightning import LightningModule, convert_to_tensors, is_lightning_module, isolate_rng
 from lightning_source._trainer import gathers, silent_loggers
 from lightning_source.capture.modes import EVAL, PassMode, in_mode
 
@@ -105,7 +103,7 @@ def _gathering_alone(module: nn.Module) -> Iterator[None]:
     As Lightning gives it, except that it stands for one rank: ``[1, *shape]`` where processes train together, without a
     gradient unless ``sync_grads``; the values as they are on a single device.
     """
-    if not isinstance(module, LightningModule):
+    if not is_lightning_module(module):
         yield
         return
 

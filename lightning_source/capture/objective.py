@@ -21,12 +21,11 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 from torch.overrides import TorchFunctionMode
 
+from lightning_source._lightning import LightningModule, MisconfigurationException
 from lightning_source.capture.batch_copies import copied
 from lightning_source.capture.data import Batch
 from lightning_source.capture.layer_gradients import GradientCapture

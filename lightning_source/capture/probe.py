@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_source._lightning import MisconfigurationException, rank_zero_warn
 from lightning_source.capture.coverage import Coverage
 from lightning_source.capture.data import Batch
 from lightning_source.capture.layer_gradients import GradientCapture

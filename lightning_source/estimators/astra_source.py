@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_source._lightning import MisconfigurationException
 from lightning_source.curvature.ekfac import IDENTITY, Basis
 from lightning_source.curvature.krylov import Responses, spectral_responses
 from lightning_source.curvature.unroll import diagonal_of

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_source._lightning import rank_zero_warn
 from lightning_source.curvature.ekfac import IDENTITY, Factors
 from lightning_source.curvature.solvers import Product, conjugate_gradient, shifted, top_eigenvalue
 from lightning_source.curvature.unroll import damped_inverse

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_source._lightning import MisconfigurationException
 from lightning_source.curvature.solvers import Diverged, neumann, shifted
 from lightning_source.estimators.cg import final_gauss_newton, largest_of_batches
 from lightning_source.estimators.influence import dampings

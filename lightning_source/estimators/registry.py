@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
+from lightning_source._lightning import MisconfigurationException
 from lightning_source.estimators.query import Query
 from lightning_source.estimators.terms import Metadata, Term
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_source._lightning import MisconfigurationException
 from lightning_source.capture.data import Examples, GivenBatches, to_module
 from lightning_source.estimators.query import Query
 from lightning_source.estimators.registry import register_estimator

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+
+from lightning_source._lightning import MisconfigurationException
 
 
 class ScoreSink(Protocol):

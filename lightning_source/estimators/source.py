@@ -7,9 +7,9 @@ from functools import partial
 from typing import Literal
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_source._lightning import MisconfigurationException
 from lightning_source.curvature.block_gradients import Rows, contract_diagonal, contract_pairs
 from lightning_source.curvature.ekfac import Basis, Factors
 from lightning_source.curvature.unroll import reverse_walk, segment_response

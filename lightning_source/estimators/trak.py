@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_source._lightning import MisconfigurationException
 from lightning_source.capture.data import Examples, GivenBatches
 from lightning_source.capture.objective import Losses, ObjectiveSpec
 from lightning_source.curvature.block_gradients import BlockGradients

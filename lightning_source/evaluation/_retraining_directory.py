@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import safe_open
 from torch import Tensor
 
 from lightning_source._files import write_tensors, write_text
+from lightning_source._lightning import MisconfigurationException
 from lightning_source.evaluation._same_sweep import require_same_sweep
 
 SCHEMA = 1

@@ -4,7 +4,7 @@ import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_source._lightning import MisconfigurationException
 
 _REPR = reprlib.Repr()  # lists of thousands of examples are cut
 _REPR.maxstring = _REPR.maxother = 200

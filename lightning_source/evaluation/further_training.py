@@ -15,15 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_source._files import write_tensors
+from lightning_source._lightning import LightningDataModule, LightningModule, MisconfigurationException, rank_zero_info
 from lightning_source._provenance import name_of, versions
 from lightning_source.capture.data import Examples, examples_of, query_of
 from lightning_source.capture.isolation import isolated_rng

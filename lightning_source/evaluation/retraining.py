@@ -8,21 +8,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch import seed_everything
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lightning_source._lightning import (
+    FABRICS,
+    NAMESPACE,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    isolate_rng,
+    rank_zero_warn,
+    seed_everything,
+)
 from lightning_source.evaluation._inputs import kept_masks
 from lightning_source.evaluation._retraining_directory import RetrainingDirectory
 
-Build = Callable[[list[int], int], tuple[pl.LightningModule, Any, pl.Trainer]]
-Measure = Callable[[pl.LightningModule], Tensor]
+Build = Callable[[list[int], int], tuple[LightningModule, Any, Trainer]]
+Measure = Callable[[LightningModule], Tensor]
 
 _SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 # The random generators, which decide initialisation and order, belong to the process: its threads take turns.
@@ -168,7 +173,7 @@ def _seeded(seed: int, threads: int) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the Trainer's account of devices, once for each of hundreds of runs."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    loggers = [logging.getLogger(name) for name in (NAMESPACE, FABRICS[NAMESPACE])]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_source._lightning import MisconfigurationException
 from lightning_source.capture.data import Examples, to_module
 from lightning_source.capture.layer_gradients import GradientCapture
 from lightning_source.capture.objective import CallScale, Kind, Losses, NoLoss, ObjectiveSpec

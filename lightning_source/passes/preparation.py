@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_source._lightning import MisconfigurationException
 from lightning_source.capture.coverage import Coverage
 from lightning_source.capture.data import Examples, to_module
 from lightning_source.capture.objective import CallScale, Kind, Losses, NoLoss, ObjectiveSpec

@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_source._lightning import LightningDataModule, LightningModule, MisconfigurationException
 from lightning_source.capture.data import Examples, GivenBatches, to_module
 from lightning_source.capture.isolation import StateRestorer, thawed, undisturbed
 from lightning_source.capture.layer_gradients import GradientCapture

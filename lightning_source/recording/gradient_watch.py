@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
+
+from lightning_source._lightning import rank_zero_warn
 
 SAMPLE = 65_536  # entries of a parameter whose direction is compared; evenly spread where it has more
 SAME_DIRECTION = 0.999  # cosine from which two gradients count as parallel

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_source._lightning import LightningModule, MisconfigurationException
 from lightning_source.capture.coverage import Coverage
 from lightning_source.capture.data import Examples
 from lightning_source.capture.modes import Mode

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_source._lightning import MisconfigurationException
 from lightning_source.names import parameter_names
 from lightning_source.optimizers import StepRule, known_class, preconditioners, rule_for
 from lightning_source.recording.gradient_watch import GradientWatch, warn_of_directions

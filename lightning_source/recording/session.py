@@ -9,14 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from lightning_source._lightning import LightningModule, MisconfigurationException, rank_zero_info, rank_zero_warn
 from lightning_source._provenance import versions
 from lightning_source.capture.batch_sizes import BatchSizes
 from lightning_source.capture.coverage import find_blocks

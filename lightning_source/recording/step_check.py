@@ -7,10 +7,10 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_source._lightning import rank_zero_warn
 from lightning_source.recording.gradient_watch import is_sampled, sample_of
 
 TOLERANCE = 0.01  # share of a step by which it may differ

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import Self
 
 from lightning_source._files import sha256_of, write_tensors, write_text
+from lightning_source._lightning import MisconfigurationException
 from lightning_source.distributed import Ranks
 from lightning_source.recording.manifest import (
     MANIFEST,

@@ -14,13 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_source._lightning import LightningDataModule, LightningModule, MisconfigurationException, rank_zero_warn
 from lightning_source._provenance import versions
 from lightning_source.capture.coverage import Coverage, find_blocks
 from lightning_source.capture.data import Examples, examples_of, to_module

@@ -7,11 +7,15 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_source._lightning import (
+    LightningDataModule,
+    LightningModule,
+    MisconfigurationException,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from lightning_source.capture.coverage import Coverage
 from lightning_source.capture.data import Examples, GivenBatches, to_module
 from lightning_source.capture.modes import Mode

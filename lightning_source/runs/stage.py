@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
+from lightning_source._lightning import LightningDataModule, LightningModule, MisconfigurationException
 from lightning_source.capture.data import Examples
 from lightning_source.capture.modes import PassMode
 from lightning_source.distributed import SINGLE_PROCESS, Ranks

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_source._lightning import MisconfigurationException
 from lightning_source.capture.batch_copies import copied
 from lightning_source.capture.coverage import find_blocks
 from lightning_source.capture.objective import Objective

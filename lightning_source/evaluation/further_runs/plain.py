@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_source._lightning import MisconfigurationException
 from lightning_source.capture.data import Examples
 from lightning_source.evaluation.further_runs.losses import GivenLoss, StepLoss
 from lightning_source.evaluation.further_runs.recipe import Pair, Recipe, Trace, unchanged

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_source._lightning import LightningDataModule, LightningModule
 from lightning_source.capture.data import Examples, GivenBatches, to_module
 from lightning_source.capture.isolation import undisturbed
 from lightning_source.capture.objective import Measurement
