@@ -98,8 +98,8 @@ def test_scores_are_those_of_the_same_run_on_a_cpu(tmp_path, case, optimizer, me
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_finished_run_is_scored_bit_equally_in_another_way(tmp_path, case):
-    trainer, module = fitted(tmp_path, case, "sgd", "cuda", SourceCallback(str(tmp_path / "run")))
+def test_asking_twice_gives_the_same_scores(tmp_path, case):
+    trainer, _ = fitted(tmp_path, case, "sgd", "cuda", SourceCallback(str(tmp_path / "run")))
     query = [tensor[:3] for tensor in CASES[case][1]().tensors]
     first, again = (trainer.attribute(query).values for _ in range(2))
     assert torch.equal(first, again)
