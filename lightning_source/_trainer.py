@@ -21,9 +21,9 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Paralle
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 
@@ -68,14 +68,18 @@ class TrainerLoop:
         return self._trainer.accumulate_grad_batches
 
     @property
-    def clips_gradients(self) -> bool:
-        """Whether a step's gradient may be scaled before the optimizer sees it."""
-        return bool(self._trainer.gradient_clip_val) or is_overridden("configure_gradient_clipping", self._module)
+    def zeroes_gradients(self) -> bool:
+        """Whether ``on_before_zero_grad`` means it: an ``optimizer_zero_grad`` of the module's own need not."""
+        return not is_overridden("optimizer_zero_grad", self._module)
 
     @property
-    def scales_loss(self) -> bool:
-        """Whether a loss scaler multiplies the loss."""
-        return self._trainer.scaler is not None
+    def loss_scale(self) -> Tensor | None:
+        """What the loss scaler multiplies the loss by, on the module's device."""
+        scaler = self._trainer.scaler
+        if scaler is None:
+            return None
+        scale: Tensor = scaler.scale(torch.ones((), device=self._module.device))
+        return scale
 
     @property
     def steps(self) -> int:
@@ -83,14 +87,19 @@ class TrainerLoop:
         return self._trainer.global_step
 
     @property
+    def epoch(self) -> int:
+        """The epoch that it is in."""
+        return self._trainer.current_epoch
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a step may read off the Trainer; see :func:`facts_of`."""
+        return facts_of(self._trainer)
+
+    @property
     def within_epoch(self) -> bool:
         """Whether training resumes within an epoch; its loader starts again, in another order."""
         return 0 < self._trainer.fit_loop.epoch_loop.batch_progress.current.ready < self._trainer.num_training_batches
-
-    @property
-    def more_in_first_epoch(self) -> bool:
-        """Whether another batch of the first epoch follows the present one."""
-        return self._trainer.current_epoch == 0 and not self._trainer.is_last_batch
 
 
 def check_trainer(trainer: Trainer, module: LightningModule, optimizer: int | None) -> None:
@@ -166,36 +175,29 @@ def _run_directory(trainer: Any, log_dir: str | None, dirpath: str | None, taken
 
 
 def training_loader(trainer: Trainer) -> DataLoader[Any] | None:
-    """The fit's training loader; ``None`` where its data have no order (iterable), with a word on what follows."""
-    loader = trainer.train_dataloader
-    if not isinstance(loader, DataLoader):
-        raise MisconfigurationException(
-            f"SourceCallback needs one training DataLoader, got `{type(loader).__name__}`. HINT: concatenate the"
-            " datasets (`torch.utils.data.ConcatDataset`)."
-        )
-    if isinstance(loader.dataset, IterableDataset):
+    """The fit's training loader, with a word where it is cut short; ``None``, with another, where there is not one."""
+    loader = present_loader(trainer)
+    if loader is None:
         rank_zero_warn(
-            "The training data are iterable, so examples have no stable ids: parameters are recorded, and factors and"
-            " scores wait until `attribute(..., train=a map-style dataset of the same examples)`."
+            f"SourceCallback knows the examples of one training DataLoader, not those of"
+            f" `{type(trainer.train_dataloader).__name__}`: parameters are recorded, and factors and scores wait until"
+            " `attribute(..., train=a map-style dataset whose batches are like those of training)`. HINT: concatenate"
+            " the datasets (`torch.utils.data.ConcatDataset`)."
         )
         return None
-    unseen = _left_out(trainer, loader)
-    if unseen:
-        rank_zero_warn(f"Training does not visit all examples alike ({'; '.join(unseen)}): scores assume that it does.")
+    count = trainer.num_training_batches
+    if not isinstance(loader.dataset, IterableDataset) and count < len(loader):
+        rank_zero_warn(
+            f"Training does not visit all examples alike (`limit_train_batches` leaves {count} of {len(loader)}"
+            " batches): scores assume that it does."
+        )
     return loader
 
 
-def _left_out(trainer: Trainer, loader: DataLoader[Any]) -> Sequence[str]:
-    reasons = []
-    if trainer.num_training_batches < len(loader):
-        reasons.append(f"`limit_train_batches` leaves {trainer.num_training_batches} of {len(loader)} batches")
-    sampler = loader.sampler
-    alike = (RandomSampler, SequentialSampler, DistributedSampler)
-    if not isinstance(sampler, alike) and loader.batch_size is not None:
-        reasons.append(f"the sampler is `{type(sampler).__name__}`")
-    if loader.drop_last and isinstance(sampler, SequentialSampler) and len(loader.dataset) % (loader.batch_size or 1):  # type: ignore[arg-type]
-        reasons.append("`drop_last` without shuffling never reaches the last examples")
-    return reasons
+def present_loader(trainer: Trainer) -> DataLoader[Any] | None:
+    """The training loader as it is now, which may be another in each epoch; ``None`` where there is not one."""
+    loader = trainer.train_dataloader
+    return loader if isinstance(loader, DataLoader) else None
 
 
 # ---------------------------------------------------------------- where it runs, and beside whom
@@ -234,21 +236,30 @@ def loads_tuner_checkpoint(trainer: Trainer) -> bool:
 # ---------------------------------------------------------------- what a module knows of it
 
 
-def _trainer_of(module: nn.Module) -> Any:
-    """The Trainer that a module is attached to; ``None`` if there is none."""
-    return getattr(module, "_trainer", None)
+def trainer_of(module: nn.Module) -> Any:
+    """The Trainer that a module is attached to, itself where the module sees a stand-in; ``None`` if there is none."""
+    trainer = getattr(module, "_trainer", None)
+    return getattr(trainer, "real_trainer", trainer)
+
+
+def facts_of(trainer: Any) -> dict[str, Any]:
+    """Numbers of a fit that a ``training_step`` may read off its Trainer; ``None`` for infinitely many batches."""
+    batches = trainer.num_training_batches
+    names = ("max_epochs", "max_steps", "accumulate_grad_batches", "log_every_n_steps", "world_size", "num_devices")
+    numbers = {name: getattr(trainer, name) for name in names}
+    return numbers | {"num_training_batches": None if batches == float("inf") else int(batches)}
 
 
 def optimizer_lists(module: nn.Module) -> list[Sequence[Any]]:
     """The optimizers that a ``training_step`` may hold on to: torch's own, and Lightning's wrappers of them."""
-    trainer = _trainer_of(module)
+    trainer = trainer_of(module)
     return [] if trainer is None else [trainer.optimizers, list(trainer.strategy._lightning_optimizers)]
 
 
 @contextmanager
 def silent_loggers(module: nn.Module) -> Iterator[None]:
     """Inside, the loggers that the module writes to take nothing."""
-    trainer = _trainer_of(module)
+    trainer = trainer_of(module)
     loggers = trainer.loggers if trainer is not None else []
     try:
         if loggers:
@@ -261,6 +272,6 @@ def silent_loggers(module: nn.Module) -> Iterator[None]:
 
 def gathers(module: LightningModule) -> bool:
     """Whether Lightning would gather from processes, even if there is only one, and so add a dimension."""
-    owner: Any = module.fabric if module.fabric is not None else _trainer_of(module)
+    owner: Any = module.fabric if module.fabric is not None else trainer_of(module)
     parallel = isinstance(getattr(owner, "strategy", None), (ParallelStrategy, FabricParallelStrategy))
     return parallel and dist.is_available() and dist.is_initialized()

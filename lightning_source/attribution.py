@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -83,13 +84,14 @@ class AttributingCallback(Callback):
         module = trainer.lightning_module
         if module is None:
             raise MisconfigurationException("there is nothing to attribute before `fit`.")
-        run = self._open(trainer, module, stage)
-        home = module.device
-        module.to(scoring_device(trainer))
-        try:
-            yield SourceScorer(run, measurement or self.measurement)
-        finally:
-            module.to(home)
+        with torch.inference_mode(False):  # else what is read and moved here could not be differentiated
+            run = self._open(trainer, module, stage)
+            home = module.device
+            module.to(scoring_device(trainer))
+            try:
+                yield SourceScorer(run, measurement or self.measurement)
+            finally:
+                module.to(home)
 
 
 class _Attribute:

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_source._trainer import (
@@ -18,12 +19,14 @@ from lightning_source._trainer import (
     check_trainer,
     loads_tuner_checkpoint,
     other_callbacks,
+    present_loader,
     ranks_of,
     run_directory,
     training_loader,
 )
 from lightning_source.attribution import AttributingCallback
-from lightning_source.capture.data import examples_of
+from lightning_source.capture.data import same_data, training_examples
+from lightning_source.names import has_uninitialized
 from lightning_source.recording.manifest import Settings, check_choice
 from lightning_source.recording.session import RecordingSession, SessionState
 from lightning_source.recording.store import RunStore, holds_run
@@ -55,6 +58,8 @@ class SourceCallback(AttributingCallback):
         mode: ``"fit"`` computes factors when training ends, ``"deferred"`` when scores are first asked for.
         optimizer: where the module has several optimizers, the index of the one whose parameters are attributed.
         overwrite: replace the run that ``dirpath`` holds.
+        passes: the mode that the module is called in after training: ``"eval"``, ``"train"`` (without dropout and
+            statistics of the batch), or ``"auto"``: ``"eval"`` unless the module computes something else there.
         seed: seeds sampled labels and the choice of factor examples.
 
     Raises:
@@ -84,6 +89,7 @@ class SourceCallback(AttributingCallback):
         optimizer: int | None = None,
         overwrite: bool = False,
         seed: int = 0,
+        passes: Literal["auto", "eval", "train"] = "auto",
     ) -> None:
         super().__init__(dirpath, measurement)
         if isinstance(segments, str):
@@ -103,10 +109,14 @@ class SourceCallback(AttributingCallback):
             factor_examples=factor_examples,
             label_samples=label_samples,
             seed=seed,
+            passes=passes,
         )
         self._session = RecordingSession(self.settings, include, exclude, optimizer or 0)
         self._next_name: str | None = None
         self._trains = False
+        self._waits = False
+        self._loader: DataLoader[Any] | None = None  # of the present epoch
+        self._reloaded = False
         self._factor_seconds = 0.0
 
     @property
@@ -159,14 +169,37 @@ class SourceCallback(AttributingCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loader = training_loader(trainer)
-        examples = None if loader is None else examples_of(loader)
         self._trains = True
-        index = ranks_of(trainer).on_rank_zero(lambda: self._session.begin(examples, self._next_name))
+        self._waits = has_uninitialized(pl_module)
+        if not self._waits:
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loader = training_loader(trainer)
+        examples = None if loader is None else training_examples(loader)
+        index = ranks_of(trainer).on_rank_zero(lambda: self._session.begin(examples, self._next_name, loader))
+        self._loader, self._reloaded = loader, False
         self._next_name = None
-        self._stage_data[index] = (pl_module, examples)
+        if index is not None:
+            self._stage_data[index] = (pl_module, examples)
 
     # ---------------------------------------------------------------- during training
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loader, earlier = present_loader(trainer), self._loader
+        if loader is None or earlier is None or loader is earlier:
+            return
+        self._session.load_from(loader)
+        self._loader = loader
+        if not self._reloaded and not same_data(loader.dataset, earlier.dataset):
+            self._reloaded = True
+            rank_zero_warn(
+                f"SourceCallback: the training data were loaded anew for epoch {trainer.current_epoch}"
+                " (`reload_dataloaders_every_n_epochs`). Scores are those of the data of the first epoch, as if every"
+                " epoch had trained on them; where later epochs' examples are others, nothing is known of these. HINT:"
+                " call `fit` for each set of data, which makes it a stage of its own."
+            )
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -189,6 +222,10 @@ class SourceCallback(AttributingCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._session.on_batch_end()
+        if self._waits:  # lazy layers: there are no parameters to record before the first batch
+            self._waits = False
+            with self._session.guarded():
+                self._begin(trainer, pl_module)
 
     # ---------------------------------------------------------------- after training
 
@@ -232,3 +269,4 @@ class SourceCallback(AttributingCallback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._session.detach()
+        self._loader = None

@@ -37,3 +37,8 @@ def named_modules(module: nn.Module) -> dict[str, nn.Module]:
 def parameter_names(module: nn.Module) -> dict[int, str]:
     """Clean names by the ``id`` of the parameter."""
     return {id(parameter): name for name, parameter in named_parameters(module).items()}
+
+
+def has_uninitialized(module: nn.Module) -> bool:
+    """Whether some parameters are still lazy: they get their shapes when the module is first called."""
+    return any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in module.parameters())

@@ -4,7 +4,8 @@ A rule reads one parameter group's hyperparameters after a step. :func:`register
 optimizer without one is refused, never taken for SGD.
 """
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,13 +57,26 @@ def register_optimizer(*kinds: type[Optimizer]) -> Callable[[Rule], Rule]:
 
 
 def rule_for(optimizer: Optimizer) -> Rule:
-    """The rule of an optimizer's exact class; a subclass may step differently, so it does not inherit one.
+    """The rule of :func:`known_class`."""
+    return _RULES[known_class(optimizer)]
+
+
+def has_own_step(optimizer: Optimizer) -> bool:
+    """Whether an optimizer derives from the class whose rule stands for it and has another ``step``."""
+    return inspect.unwrap(type(optimizer).step) is not inspect.unwrap(known_class(optimizer).step)
+
+
+def known_class(optimizer: Optimizer) -> type[Optimizer]:
+    """The optimizer's class, or the nearest that it derives from, for which a rule is known.
+
+    A derived class may step differently: :class:`lightning_source.recording.step_check.StepCheck` looks at its steps.
 
     Raises:
         MisconfigurationException: no rule is known; the message names the optimizer and how to add one.
     """
-    if type(optimizer) in _RULES:
-        return _RULES[type(optimizer)]
+    for kind in type(optimizer).__mro__:
+        if kind in _RULES:
+            return kind
     known = ", ".join(sorted(kind.__name__ for kind in _RULES))
     name = type(optimizer).__name__
     raise MisconfigurationException(
@@ -76,10 +90,29 @@ def rule_for(optimizer: Optimizer) -> Rule:
     )
 
 
+# An entry counts as untrained where ``1/P``, less what that is without any gradient, is round-off beside the others.
+#
+# The gradient of a bias before batch normalisation, or of attention's key bias, is 0, and what is computed is the
+# round-off of a sum that cancels. Adam then divides noise by noise: ``P`` nears ``1/ε``, and what the passes find there
+# (they normalise by running statistics, under which such a bias does matter) is blown up by it.
+#
+# Round-off is small beside two things: the entry's own layer, since in a deep network
+# whole layers may have honest gradients far below the others'; and the largest of the biases and their like, since with
+# inputs in the millions a weight's gradient dwarfs its honest bias. Measured beside the smaller of these: biases before
+# normalisation 2e-8 to 2e-4 (growing with batch and image), honest biases above 3e-3. Only sums over everything cancel
+# so: an entry of a matrix may honestly be small, a rare word's say, so for these the bound is a thousand times lower.
+ROUND_OFFS = {True: 1e4, False: 10.0}  # in units of the precision, for vectors and for others; and at most:
+MOST = {True: 1e-3, False: 1e-6}
+
+
 @torch.no_grad()
 def preconditioners(optimizer: Optimizer, rule: Rule, names: Mapping[int, str]) -> dict[str, Tensor]:
-    """The diagonal ``P`` of every parameter that has one, by the name that ``names`` gives its ``id``."""
+    """The diagonal ``P`` of every parameter that has one, by the name that ``names`` gives its ``id``.
+
+    It is 0 for entries whose training gradient has been nothing but round-off: they carry nothing.
+    """
     diagonals = {}
+    sizes: dict[str, Tensor] = {}  # √v̂ and its like
     for group in optimizer.param_groups:
         read = rule(group).preconditioner
         for parameter in group["params"]:
@@ -87,8 +120,27 @@ def preconditioners(optimizer: Optimizer, rule: Rule, names: Mapping[int, str]) 
             # Without a step yet (the loss scaler skipped it) there is a state, and no moment in it.
             if read is None or not state or not float(state.get("step", 1)) or id(parameter) not in names:
                 continue
-            diagonals[names[id(parameter)]] = read(state)
+            name = names[id(parameter)]
+            diagonals[name] = read(state)
+            untouched = {key: value if key == "step" else torch.zeros_like(value) for key, value in state.items()}
+            sizes[name] = 1 / diagonals[name] - 1 / read(untouched)
+    layers: dict[str, list[Tensor]] = {}
+    for name, size in sizes.items():
+        layers.setdefault(name.rpartition(".")[0], []).append(size)
+    typical = {layer: _root_mean_square(members) for layer, members in layers.items()}
+    vectors = [size for size in sizes.values() if size.dim() == 1]
+    largest = max((_root_mean_square([size]) for size in vectors or sizes.values()), default=0.0)
+    for name, size in sizes.items():
+        vector = size.dim() == 1
+        precision = min(ROUND_OFFS[vector] * torch.finfo(size.dtype).eps, MOST[vector])
+        least = min(typical[name.rpartition(".")[0]], largest) * precision
+        diagonals[name] = torch.where(size <= least, 0.0, diagonals[name])
     return diagonals
+
+
+def _root_mean_square(values: Sequence[Tensor]) -> float:
+    total = sum(float(v.double().square().sum()) for v in values)
+    return float((total / max(1, sum(v.numel() for v in values))) ** 0.5)
 
 
 @register_optimizer(torch.optim.SGD)

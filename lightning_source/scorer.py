@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lightning_source._provenance import name_of, versions
 from lightning_source.capture.data import Examples, GivenBatches, examples_of, query_of
 from lightning_source.capture.objective import Measurement
 from lightning_source.estimators import MatrixSink, Metadata, Query, ScoreSink, estimator_for
+from lightning_source.estimators.columns import Columns
 from lightning_source.estimators.registry import Estimator, Options
 from lightning_source.estimators.source import self_influence
 from lightning_source.recording.manifest import Curvature, Settings
@@ -167,6 +169,7 @@ class SourceScorer:
         set_rate(self.run, rate)
         return self
 
+    @torch.inference_mode(False)  # gradients are taken, whatever the mode that the question is asked in
     def score(
         self,
         query: Any,
@@ -214,19 +217,23 @@ class SourceScorer:
         run = self.run
         queries = query_of(query, run.stage.examples, batch_size)
         run.calibrate()
-        data = run.data if batch_size is None else examples_of(run.data.dataset, batch_size, run.data)
-        ids = _ids(train_ids, len(data))
-        train_ids = torch.arange(len(data)) if ids is None else ids
+        queries, data = run.queries(queries), run.data
+        if batch_size is not None and data.batch_size > 1:
+            data = replace(data, batch_size=batch_size)
+        columns = Columns.of(data, _ids(train_ids, data.positions_in_all))
         segments = len(run.segments(options.get("segments"))) if per_segment else None
-        sink = MatrixSink(len(queries), len(train_ids), segments)
-        extra_metadata = self._compute(estimator, options, queries, data, ids, sink)
+        sink = MatrixSink(len(queries), columns.count, segments)
+        extra_metadata = Metadata()
+        if columns.count:
+            extra_metadata = self._compute(estimator, options, queries, data, columns.ids, sink)
+        weights = extra_metadata.kernel_weights
         return InfluenceScores(
-            sink.values,
-            train_ids,
-            torch.arange(len(queries)),
-            sink.by_segment,
+            columns.spread(sink.values),
+            columns.positions,
+            queries.positions,
+            None if sink.by_segment is None else columns.spread(sink.by_segment),
             self._metadata(estimator, options) | extra_metadata.to_json(),
-            None if extra_metadata.kernel_weights is None else extra_metadata.kernel_weights[train_ids],
+            None if weights is None else columns.spread(weights if columns.ids is None else weights[columns.ids], 1.0),
         )
 
     def _compute(
@@ -251,6 +258,7 @@ class SourceScorer:
             start = rows.stop
         return extra_metadata
 
+    @torch.inference_mode(False)
     def self_influence(self, train: Any = None, *, train_ids: Sequence[int] | Tensor | None = None) -> Tensor:
         """Each training example's SOURCE score on its own loss: how much of its fit is owed to itself.
 
@@ -265,9 +273,10 @@ class SourceScorer:
         """
         self._use(train)
         self.run.calibrate()
-        ids = _ids(train_ids, len(self.run.data))
-        return self_influence(
-            self.run, torch.arange(len(self.run.data)) if ids is None else ids, self._queries_at_once()
+        columns = Columns.of(self.run.data, _ids(train_ids, self.run.data.positions_in_all))
+        ids = torch.arange(columns.count) if columns.ids is None else columns.ids
+        return columns.spread(
+            self_influence(self.run, ids, self._queries_at_once()) if columns.count else torch.zeros(0)
         )
 
     def _use(self, train: object) -> None:

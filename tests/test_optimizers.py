@@ -55,8 +55,22 @@ def test_a_preconditioned_run_is_scored_with_its_own_scale(tmp_path, make):
 
 
 def test_a_rule_of_the_users_own(tmp_path):
-    class Plain(torch.optim.SGD):
-        """A subclass may step differently, so it has no rule until it is given one."""
+    class Plain(torch.optim.Optimizer):
+        """Steps as SGD does, which no rule knows until it is given one."""
+
+        def __init__(self, parameters, lr):
+            super().__init__(parameters, {"lr": lr, "weight_decay": 0.0})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.add_(parameter.grad, alpha=-group["lr"])
+            return loss
 
     with pytest.raises(MisconfigurationException, match=r"(?s)`Plain`.*@register_optimizer\(Plain\)"):
         fitted(tmp_path / "a", Classifier(mlp(), optimizer=lambda p: Plain(p, 0.1)))

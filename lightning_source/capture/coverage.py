@@ -94,6 +94,9 @@ def find_blocks(
     for name, child in module.named_modules():
         own = {id(p): p for p in child.parameters(recurse=False) if id(p) in trainable and id(p) not in seen}
         seen |= own.keys()
+        complex_valued = {key for key, parameter in own.items() if parameter.is_complex()}
+        reasons |= dict.fromkeys(complex_valued, "complex numbers")
+        own = {key: parameter for key, parameter in own.items() if key not in complex_valued}
         if reason := _why_not(name, include, exclude):
             reasons |= dict.fromkeys(own, reason)
             continue

@@ -24,6 +24,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_source._trainer import gathers, silent_loggers
+from lightning_source.capture.modes import EVAL, PassMode, in_mode
 
 # A plain tensor attribute up to this many scalars (a running statistic) is kept by value, a larger one by reference,
 # and so is everything after this many scalars and items in all (a data set that the module holds).
@@ -49,17 +50,17 @@ def isolated_rng(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(module: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Run passes of ``module`` in eval mode without disturbing it or the process.
+def undisturbed(module: nn.Module, seed: int = 0, mode: PassMode = EVAL) -> Iterator[None]:
+    """Run passes of ``module`` without disturbing it or the process, by default in eval mode.
 
-    Inside: every submodule in eval mode (set one by one: a user's ``train()`` may freeze parts), gradients enabled,
-    ``log`` silent, ``all_gather`` of this process alone, hooks honoured under ``torch.compile``, global generators
-    seeded with ``seed``.
+    Inside: every submodule in that mode, no ``.grad`` yet, gradients enabled, ``log`` silent, ``all_gather`` of this
+    process alone, hooks honoured under ``torch.compile``, global generators seeded with ``seed``.
     """
     with ExitStack() as stack:
         stack.enter_context(isolated_rng(seed))
         stack.enter_context(_attributes_kept(module))
-        stack.enter_context(_eval_mode(module))
+        stack.enter_context(_gradients_aside(module))
+        stack.enter_context(in_mode(module, mode))
         stack.enter_context(_silent_log(module))
         stack.enter_context(_gathering_alone(module))
         stack.enter_context(torch.inference_mode(False))
@@ -69,15 +70,16 @@ def undisturbed(module: nn.Module, seed: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    modes = [(child, child.training) for child in module.modules()]
+def _gradients_aside(module: nn.Module) -> Iterator[None]:
+    """A step may call ``backward()`` itself: what that adds to ``.grad`` goes, and what training left there is back."""
+    gradients = [(p, p.grad) for p in module.parameters()]
     try:
-        for child, _ in modes:
-            child.training = False
+        for parameter, _ in gradients:
+            parameter.grad = None
         yield
     finally:
-        for child, mode in modes:
-            child.training = mode
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
 
 @contextmanager
@@ -172,7 +174,8 @@ class StateRestorer:
     """What the calls of a ``training_step`` write is as it was before each of them.
 
     A momentum encoder, a running centre or a counter would else drift from batch to batch, and an example's gradient
-    would depend on the batches before it. Generators go on: every batch draws its own noise.
+    would depend on the batches before it; so does ``.grad``, which each of them finds empty. Generators go on: every
+    batch draws its own noise.
 
     Args:
         module: the module, as every call is to find it.
@@ -181,15 +184,18 @@ class StateRestorer:
 
     def __init__(self, module: nn.Module, values: Mapping[int, Tensor]) -> None:
         self._kept = _SavedState()
+        self._parameters = list(module.parameters())
         for child in module.modules():
             self._kept.add(child)
-        for p in module.parameters():
+        for p in self._parameters:
             self._kept.tensors.append(_Values(p, values[id(p)] if id(p) in values else p.detach().clone()))
         self._calls = 0
 
     def __call__(self) -> None:
         """To be called before each call of the step."""
         if self._calls:
+            for parameter in self._parameters:
+                parameter.grad = None
             for restore in self._kept.contents:
                 restore()
             for tensor in self._kept.tensors:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any, TypeVar
 
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_source._trainer import optimizer_lists
+from lightning_source.capture.inert_optimizers import InertOptimizer, InertScheduler, inert_optimizer
+from lightning_source.capture.trainer_view import TrainerView
 
 ItemT = TypeVar("ItemT")
 
@@ -28,6 +29,7 @@ class ManualStep:
         schedulers: how many learning rate schedulers.
         attributed: index of the optimizer whose parameters are attributed.
         groups: the numbers in each optimizer's parameter groups, for steps that log them.
+        kinds: the optimizers' classes, by :func:`~lightning_source.capture.inert_optimizers.kind_of`.
     """
 
     def __init__(
@@ -36,15 +38,26 @@ class ManualStep:
         schedulers: int = 0,
         attributed: int = 0,
         groups: Sequence[Sequence[Mapping[str, object]]] = (),
+        kinds: Sequence[str] = (),
     ) -> None:
         self.attributed = attributed
-        known: list[Sequence[Mapping[str, object]]] = [*groups, *([{"lr": 0.0}] for _ in range(optimizers))]
-        self.optimizers = [InertOptimizer(self, index, known[index]) for index in range(optimizers)]
-        self.schedulers = [InertScheduler() for _ in range(schedulers)]
+        self._groups: list[Sequence[Mapping[str, object]]] = [*groups, *([{"lr": 0.0}] for _ in range(optimizers))]
+        self._kinds = [*kinds, *([""] * optimizers)]
+        self._count, self._schedulers = optimizers, schedulers
         self.pending: list[list[Tensor]] = [[] for _ in range(optimizers)]
         self.toggled: int | None = None
         self._steps: list[list[Tensor]] = []
         self._real: dict[int, int] = {}  # the Trainer's own optimizers: index by id
+
+    @cached_property  # most steps that optimize automatically never ask
+    def optimizers(self) -> list[Any]:
+        """What stands for the module's optimizers."""
+        return [inert_optimizer(self, i, self._groups[i], self._kinds[i]) for i in range(self._count)]
+
+    @cached_property
+    def schedulers(self) -> list[InertScheduler]:
+        """What stands for its schedulers, each with the optimizer at its place, or the last one."""
+        return [InertScheduler(self.optimizers[min(i, self._count - 1)]) for i in range(self._schedulers)]
 
     def backward(self, loss: Tensor, *args: object, **kwargs: object) -> None:
         """A backward adds to the gradients of every optimizer, or of the one that is toggled."""
@@ -56,6 +69,10 @@ class ManualStep:
         """An optimizer would have moved along what is pending for it."""
         if index == self.attributed:
             self._steps.append(list(self.pending[index]))
+
+    def forget(self, index: int) -> None:
+        """What was pending for an optimizer was zeroed."""
+        self.pending[index].clear()
 
     @property
     def stepped(self) -> bool:
@@ -87,14 +104,13 @@ class ManualStep:
     def in_place_of(self, module: Any) -> Iterator[None]:
         """Inside, the module optimizes through this object and moves nothing."""
         stand_ins: dict[str, Callable[..., Any]] = {
-            "optimizers": lambda use_pl_optimizer=True: _one_or_all(self.optimizers),
-            "lr_schedulers": lambda: _one_or_all(self.schedulers) if self.schedulers else None,
             "manual_backward": self.backward,
             "toggle_optimizer": self.toggle,
             "untoggle_optimizer": self.untoggle,
             "clip_gradients": lambda *args, **kwargs: None,
         }
         with ExitStack() as stack:
+            stack.enter_context(self.shown_to(module))
             stack.enter_context(_replaced(module, stand_ins))
             for real in optimizer_lists(module):  # a step may hold on to the real ones
                 for inert, optimizer in zip(self.optimizers, real, strict=False):
@@ -102,6 +118,23 @@ class ManualStep:
                     names = ("step", "zero_grad", "toggle_model")
                     has = {name: getattr(inert, name) for name in names if hasattr(optimizer, name)}
                     stack.enter_context(_replaced(optimizer, has))
+            yield
+
+    @contextmanager
+    def shown_to(self, module: Any) -> Iterator[None]:
+        """Inside, the module sees these optimizers and schedulers for its own."""
+
+        def optimizers(use_pl_optimizer: bool = True) -> Any:
+            return _one_or_all([o if use_pl_optimizer else o.optimizer for o in self.optimizers])
+
+        def lr_schedulers() -> Any:
+            return _one_or_all(self.schedulers) if self.schedulers else None
+
+        view = vars(module).get("_trainer")
+        with ExitStack() as stack:
+            stack.enter_context(_replaced(module, {"optimizers": optimizers, "lr_schedulers": lr_schedulers}))
+            if isinstance(view, TrainerView):
+                stack.enter_context(_replaced(view, {"stand_ins": self}))
             yield
 
 
@@ -118,60 +151,5 @@ def _replaced(owner: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
         vars(owner).update(previous)
 
 
-class InertOptimizer:
-    """Looks like a LightningOptimizer to a ``training_step`` and moves nothing."""
-
-    def __init__(self, owner: ManualStep, index: int, groups: Sequence[Mapping[str, object]]) -> None:
-        self.owner = owner
-        self.index = index
-        self.param_groups: list[dict[str, object]] = [{**group, "params": []} for group in groups]
-        self.state: dict[object, object] = {}
-
-    @property
-    def optimizer(self) -> InertOptimizer:
-        """What a LightningOptimizer wraps."""
-        return self
-
-    def step(self, closure: Callable[[], object] | None = None, **kwargs: object) -> object:
-        """Runs the closure, if there is one, as the optimizer would."""
-        value = closure() if closure is not None else None
-        self.owner.step(self.index)
-        return value
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget what is pending."""
-        self.owner.pending[self.index].clear()
-
-    @contextmanager
-    def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
-        """As ``LightningOptimizer.toggle_model``."""
-        self.owner.toggle(self)
-        yield
-        self.owner.untoggle()
-
-
-class InertScheduler:
-    """A learning rate scheduler that does nothing."""
-
-    def step(self, *args: object, **kwargs: object) -> None:
-        """Nothing."""
-
-    def get_last_lr(self) -> list[float]:
-        """No rate."""
-        return [0.0]
-
-
 def _one_or_all(items: list[ItemT]) -> ItemT | list[ItemT]:
     return items[0] if len(items) == 1 else items
-
-
-def numbers_of(optimizer: Optimizer | LightningOptimizer) -> list[dict[str, int | float | str | bool]]:
-    """What is plain in an optimizer's parameter groups, for :class:`ManualStep` in another process."""
-    return [
-        {
-            key: value.item() if isinstance(value, Tensor) else value
-            for key, value in group.items()
-            if isinstance(value, (int, float, str, bool)) or (isinstance(value, Tensor) and value.numel() == 1)
-        }
-        for group in optimizer.param_groups
-    ]

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 from torch.overrides import TorchFunctionMode
 
+from lightning_source.capture.batch_copies import copied
 from lightning_source.capture.data import Batch
 from lightning_source.capture.layer_gradients import GradientCapture
 from lightning_source.capture.losses import Information, LossCall, read_call
@@ -64,6 +65,10 @@ class _LossTap(TorchFunctionMode):
         return call.value
 
 
+class NoLoss(ValueError):
+    """The step gave no loss for a batch; in training such a batch moves nothing."""
+
+
 @dataclass(frozen=True)
 class CallScale:
     """How the training batches weighted the elements of one loss call."""
@@ -81,6 +86,8 @@ class ObjectiveSpec:
     origin: Literal["recognised", "hook", "whole"]
     fisher: Literal["true", "empirical"]
     calls: tuple[CallScale, ...]
+    # Why examples are run one at a time; None where a batch's rows are its examples.
+    one_at_a_time: str | None = None
 
 
 @dataclass
@@ -249,10 +256,11 @@ class Objective:
 
     Args:
         module: the LightningModule.
-        optimizers: how many optimizers a manually optimizing module has.
+        optimizers: how many optimizers the module has; ``training_step`` sees inert ones.
         schedulers: how many learning rate schedulers.
         attributed: index of the optimizer whose loss is meant.
         groups: the numbers in the optimizers' parameter groups.
+        kinds: the optimizers' classes, by :func:`~lightning_source.capture.inert_optimizers.kind_of`.
         batch_idx: what ``training_step`` is told; optimizers that take turns step at some indices only.
     """
 
@@ -263,12 +271,13 @@ class Objective:
         schedulers: int = 0,
         attributed: int = 0,
         groups: Sequence[Sequence[Mapping[str, object]]] = (),
+        kinds: Sequence[str] = (),
         batch_idx: int = 0,
     ) -> None:
         self.module = module
         self.batch_idx = batch_idx
         self.stepped = True  # whether the attributed optimizer made a step when the module was last evaluated
-        self._manual = partial(ManualStep, optimizers, schedulers, attributed, groups)
+        self._manual = partial(ManualStep, optimizers, schedulers, attributed, groups, kinds)
         parameters = inspect.signature(module.training_step).parameters
         if "dataloader_iter" in parameters:
             raise ValueError("`training_step(dataloader_iter)` hides the batches, so examples cannot be attributed")
@@ -292,7 +301,7 @@ class Objective:
             hooked: ``False`` runs ``training_step`` although there is a hook.
 
         Raises:
-            ValueError: no loss came back, or it is not a scalar.
+            NoLoss: no loss came back, or it is not a scalar.
         """
         manual = None if getattr(self.module, "automatic_optimization", True) else self._manual()
         listening = recording.listening(size) if recording else nullcontext()
@@ -300,7 +309,7 @@ class Objective:
             hook = self.hook if hooked else None
             loss = self.step(batch, manual) if hook is None else self._hooked(hook, batch, tap)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ValueError("`training_step` returned no scalar loss for this batch")
+            raise NoLoss("`training_step` returned no scalar loss for this batch")
         calls, scales = tap.calls, []
         if calls and loss.requires_grad:
             elements = [call.elements for call in calls]
@@ -310,10 +319,15 @@ class Objective:
         return Losses(loss, calls, scales, size)
 
     def step(self, batch: Batch, manual: ManualStep | None = None) -> Any:
-        """The loss that the user's ``training_step`` returns for a batch, or gives to ``manual`` where it optimizes."""
-        with nullcontext() if manual is None else manual.in_place_of(self.module):
+        """The loss that the user's ``training_step`` returns for a batch, or gives to ``manual`` where it optimizes.
+
+        The step gets a copy: it may take its batch apart, and the next call finds it whole.
+        """
+        batch = copied(batch)
+        module = self.module
+        with self._manual().shown_to(module) if manual is None else manual.in_place_of(module):
             arguments = (batch, self.batch_idx) if self._takes_index else (batch,)
-            output = self.module.training_step(*arguments)
+            output = module.training_step(*arguments)
         if manual is not None:
             self.stepped = manual.stepped
             return manual.loss
@@ -321,7 +335,7 @@ class Objective:
 
     def _hooked(self, hook: str, batch: Batch, tap: _LossTap) -> Tensor:
         """The mean of what the module's hook says it minimises, which stands in ``tap`` as its only call."""
-        output = getattr(self.module, hook)(batch)
+        output = getattr(self.module, hook)(copied(batch))
         tap.calls.clear()
         if hook == "attribution_losses":
             call = _plain_call(hook, output, lambda generator: output)

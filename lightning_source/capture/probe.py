@@ -24,6 +24,7 @@ TOLERANCE = 1e-3
 # Under autocast autograd itself rounds to 8 bits.
 HALF_TOLERANCE = 3e-2
 
+_BESIDE = "its gradient comes from no example's loss, but from what weighs the losses or is added to them"
 _NO_GRADIENT = "its output carries no gradient (reentrant checkpointing, or torch.no_grad)"
 
 
@@ -107,6 +108,9 @@ def _check(
     wanted = [name for block in blocks for name in block.parameters]
     totals = torch.autograd.grad(target, [parameters[n] for n in wanted], retain_graph=True, allow_unused=True)
     gradients = {name: total for name, total in zip(wanted, totals, strict=True) if total is not None}
+    whole = torch.autograd.grad(losses.loss, [parameters[n] for n in wanted], retain_graph=True, allow_unused=True)
+    reached = {name for name, total in gradients.items() if total.to_dense().any()}
+    beside = {n for n, g in zip(wanted, whole, strict=True) if g is not None and g.to_dense().any()} - reached
     return [
         refused.get(block.name)
         or _mismatch(
@@ -117,6 +121,7 @@ def _check(
         )
         or (None if block.free else _mixing(of_last.get(block.name)))
         or _unseen(block, captured, recording)
+        or (_BESIDE if beside.issuperset(block.parameters) else None)
         for block in blocks
     ]
 

@@ -140,7 +140,8 @@ def _preconditioned_segment(vector: Tensor, here: Basis, segment: SegmentCurvatu
     vector = IDENTITY.rotate_from(here, vector)
     shifted = diagonal_of(segment.basis, segment.eigenvalues) + (0.0 if segment.decoupled else segment.weight_decay)
     exponent = segment.rate * (segment.preconditioner * shifted + (segment.weight_decay if segment.decoupled else 0.0))
-    moved = segment.basis.rotate_from(IDENTITY, -torch.expm1(-exponent) * vector)
+    reached = torch.where(segment.preconditioner > 0, -torch.expm1(-exponent), 0.0)  # though the decay moved the others
+    moved = segment.basis.rotate_from(IDENTITY, reached * vector)
     values = segment.eigenvalues.clamp_min(0)
     decay = 0.0 if segment.decoupled else segment.weight_decay
     mean = float(values.mean()) if segment.mean is None else segment.mean
@@ -158,14 +159,17 @@ def _symmetric_segment(vector: Tensor, here: Basis, segment: SegmentCurvature, f
     assert segment.preconditioner is not None
     root, basis = segment.preconditioner.sqrt(), segment.basis
     scale = _diagonal_in(basis, segment.preconditioner)
-    decay = segment.weight_decay / scale if segment.decoupled else segment.weight_decay
+    decay = segment.weight_decay / scale.clamp_min(1e-30) if segment.decoupled else segment.weight_decay
     values = scale * (segment.eigenvalues.clamp_min(0) + decay)
-    rotated = basis.rotate_from(IDENTITY, root * IDENTITY.rotate_from(here, vector))
+    entries = IDENTITY.rotate_from(here, vector)
+    rotated = basis.rotate_from(IDENTITY, root * entries)
     back = IDENTITY.rotate_from(basis, segment_response(values, segment.rate) * rotated)
     response = basis.rotate_from(IDENTITY, root * back)
     if first:
         return response, vector, IDENTITY
-    return response, IDENTITY.rotate_from(basis, segment_decay(values, segment.rate) * rotated) / root, IDENTITY
+    carried = IDENTITY.rotate_from(basis, segment_decay(values, segment.rate) * rotated)
+    carried = torch.where(root > 0, carried / torch.where(root > 0, root, 1.0), entries)  # what stood still stays
+    return response, carried, IDENTITY
 
 
 def _diagonal_in(basis: Basis, values: Tensor) -> Tensor:

@@ -153,5 +153,6 @@ def dense_source(query_gradients: Tensor, segments: Sequence[DenseSegment]) -> T
         rotated = (vectors * scale) @ basis
         response = (rotated * segment_response(values, segment.rate, decay)) @ basis.T * scale
         shares.append(response @ segment.gradients.T / len(segment.gradients))
-        vectors = (rotated * segment_decay(values, segment.rate, decay)) @ basis.T / scale
+        carried = (rotated * segment_decay(values, segment.rate, decay)) @ basis.T
+        vectors = torch.where(scale > 0, carried / torch.where(scale > 0, scale, 1.0), vectors)
     return torch.stack(shares[::-1])

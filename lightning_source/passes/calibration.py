@@ -12,13 +12,16 @@ from torch import Tensor
 
 from lightning_source.capture.data import Examples, to_module
 from lightning_source.capture.layer_gradients import GradientCapture
-from lightning_source.capture.objective import CallScale, Kind, Losses, ObjectiveSpec
+from lightning_source.capture.objective import CallScale, Kind, Losses, NoLoss, ObjectiveSpec
 from lightning_source.curvature.block_gradients import (
     squared_norms,
 )
 from lightning_source.names import named_parameters
 from lightning_source.passes.factors import factor_ids
 from lightning_source.passes.workspace import Workspace, shorten
+
+# Batches that are looked at for one with a loss.
+TRIED_BATCHES = 16
 
 
 def calibrate(workspace: Workspace, data: Examples, examples_per_batch: float, maximize: bool = False) -> ObjectiveSpec:
@@ -31,23 +34,25 @@ def calibrate(workspace: Workspace, data: Examples, examples_per_batch: float, m
         maximize: training went up the loss, so what it minimised is the negative.
     """
     spec = _calibrate(workspace, data, examples_per_batch)
-    if maximize:
-        spec = replace(spec, calls=tuple(replace(call, factor=-call.factor) for call in spec.calls))
-    workspace.spec = spec
-    return spec
+    workspace.spec = gone_up(spec) if maximize else spec
+    return workspace.spec
+
+
+def gone_up(spec: ObjectiveSpec) -> ObjectiveSpec:
+    """The scale of a loss that training went up: what it minimised is the negative."""
+    return replace(spec, calls=tuple(replace(call, factor=-call.factor) for call in spec.calls))
 
 
 def _calibrate(workspace: Workspace, data: Examples, examples_per_batch: float) -> ObjectiveSpec:
     size = max(1, min(16, data.batch_size, len(data) // 2))
-    ids = list(range(min(len(data), 2 * size)))
-    whole = _evaluate(workspace, data, ids)
+    ids, whole = first_with_loss(workspace, data, 2 * size)
     if not whole.calls:
         return _calibrate_whole(workspace, data, ids, size, examples_per_batch)
     # The half with the fewest elements: normalisers are told apart where its examples differ from the rest.
     counts = torch.stack([whole.by_example(i, whole.weights(i, "mean")[1]).sum(1) for i in range(len(whole.calls))])
     counts = (counts / counts.sum(1, keepdim=True)).sum(0)
     chosen = counts.masked_fill(counts == 0, torch.inf).argsort(stable=True)[:size].tolist()
-    ratio, alone = _hook_ratio(workspace, data, ids, size, examples_per_batch)
+    ratio, alone = hook_ratio(workspace, data, ids, size, examples_per_batch)
     scales = []
     for index, call in enumerate(whole.calls):
         kind: Kind = "sum" if call.reduction == "sum" else "mean"  # all that one example can tell
@@ -63,27 +68,53 @@ def _calibrate(workspace: Workspace, data: Examples, examples_per_batch: float) 
     )
 
 
-def _evaluate(
+def first_with_loss(workspace: Workspace, data: Examples, size: int) -> tuple[list[int], Losses]:
+    """The first ``size`` examples, in their order, for which the step gives a loss; a few batches are tried.
+
+    Raises:
+        NoLoss: it gives none for any.
+    """
+    for start in range(0, max(1, min(len(data), TRIED_BATCHES * size)), size):
+        ids = list(range(start, min(len(data), start + size)))
+        try:
+            return ids, evaluate(workspace, data, ids)
+        except NoLoss:
+            continue
+    raise NoLoss(
+        f"`{type(workspace.module).__name__}.training_step` gave no loss for any of the first training examples"
+    )
+
+
+def evaluate(
     workspace: Workspace,
     data: Examples,
     ids: Sequence[int],
     hooked: bool = True,
     recording: GradientCapture | None = None,
 ) -> Losses:
-    batches = Examples(data.dataset, len(ids), data.collate)
-    (_, batch), *_ = batches.batches(ids)
+    """The training step's losses on one batch of some examples.
+
+    Raises:
+        NoLoss: the step gives none.
+        FloatingPointError: the loss is not finite.
+    """
+    (_, batch), *_ = data.in_batches_of(len(ids)).batches(ids)
+    if batch is None:
+        raise NoLoss("the collate function gives no batch")
     workspace.begin_step()
     losses = workspace.objective.evaluate(
         to_module(batch, workspace.module, workspace.hooks), len(ids), recording, hooked
     )
     if not torch.isfinite(losses.loss):
-        raise FloatingPointError(f"the objective is {losses.loss.item()} on examples {shorten(torch.tensor(ids))}")
+        raise FloatingPointError(
+            f"the objective is {losses.loss.item()} on examples {shorten(data.named(torch.tensor(ids)))}"
+        )
     return losses
 
 
 def _kind_of(workspace: Workspace, data: Examples, whole: Losses, index: int, chosen: Sequence[int]) -> Kind:
     """What a call's elements are divided by: that under which they weigh the same in another batch."""
-    half, again = (_evaluate(workspace, data, chosen) for _ in range(2))
+    half, again = (evaluate(workspace, data, chosen) for _ in range(2))
     if [call.name for call in half.calls] != [call.name for call in whole.calls]:
         raise MisconfigurationException("`training_step` computes other losses on another batch.")
     call = whole.calls[index]
@@ -103,12 +134,17 @@ def _kind_of(workspace: Workspace, data: Examples, whole: Losses, index: int, ch
     kinds: list[Kind] = ["mean", "sum", "examples"]
     best = min(sorted(kinds, key=lambda kind: kind != call.reduction), key=mismatch)
     if not random and mismatch(best) > 1e-2:
-        raise MisconfigurationException(
-            f"`training_step` weights the elements of `{call.name}` neither as a mean nor as a sum over the"
-            " batch, so they cannot be told for others. HINT: pass weights to the loss itself (`weight=`), or"
-            " divide by the number of examples or elements."
-        )
+        raise MisconfigurationException(weighted_otherwise(call.name))
     return best
+
+
+def weighted_otherwise(name: str) -> str:
+    """The error where a loss's elements weigh something else in one batch than in another."""
+    return (
+        f"`training_step` weights the elements of `{name}` neither as a mean nor as a sum over the batch, so they"
+        " cannot be told for others. HINT: pass weights to the loss itself (`weight=`), or divide by the number of"
+        " examples or elements."
+    )
 
 
 def _weight_per_example(workspace: Workspace, data: Examples, losses: Losses, index: int, kind: Kind) -> float:
@@ -121,12 +157,15 @@ def _weight_per_example(workspace: Workspace, data: Examples, losses: Losses, in
     total, ids = 0.0, factor_ids(len(data), 4096, workspace.seed)
     for chosen, batch in data.batches(ids):
         workspace.begin_step()
-        evaluated = workspace.objective.evaluate(to_module(batch, workspace.module, workspace.hooks), len(chosen))
+        try:
+            evaluated = workspace.objective.evaluate(to_module(batch, workspace.module, workspace.hooks), len(chosen))
+        except NoLoss:
+            continue
         total += float(evaluated.weights(index, kind)[1].sum())
     return total / len(ids)
 
 
-def _hook_ratio(
+def hook_ratio(
     workspace: Workspace, data: Examples, ids: Sequence[int], size: int, examples_per_batch: float
 ) -> tuple[float, float]:
     """Where the module names its own losses: the trained loss over their mean, in training batches and alone.
@@ -146,7 +185,7 @@ def _gradient_ratio(workspace: Workspace, data: Examples, ids: Sequence[int]) ->
     own = named_parameters(workspace.module)
     parameters = [own[name] for block in workspace.blocks for name in block.parameters]
     trained, hooked = (
-        torch.autograd.grad(_evaluate(workspace, data, ids, hooked=h).loss, parameters, allow_unused=True)
+        torch.autograd.grad(evaluate(workspace, data, ids, hooked=h).loss, parameters, allow_unused=True)
         for h in (False, True)
     )
     pairs = [(t, h) for t, h in zip(trained, hooked, strict=True) if t is not None and h is not None]
@@ -157,9 +196,9 @@ def _calibrate_whole(
     workspace: Workspace, data: Examples, ids: Sequence[int], size: int, examples_per_batch: float
 ) -> ObjectiveSpec:
     rows = []
-    for count in (len(ids), size):
+    for count in (len(ids), min(size, len(ids))):
         recording = GradientCapture(workspace.module, workspace.blocks)
-        losses = _evaluate(workspace, data, ids[:count], recording=recording)
+        losses = evaluate(workspace, data, ids[:count], recording=recording)
         captured = recording.captured(losses.loss, count)
         rows.append(torch.stack([squared_norms(c.select(slice(size))).sum() for c in captured.values()]).sum().sqrt())
     kind = _kind(float(rows[1] / rows[0]), len(ids) / size) if len(ids) > size else "mean"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -145,7 +145,7 @@ class GaussNewton:
         generator = torch.Generator().manual_seed(seed)
         size = min(size, len(ids))
         order = torch.stack([torch.randperm(len(ids), generator=generator)[:size] for _ in range(count)])
-        batches = Examples(self.data.dataset, size, self.data.collate, self.data.workers)
+        batches = replace(self.data, batch_size=size)
         with self.workspace.at(self.state()):
             yield (
                 lambda vectors, index=index, batch=batch: self.on_batch(index, batch, vectors)  # type: ignore[misc]

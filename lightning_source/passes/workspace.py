@@ -6,6 +6,7 @@ Everything a pass needs is in a :class:`Workspace`; everything it computes is a 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from lightning_source.capture.data import Examples, GivenBatches, to_module
 from lightning_source.capture.isolation import StateRestorer, thawed, undisturbed
 from lightning_source.capture.layer_gradients import GradientCapture
-from lightning_source.capture.objective import Losses, Measurement, Objective, ObjectiveSpec
+from lightning_source.capture.modes import EVAL, Mode, PassMode, Seen, choose_mode
+from lightning_source.capture.objective import Losses, Measurement, NoLoss, Objective, ObjectiveSpec
+from lightning_source.capture.trainer_view import Moment, TrainerFacts, training_seen
 from lightning_source.curvature.block_gradients import (
     BlockGradients,
     Rows,
@@ -35,9 +38,12 @@ from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.layers import Block
 from lightning_source.names import named_parameters, named_tensors
 from lightning_source.passes.query_gradients import QueryGradients
+from lightning_source.passes.states import State as State
+from lightning_source.passes.states import moment_of
 from lightning_source.random_streams import stream_seed
 
-State = Mapping[str, Tensor]  # parameters and buffers by clean name
+# Batches that are looked at for one with a loss.
+TRIED_BATCHES = 16
 # Runs the user's code on a batch, given the ids of its examples, while the recording listens. Gives back what to
 # differentiate: one value for each example, or where that is not known a scalar that is their sum.
 Target = Callable[[object, Tensor, GradientCapture], Tensor]
@@ -55,6 +61,10 @@ class Workspace:
         seed: seeds label sampling, the choice of factor examples and the passes' global generators.
         hooks: the LightningDataModule, if one was used.
         ranks: the processes that share the passes over training examples; all of them make the same calls.
+        end: what a step that reads the Trainer is shown at parameters of no known moment; ``None`` for what the real
+            Trainer shows.
+        facts: further numbers of the Trainer; ``None`` for the real one's.
+        mode: the mode that passes call the module in.
     """
 
     module: LightningModule
@@ -64,14 +74,18 @@ class Workspace:
     seed: int = 0
     hooks: LightningDataModule | None = None
     ranks: Ranks = SINGLE_PROCESS
+    end: Moment | None = None
+    facts: TrainerFacts | None = None
+    mode: PassMode = EVAL
     _rewind: StateRestorer | None = field(default=None, init=False, repr=False)  # inside :meth:`at`
 
     # ---------------------------------------------------------------- parameters
 
     @contextmanager
     def at(self, state: State) -> Iterator[None]:
-        """Passes inside run with these parameters and buffers, in eval mode; the model's own come back unchanged.
+        """Passes inside run with these parameters and buffers; the model's own come back unchanged.
 
+        A step that reads the Trainer sees training at the moment of this state.
         What ``training_step`` itself writes, a momentum encoder or a running centre, is back before its next call.
         """
         own = named_tensors(self.module)
@@ -84,7 +98,11 @@ class Workspace:
         # Without a gradient a layer frozen since training would not be seen, and would silently count for nothing.
         parameters = named_parameters(self.module)
         trained = [parameters[n] for block in self.blocks for n in block.parameters]
-        with undisturbed(self.module, self.seed), thawed(trained):
+        with (
+            undisturbed(self.module, self.seed, self.mode),
+            thawed(trained),
+            training_seen(self.module, moment_of(state) or self.end, self.facts, self.hooks),
+        ):
             kept = {n: x.detach().clone() for n, x in own.items() if n in state or isinstance(x, nn.Parameter)}
             # A state may be the module's own tensors, which would follow its writes.
             apart = {n: x for n, x in state.items() if x.data_ptr() != own[n].data_ptr()}
@@ -106,6 +124,31 @@ class Workspace:
         if self._rewind is not None:
             self._rewind()
 
+    def choose_mode(self, state: State, data: Examples) -> Mode:
+        """The mode in which the module computes what it was trained on, told on the first batches with a loss.
+
+        Args:
+            state: parameters to tell it at.
+            data: the training examples.
+        """
+        error: Exception | None = None
+        with self.at(state):
+            for index, batch in itertools.islice(data.batches(), TRIED_BATCHES):
+                moved = to_module(batch, self.module, self.hooks)
+
+                def evaluate(moved: object = moved, size: int = len(index)) -> Seen:
+                    self.begin_step()
+                    losses = self.objective.evaluate(moved, size)
+                    return Seen(tuple(call.name for call in losses.calls), float(losses.loss.detach()))
+
+                try:
+                    return choose_mode(self.module, evaluate, self.mode.evaluating)
+                except Exception as failed:  # no loss for this batch; or the user's own, which comes again
+                    error = error or failed
+        if error is not None and not isinstance(error, NoLoss):  # what that means, preparation tells
+            raise error
+        return "eval"
+
     # ---------------------------------------------------------------- one pass
 
     def captures(
@@ -115,14 +158,24 @@ class Workspace:
         ids: Sequence[int] | Tensor | None = None,
         what: str = "examples",
     ) -> Iterator[tuple[Tensor, dict[str, BlockGradients]]]:
-        """Run over data: ``(ids, blocks by name)`` for each batch, gradients being those of ``target``."""
+        """Run over data: ``(ids, blocks by name)`` for each batch, gradients being those of ``target``.
+
+        Examples that the collate function drops, or for which the step gives no loss, have no gradient: no block.
+        """
         recording = GradientCapture(self.module, self.blocks)
         for index, batch in data.batches(ids):
-            with torch.enable_grad():
-                values = target(to_module(batch, self.module, self.hooks), index, recording)
+            if batch is None:  # its collate function dropped every example
+                yield index, {}
+                continue
+            try:
+                with torch.enable_grad():
+                    values = target(to_module(batch, self.module, self.hooks), index, recording)
+            except NoLoss:
+                yield index, {}
+                continue
             total = float(values.detach().sum())
             if not math.isfinite(total):
-                raise FloatingPointError(f"the objective is {total} on {what} {shorten(index)}")
+                raise FloatingPointError(f"the objective is {total} on {what} {shorten(data.named(index))}")
             yield index, recording.captured(values, len(index))
 
     def shard(self, data: Examples, ids: Tensor | None) -> Tensor | None:
@@ -271,7 +324,7 @@ class Workspace:
             keep = hand_over if self.ranks.world_size == 1 else own.append
             with self.at(state):
                 for index, captured in self.captures(data, self.trained(), self.shard(data, ids)):
-                    keep(self._products(index, captured, vectors, bases, normalize))
+                    keep(self._products(data.named(index), captured, vectors, bases, normalize))
 
         self.ranks.on_all_ranks(own_part)
         for products in self.ranks.gather(own):

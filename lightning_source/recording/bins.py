@@ -13,6 +13,7 @@ from lightning_source.recording.intervals import StepInterval
 STEPS = "steps.safetensors"
 FROZEN = "frozen.safetensors"
 FINAL = "final.safetensors"
+DRAWN = "drawn.safetensors"
 AVERAGED = "averaged.safetensors"
 
 
@@ -39,6 +40,11 @@ def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of :func:`prefixed`."""
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + "/")}
+
+
+def inverse(diagonal: Tensor) -> Tensor:
+    """``1/x``, and 0 where there is 0: entries that carry nothing do so on disk and off it."""
+    return torch.where(diagonal == 0, 0.0, 1 / diagonal)
 
 
 def weighted_mean(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:

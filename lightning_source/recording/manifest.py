@@ -15,8 +15,11 @@ from torch import nn
 
 from lightning_source.capture.coverage import Coverage
 from lightning_source.capture.data import Examples
+from lightning_source.capture.modes import Mode
 from lightning_source.capture.objective import Objective, ObjectiveSpec
+from lightning_source.capture.trainer_view import TrainerFacts
 from lightning_source.names import named_parameters
+from lightning_source.recording.epochs import EpochMark
 from lightning_source.recording.intervals import StepInterval
 from lightning_source.recording.parameter_groups import Phase
 from lightning_source.recording.step_log import StepRecord
@@ -56,6 +59,7 @@ class Settings:
     factor_examples: int | None = 5000
     label_samples: int = 1
     seed: int = 0
+    passes: Literal["auto", "eval", "train"] = "auto"  # the mode that passes call the module in
 
     @property
     def segment_count(self) -> int:
@@ -84,6 +88,7 @@ class Settings:
             if value < 1:
                 raise ValueError(f"`{name}={value}` must be at least 1")
         check_choice("snapshots", self.snapshots, ("mean", "point"))
+        check_choice("passes", self.passes, ("auto", "eval", "train"))
         check_choice("curvature", self.curvature, ("ekfac", "kfac", "diagonal"))
 
 
@@ -139,12 +144,13 @@ class ModuleRecord:
 
 @dataclass(kw_only=True)
 class ManualRecord:
-    """What a module that optimizes by hand is given in place of its optimizers; see :class:`Objective`."""
+    """What a step that asks for its optimizers is given in their place; see :class:`Objective`."""
 
     optimizers: int
     schedulers: int
     attributed: int
     groups: list[list[dict[str, int | float | str | bool]]]  # the plain values of each optimizer's parameter groups
+    kinds: list[str] = field(default_factory=list)  # the optimizers' classes
     batch_idx: int = 0  # at which the attributed optimizer steps
 
 
@@ -162,6 +168,7 @@ class Progress:
     phases: tuple[Phase, ...] = ()
     coverage: Coverage | None = None
     seen: Seen | None = None
+    epochs: tuple[EpochMark, ...] = ()
 
 
 @dataclass(kw_only=True)
@@ -180,7 +187,12 @@ class StageRecord:
     reset: list[str]  # parameters that are not what the stage before ended with
     coverage: Coverage | None = None  # None: no batch has given a loss yet
     seen: Seen | None = None
+    epochs: tuple[EpochMark, ...] = ()  # when they began
+    mode: Mode = "eval"  # that passes call the module in
+    evaluating: tuple[str, ...] = ()  # modules that training itself keeps in eval mode
+    trainer: TrainerFacts | None = None  # what a step may read off it; None: it had none
     frozen: str | None = None  # file of the parameters that the stage leaves alone
+    drawn: str | None = None  # file of the dataset's positions that training draws from; None: all
     log: str | None = None  # file of the step log, once the stage has ended
     final: str | None = None  # file of the parameters that the stage ended with
 
@@ -194,6 +206,7 @@ class StageRecord:
         maximize: bool,
         manual: ManualRecord | None = None,
         reset: Sequence[str] = (),
+        trainer: TrainerFacts | None = None,
     ) -> StageRecord:
         """A stage before its first step.
 
@@ -202,8 +215,9 @@ class StageRecord:
             module: the model that is trained.
             examples: the training examples; ``None`` if they have no ids.
             maximize: whether steps go up the loss.
-            manual: how the module optimizes by hand, if it does.
+            manual: what stands for the module's optimizers, in steps by hand and in others that look at them.
             reset: names of the parameters that are not what the stage before ended with.
+            trainer: what a step may read off the Trainer.
         """
         return cls(
             name=name,
@@ -215,6 +229,7 @@ class StageRecord:
             manual=manual,
             maximize=maximize,
             reset=list(reset),
+            trainer=trainer,
         )
 
     def objective_of(self, module: LightningModule) -> Objective:
@@ -223,11 +238,12 @@ class StageRecord:
 
     def progress(self) -> Progress:
         """What is to come back when the stage goes on from here."""
-        return Progress(phases=self.phases, coverage=self.coverage, seen=self.seen)
+        return Progress(phases=self.phases, coverage=self.coverage, seen=self.seen, epochs=self.epochs)
 
     def restore(self, progress: Progress) -> None:
         """Go back to an earlier state."""
         self.phases, self.coverage, self.seen = progress.phases, progress.coverage, progress.seen
+        self.epochs = progress.epochs
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,24 @@
-"""Hangs on the optimizer that is attributed and tells the recorder of every step: its rates, window and clipping."""
+"""Hangs on the optimizer that is attributed and tells the recorder of every step: its rates, window and gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_source.names import parameter_names
-from lightning_source.optimizers import StepRule, preconditioners, rule_for
+from lightning_source.optimizers import StepRule, known_class, preconditioners, rule_for
+from lightning_source.recording.gradient_watch import GradientWatch, warn_of_directions
 from lightning_source.recording.parameter_groups import Phase
 from lightning_source.recording.recorder import Recorder
+from lightning_source.recording.step_check import StepCheck
 
 
 class TrainingLoop(Protocol):
@@ -44,13 +45,13 @@ class TrainingLoop(Protocol):
         ...
 
     @property
-    def clips_gradients(self) -> bool:
-        """Whether the gradient may be scaled between backward and step."""
+    def zeroes_gradients(self) -> bool:
+        """Whether gradients are surely zeroed where it is said that they are about to be."""
         ...
 
     @property
-    def scales_loss(self) -> bool:
-        """Whether a loss scaler multiplies the loss, so that gradients after backward are not the loss's own."""
+    def loss_scale(self) -> Tensor | None:
+        """What a loss scaler multiplies the loss by before backward, 0-dim; ``None`` without one."""
         ...
 
     @property
@@ -59,13 +60,18 @@ class TrainingLoop(Protocol):
         ...
 
     @property
-    def within_epoch(self) -> bool:
-        """Whether training, about to start, goes on within an epoch, whose data come in another order."""
+    def epoch(self) -> int:
+        """The epoch that training is in."""
         ...
 
     @property
-    def more_in_first_epoch(self) -> bool:
-        """Whether it is in its first epoch, and another batch of it follows the present one."""
+    def facts(self) -> Mapping[str, Any] | None:
+        """What a step may read off the Trainer, by :class:`~lightning_source.capture.trainer_view.TrainerFacts`."""
+        ...
+
+    @property
+    def within_epoch(self) -> bool:
+        """Whether training, about to start, goes on within an epoch, whose data come in another order."""
         ...
 
 
@@ -75,13 +81,14 @@ class PlainLoop:
 
     optimizers: Sequence[Optimizer]
     accumulate_grad_batches: int = 1
-    clips_gradients: bool = False
     schedulers: int = 0
     by_hand: bool = False
-    scales_loss: bool = False
+    zeroes_gradients: bool = True
+    loss_scale: Tensor | None = None
     steps: int = 0
+    epoch: int = 0
+    facts: Mapping[str, Any] | None = None
     within_epoch: bool = False
-    more_in_first_epoch: bool = False
 
 
 class OptimizerObserver:
@@ -91,21 +98,20 @@ class OptimizerObserver:
         loop: what trains.
         module: the model.
         index: which optimizer.
-        timed: a context that the observer's own work runs in.
+        guarded: a context that the observer's own work runs in; what fails in it must not end training.
 
     Raises:
         MisconfigurationException: no rule is known for the optimizer.
     """
 
     def __init__(
-        self, loop: TrainingLoop, module: nn.Module, index: int, timed: Callable[[], AbstractContextManager[None]]
+        self, loop: TrainingLoop, module: nn.Module, index: int, guarded: Callable[[], AbstractContextManager[None]]
     ) -> None:
         self.loop = loop
         self.index = index
         self.by_hand = loop.by_hand
         self.names = parameter_names(module)
-        self._timed = timed
-        self._clips = not self.by_hand and loop.clips_gradients
+        self._guarded = guarded
         self.trained: tuple[tuple[int, ...], ...] = ()  # ids of parameters by group
         self._handles: list[RemovableHandle] = []
         self._recorder: Recorder | None = None
@@ -113,15 +119,23 @@ class OptimizerObserver:
         self._window = 0
         self._batch = self._counted = 0
         self._witness: nn.Parameter | None = None
-        self._paused = False
+        self._may_be_zero = False
         self._weight: float | None = None
-        self._norm: Tensor | None = None
+        self._depth = 0  # of steps within steps: a derived optimizer's own, and its parent's inside
+        self._watch: GradientWatch | None = None
+        self._turned: list[dict[str, Tensor]] = []  # cosines of earlier phases
+        self._check: StepCheck | None = None
         self.refresh()
 
     def refresh(self) -> None:
         """The optimizer as the loop has it now, and how it steps."""
         self.optimizer: Optimizer = self.loop.optimizers[self.index]
         self.rule = rule_for(self.optimizer)
+        known = known_class(self.optimizer)
+        if known is type(self.optimizer):
+            self._check = None
+        elif self._check is None or self._check.optimizer is not self.optimizer:
+            self._check = StepCheck(self.optimizer, known)
         if len({rule.maximize for rule in self.rules}) > 1:
             raise MisconfigurationException("some parameter groups maximise and others minimise; HINT: do one of them.")
         self.trained = self._trained_by(self.optimizer)
@@ -164,7 +178,10 @@ class OptimizerObserver:
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
         ]
-        if self.by_hand:
+        own = {self.names[id(p)]: p for g in self.optimizer.param_groups for p in g["params"] if id(p) in self.names}
+        watched = {name: own.get(name) for column in columns.columns for name in column}
+        self._watch = GradientWatch(watched, self._guarded, lambda: self.loop.loss_scale)
+        if self.by_hand or not self.loop.zeroes_gradients:
             self._witness = None
             parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
             self._handles += [p.register_hook(partial(self._on_gradient, p)) for p in parameters]
@@ -174,69 +191,105 @@ class OptimizerObserver:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._watch is not None:
+            self._watch.detach()
+            self._turned.append(self._watch.changes())
+            self._watch = None
+
+    def report(self) -> None:
+        """Training has ended: say once what the step log cannot hold."""
+        self.detach()
+        warn_of_directions(self._turned)
+        self._turned = []
 
     def on_batch_start(self) -> None:
         """By hand, where the other hooks are silent, batches that reach the optimizer's gradients count."""
         self._batch += 1
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Gradients inside are not training's."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
+        self._depth = 0  # a step that broke off did not end
+        if self._watch is not None:
+            self._watch.on_batch_start()
 
     def _on_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         if self._witness is None:  # one parameter that training reaches speaks for all
             self._witness = parameter
-        if parameter is not self._witness or self._paused:
+        if parameter is not self._witness:
             return
-        if parameter.grad is None:  # zeroed since
+        if parameter.grad is None or (self._may_be_zero and not parameter.grad.any()):  # zeroed since
             self._window = self._counted = 0
-        if self._counted != self._batch:
+        self._may_be_zero = False
+        if self.by_hand and self._counted != self._batch:
             self._counted = self._batch
             self._window += 1
 
     def on_zero_grad(self) -> None:
-        """A window of micro-batches begins."""
-        self._window = 0
+        """A window of micro-batches begins, unless the user's own method leaves the gradients as they are."""
+        if self.loop.zeroes_gradients:
+            self._window = 0
+        else:
+            self._may_be_zero = True
 
     def on_after_backward(self) -> None:
-        """One more micro-batch; by hand, the gradient before the user clips it, by whatever means."""
+        """One more micro-batch."""
         if not self.by_hand:
             self._window += 1
-        elif not self.loop.scales_loss:
-            self._norm = self._gradient_norm()
 
     def on_before_step(self, optimizer: Optimizer) -> None:
-        """The gradient before it is clipped."""
-        if optimizer is not self.optimizer:
-            return
-        if self._clips:
-            self._norm = self._gradient_norm()
-        if self.by_hand:
-            self._weight = self._close_window()  # here, since the loss scaler may skip the step itself
+        """A step comes, unless the loss scaler skips it."""
+        if self.by_hand and optimizer is self.optimizer:
+            self._weight = self._close_window()
 
-    def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before the step, or before the closure that it calls to get gradients; these are looked at when it ends."""
         assert self._recorder is not None
-        with self._timed():
+        self._depth += 1
+        if self._depth > 1:
+            return None
+        with self._guarded():
             self._recorder.before_step()
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._on_given_gradients()
+            return None
 
-    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        def and_look() -> Any:
+            loss = closure()
+            self._on_given_gradients()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": and_look}
+        return (args[0], and_look, *args[2:]), kwargs
+
+    def _on_given_gradients(self) -> None:
+        """Not after the step, since some optimizers write into the gradients."""
+        with self._guarded():
+            if self._watch is not None:
+                # A fused optimizer that is given the loss scale takes it out of the gradients itself.
+                unscaled = getattr(self.optimizer, "grad_scale", None) is None
+                self._watch.on_step(unscaled, getattr(self.optimizer, "found_inf", None))
+            if self._check is not None:
+                self._check.before_step()
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._recorder is not None
         assert self._columns is not None
-        with self._timed():
+        self._depth -= 1
+        if self._depth:
+            return
+        with self._guarded():
             rules = self.rules
             self._recorder.after_step(
                 self._columns.per_column([group["lr"] for group in optimizer.param_groups]),
                 self._columns.per_column([rule.rate_multiplier for rule in rules]),
                 self._columns.per_column([rule.weight_decay for rule in rules]),
                 self._loss_weight(),
-                self._coefficient(),
+                None if self._watch is None else self._watch.take(),
             )
-            self._weight = self._norm = None
+            self._weight = None
+            if self._check is not None:
+                self._check.after_step()
 
     def _loss_weight(self) -> float:
         weight = self._close_window() if self._weight is None else self._weight
@@ -249,21 +302,3 @@ class OptimizerObserver:
         if self.by_hand:
             return max(1, window)  # several steps on one batch each see its mean
         return window / max(1, self.loop.accumulate_grad_batches)  # also where a last window is shorter
-
-    def _coefficient(self) -> Tensor | None:
-        """What multiplied the step's gradient: clipping, and 0 where a fused optimizer was told to skip."""
-        coefficient: Tensor | None = None
-        # A fused optimizer that was given the loss scale has taken it out of the gradients meanwhile.
-        if self._norm is not None and getattr(self.optimizer, "grad_scale", None) is None:
-            after = self._gradient_norm()
-            dropped = (after == 0) & (self._norm != 0)  # what was not finite, or clipped to nothing
-            coefficient = torch.where(self._norm > 0, after / self._norm, torch.where(dropped, 0.0, 1.0))
-        overflow = getattr(self.optimizer, "found_inf", None)
-        if overflow is not None:
-            taken: Tensor = 1 - overflow.reshape(())
-            coefficient = taken if coefficient is None else coefficient * taken
-        return coefficient
-
-    def _gradient_norm(self) -> Tensor:
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)

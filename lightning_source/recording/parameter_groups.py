@@ -7,7 +7,7 @@ groups change, columns split and never join; the steps before count for each par
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,16 @@ class Phase:
         """For each of some later columns, the one of this phase that held it; ``None`` where it was not trained yet."""
         held = {name: i for i, column in enumerate(self.columns) for name in column}
         return [held.get(column[0]) for column in columns]
+
+    def split(self, columns: Sequence[tuple[str, ...]]) -> Phase:
+        """The same phase by finer columns; those of parameters that it does not know are left out."""
+        kept = [(c, parent) for c, parent in zip(columns, self.parents(columns), strict=True) if parent is not None]
+        return replace(
+            self,
+            columns=tuple(column for column, _ in kept),
+            groups=tuple(self.groups[parent] for _, parent in kept),
+            decoupled=tuple(self.decoupled[parent] for _, parent in kept),
+        )
 
     def per_column(self, values: Sequence[float]) -> list[float]:
         """Values of the optimizer's groups by column; 0 where nothing is trained."""

@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_source.names import clean_name, named_parameters
-from lightning_source.recording.bins import FROZEN, bin_name, in_stage, mean_of, prefixed, under
+from lightning_source.recording.bins import FROZEN, bin_name, in_stage, inverse, mean_of, prefixed, under
+from lightning_source.recording.gradient_factors import BinLog, column_of_each, factors_of, parts_of
 from lightning_source.recording.intervals import StepInterval, merge_all, pairs_to_merge
 from lightning_source.recording.manifest import ResumePoint, StageRecord
+from lightning_source.recording.parameter_groups import phase_at
 from lightning_source.recording.step_log import StepLog, StepRecord
 from lightning_source.recording.store import RunStore
 
+KEPT_ON_DEVICE = 1024  # steps whose gradient norms may wait on their device
 RESUME_POINTS = 3  # how many of the last checkpoints can be resumed from without a gap
+WATCHED_FROZEN = 1 << 22  # scalars of parameters without gradients that are looked at whenever a bin ends
 
 
 class Recorder:
@@ -22,7 +26,7 @@ class Recorder:
 
     Call :meth:`before_step` before each optimizer update and :meth:`after_step` after it, :meth:`flush` whenever the
     parameters may be read and files written, and :meth:`finish` at the end. No call synchronises a device except when
-    a bin is closed.
+    a bin is closed, or at every thousandth step of a long one.
 
     Args:
         store: the run directory.
@@ -67,7 +71,7 @@ class Recorder:
         self._sums: list[Tensor] = []
         self._summed = 0
         self._open: list[StepRecord] = []
-        self._coefficients: list[Tensor | None] = []  # of the open steps, on their devices; None: 1
+        self._norms: list[Tensor | None] = []  # gradient norms of the open steps, on their devices; None: not seen
         self._frozen_sums: dict[str, float] = {}  # before the first step
         if point is not None:
             self._resume(point)
@@ -100,7 +104,7 @@ class Recorder:
         multipliers: Sequence[float],
         weight_decays: Sequence[float],
         loss_weight: float,
-        coefficient: Tensor | None,
+        gradient_norms: Tensor | None,
     ) -> None:
         """Log one optimizer update.
 
@@ -110,11 +114,13 @@ class Recorder:
             weight_decays: coupled decay, by column.
             loss_weight: what the step's loss was multiplied by beside its mean over micro-batches: 1, less in a short
                 last accumulation window, 0 in a step without a loss.
-            coefficient: what the gradient was multiplied by on its way into the step, 0-dim on its device: its norm
-                after clipping over that before, 0 for a step that the loss scaler skipped; ``None`` for 1.
+            gradient_norms: of each parameter's gradient, as backward left it and as the optimizer was given it, in the
+                order of the columns, ``[2, parameters]`` on their device; ``None`` for no difference.
         """
         self._open.append(StepRecord(tuple(learning_rates), tuple(multipliers), tuple(weight_decays), loss_weight))
-        self._coefficients.append(coefficient)
+        self._norms.append(gradient_norms)
+        if len(self._norms) % KEPT_ON_DEVICE == 0:
+            self._norms = [None if norms is None else norms.cpu() for norms in self._norms]
         self.steps += 1
 
     def flush(self, force: bool = False) -> None:
@@ -126,8 +132,8 @@ class Recorder:
         if self._summed > len(self._open):  # the step that broke off left the parameters as they are
             with torch.no_grad():
                 self._add_parameters(-1)
-        coefficients = [1.0 if value is None else float(value) for value in self._coefficients]
-        log = StepLog.of(self._open, coefficients)
+        bin_log = self._log_open_steps()
+        log, coefficients = bin_log.log, bin_log.log.coefficient.tolist()
         decays = [step.effective_decays(c) for step, c in zip(self._open, coefficients, strict=True)]
         mean = {
             name: (total / self._summed).to(value.dtype)
@@ -135,14 +141,39 @@ class Recorder:
         }
         totals = (tuple(log.effective_rate.sum(0).tolist()), tuple(map(sum, zip(*decays, strict=True))))
         interval = StepInterval(first, self.steps, *totals, stage=self.stage)
-        scales = {name: 1 / value for name, value in self._preconditioners().items()}
-        self._add_bin(interval, log, mean, self._trained | self._buffers, scales)
-        self._open, self._coefficients, self._sums, self._summed = [], [], [], 0  # not before they are on disk
+        scales = {name: inverse(value) for name, value in self._preconditioners().items()}
+        self._add_bin(interval, bin_log, mean, self._trained | self._buffers, scales)
+        self._open, self._norms, self._sums, self._summed = [], [], [], 0  # not before they are on disk
         if len(self.bins) > self.limit:
             self._halve()
         self._enter_bins()
         self._follow_what_moves()
         self.store.commit(remove=self._unused())
+
+    def _log_open_steps(self) -> BinLog:
+        norms = self._stacked_norms()
+        if norms is None:
+            return BinLog(StepLog.of(self._open, [1.0] * len(self._open)))
+        places = column_of_each(self._record.phases[-1].columns)
+        members = [[i for i, place in enumerate(places) if place == column] for column in range(1 + max(places))]
+        overall = factors_of(norms, [range(len(places))])[:, 0]
+        own = factors_of(norms, members)
+        log = StepLog.of(self._open, overall.tolist(), own.tolist())
+        parts = parts_of(norms, places, own)
+        if parts is None:
+            return BinLog(log)
+        members = [[i for i, part in enumerate(parts) if part == p] for p in range(1 + max(parts))]
+        full = StepLog.of(self._open, overall.tolist(), torch.ones_like(own).tolist()).effective_rate
+        columns = [places[indices[0]] for indices in members]
+        return BinLog(log, tuple(parts), full[:, columns] * factors_of(norms, members))
+
+    def _stacked_norms(self) -> Tensor | None:
+        """Gradient norms of the open steps, ``[steps, 2, parameters]``; ``None`` where none was seen."""
+        seen = [norms for norms in self._norms if norms is not None]
+        if not seen:
+            return None
+        alike = torch.ones_like(seen[0])
+        return torch.stack([alike if norms is None else norms.to(alike) for norms in self._norms]).cpu()
 
     def _follow_what_moves(self) -> None:
         """A parameter without gradients that the user moves, a teacher's say, is recorded as the trained ones are."""
@@ -150,7 +181,11 @@ class Recorder:
             parameters = named_parameters(self._module)
             moved = [name for name, total in self._frozen_sums.items() if _sum(parameters[name]) != total]
             self._average([*dict.fromkeys([*self._trained, *moved])])
-            self._frozen_sums = {}  # what stands still in the first bin is taken to stand still
+            # Moved late, a target network at the end of an epoch, say, it is recorded from then on. To look again at
+            # a large frozen model takes time: what stands still in its first bin is taken to stand still.
+            small = sum(parameters[name].numel() for name in self._frozen_sums) <= WATCHED_FROZEN
+            still = {name: total for name, total in self._frozen_sums.items() if name not in moved}
+            self._frozen_sums = still if small else {}
 
     def _enter_bins(self) -> None:
         self.store.manifest.bins, self.store.manifest.steps = list(self.bins), self.steps
@@ -194,8 +229,8 @@ class Recorder:
         """
         points = self.store.manifest.resume
         sums = {f"sum/{i}": total for i, total in enumerate(self._sums)}
-        clips = [torch.tensor(1.0) if value is None else value for value in self._coefficients]
-        tensors = sums | {f"clip/{i}": clip for i, clip in enumerate(clips)}
+        norms = self._stacked_norms()
+        tensors = sums if norms is None else sums | {"norms": norms}
         name = f"resume/step={self.steps:06d}.safetensors"
         points.pop(self.steps, None)  # the newest comes last
         points[self.steps] = ResumePoint(
@@ -223,7 +258,7 @@ class Recorder:
         self._sums = [tensors[f"sum/{i}"].to(d) for i, d in enumerate(devices)] if point.summed else []
         self._summed = point.summed
         self._open = list(point.open)
-        self._coefficients = [tensors[f"clip/{i}"] for i in range(len(point.open))]
+        self._norms = self._kept_norms(tensors, point)
         self.bins = list(point.bins)
         self.bin_steps, self.limit, self.start = point.bin_steps, point.limit, point.start
         self.boundaries, self.steps = list(point.boundaries), point.steps
@@ -236,6 +271,16 @@ class Recorder:
                 self._add_parameters(-1)
         self.store.commit(remove=self._unused())
 
+    @staticmethod
+    def _kept_norms(tensors: Mapping[str, Tensor], point: ResumePoint) -> list[Tensor | None]:
+        """Gradient norms of a point's open steps; the first version kept one coefficient for each."""
+        if "norms" in tensors:
+            return [*tensors["norms"]]
+        if "clip/0" not in tensors:
+            return [None] * len(point.open)
+        alike = torch.ones(len(column_of_each(point.stage.phases[-1].columns)))
+        return [torch.stack([alike, alike * tensors[f"clip/{i}"].cpu()]) for i in range(len(point.open))]
+
     def _unused(self) -> tuple[str, ...]:
         """Bin and resume files that neither the present bins nor a resume point refer to."""
         points = self.store.manifest.resume.values()
@@ -246,14 +291,14 @@ class Recorder:
     def _add_bin(
         self,
         interval: StepInterval,
-        log: StepLog,
+        log: BinLog,
         mean: Mapping[str, Tensor],
         end: Mapping[str, Tensor],
         scales: Mapping[str, Tensor],
     ) -> None:
         name = bin_name(interval)
         tensors = prefixed("mean", mean) | prefixed("end", end) | prefixed("scale", scales)
-        self.store.write(name, tensors | {"steps": log.table})
+        self.store.write(name, tensors | log.tensors())
         self.bins.append(interval.at(name))
 
     def _halve(self) -> None:
@@ -266,7 +311,8 @@ class Recorder:
                 continue
             files = [self.store.read(m.file) for m in members]
             mean, scale = (mean_of(key, files, members) for key in ("mean", "scale"))
-            log = StepLog.concatenated([StepLog(file["steps"]) for file in files])
+            columns = phase_at(self._record.phases, members[0].first).columns if self._record.phases else ()
+            log = BinLog.concatenated([BinLog.read(file) for file in files], columns)
             self._add_bin(merge_all(members), log, mean, under("end", files[-1]), scale)
         if len(self.bins) == len(old):  # boundaries alone keep them apart
             self.limit = 2 * len(old)

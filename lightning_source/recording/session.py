@@ -7,24 +7,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from lightning_source._provenance import versions
+from lightning_source.capture.batch_sizes import BatchSizes
 from lightning_source.capture.coverage import find_blocks
-from lightning_source.capture.data import Examples, count_examples
-from lightning_source.capture.isolation import parameters_kept, thawed, undisturbed
-from lightning_source.capture.manual_optimization import numbers_of
+from lightning_source.capture.data import Examples
+from lightning_source.capture.inert_optimizers import kind_of, numbers_of
+from lightning_source.capture.isolation import thawed
 from lightning_source.capture.objective import Objective
-from lightning_source.capture.probe import probe
-from lightning_source.names import named_parameters
+from lightning_source.capture.trainer_view import TrainerFacts
+from lightning_source.names import named_modules, named_parameters
+from lightning_source.recording.drawn import write_drawn
+from lightning_source.recording.epochs import EpochMark, moment_at, with_mark
 from lightning_source.recording.manifest import ManualRecord, ResumePoint, Seen, Settings, StageRecord
 from lightning_source.recording.optimizer_hooks import OptimizerObserver, TrainingLoop
 from lightning_source.recording.recorder import Recorder
@@ -64,7 +67,7 @@ class RecordingSession:
         session = RecordingSession(Settings())
         session.prepare(model, PlainLoop([optimizer]))
         session.open("source-run")
-        session.begin(examples_of(loader))
+        session.begin(examples_of(loader), loader=loader)
         for index, batch in enumerate(loader):
             session.on_batch_start(batch, index)
             optimizer.zero_grad()
@@ -95,8 +98,9 @@ class RecordingSession:
         self._bins = BINS_PER_SNAPSHOT * settings.segment_count * settings.snapshots_per_segment
         self._recorder: Recorder | None = None
         self._observer: OptimizerObserver | None = None
-        self._probed = False
         self._seen = Seen(0, 0)
+        self._first_batch = True
+        self._sizes = BatchSizes(None)
 
     @property
     def active(self) -> bool:
@@ -109,27 +113,27 @@ class RecordingSession:
         return self.store.manifest.stages[-1]
 
     @contextmanager
-    def _timed(self) -> Iterator[None]:
+    def guarded(self) -> Iterator[None]:
+        """Whatever fails inside, training goes on without its record; what is on disk stays valid."""
         start = time.perf_counter()
         try:
             yield
+        except Exception as error:
+            self._stop(error)
         finally:
             self.seconds += time.perf_counter() - start
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Where the disk fails, training goes on without its record; what is on disk stays valid."""
-        assert self.store is not None
-        with self._timed():
-            try:
-                yield
-            except (OSError, SafetensorError) as error:
-                rank_zero_warn(
-                    f"SourceCallback stops recording, since it cannot write to `{self.store.path}`: {error} Scores can"
-                    " be had for the steps that are on disk."
-                )
-                self._recorder = None
-                self.detach()
+    def _stop(self, error: Exception) -> None:
+        """End the recording in the middle of training, with one word on what happened and what is left."""
+        self.detach()
+        self._recorder = None
+        path = None if self.store is None else self.store.path
+        disk = isinstance(error, (OSError, SafetensorError))
+        reason = f"since it cannot write to `{path}`: {error}" if disk else f"{type(error).__name__}: {error}"
+        rank_zero_warn(
+            f"SourceCallback stops recording, {reason} Training goes on as it would without it. Scores can be had for"
+            f" the steps that are on disk in `{path}`."
+        )
 
     # ---------------------------------------------------------------- a stage begins
 
@@ -142,7 +146,7 @@ class RecordingSession:
         """
         Objective(module)
         self._module, self._loop = module, loop
-        self._observer = OptimizerObserver(loop, module, self.optimizer, self._timed)
+        self._observer = OptimizerObserver(loop, module, self.optimizer, self.guarded)
 
     def open(self, path: str | Path, overwrite: bool = False, anywhere: bool = False) -> Path:
         """The directory of a new run, or that of the run which the checkpoint belongs to; gives back its path.
@@ -162,16 +166,30 @@ class RecordingSession:
         self.store = RunStore.create(path, overwrite)
         return self.store.path
 
-    def begin(self, examples: Examples | None, name: str | None = None) -> int:
+    def begin(
+        self, examples: Examples | None, name: str | None = None, loader: DataLoader[Any] | None = None
+    ) -> int | None:
         """Start to record a stage, or go on with the one that the checkpoint was taken in; gives back its index.
+
+        ``None`` if that failed, which a warning has said: training goes on without a record.
 
         Args:
             examples: the training examples; ``None`` if they have no ids.
             name: the stage's name; made up by default.
+            loader: what makes its batches, which tells their sizes; by default their tensors do.
 
         Raises:
-            MisconfigurationException: the run has a stage of this name already.
+            MisconfigurationException: the run has a stage of this name already, or nothing can be attributed.
         """
+        try:
+            return self._begin(examples, name, loader)
+        except MisconfigurationException:
+            raise
+        except Exception as error:
+            self._stop(error)
+            return None
+
+    def _begin(self, examples: Examples | None, name: str | None, loader: DataLoader[Any] | None) -> int:
         assert self.store is not None
         assert self._observer is not None
         if self._recorder is not None and holds_run(self.store.path):
@@ -185,15 +203,22 @@ class RecordingSession:
             manifest.versions, manifest.settings = versions(), self.settings
             manifest.flags.history_incomplete |= bool(self._loop.steps and not manifest.stages)
             manifest.stages.append(self._new_stage(examples, name))
+            if examples is not None and examples.keys is not None:
+                self._stage.drawn = write_drawn(self.store, len(manifest.stages) - 1, examples)
         index = len(manifest.stages) - 1
         manifest.status = "running"
         self._observer.refresh()  # a checkpoint may have come between
         boundaries, scales = self.settings.boundaries, self._observer.preconditioners
         self._recorder = Recorder(self.store, self._module, self._bins, boundaries, scales, index, point)
         self._seen = self._stage.seen or Seen(0, 0)
-        self._probed = self._stage.coverage is not None
+        self._first_batch = True
+        self.load_from(loader)
         self._begin_phase()
         return index
+
+    def load_from(self, loader: DataLoader[Any] | None) -> None:
+        """Batches come from this loader now, which may be another in each epoch."""
+        self._sizes = BatchSizes(loader)
 
     def _new_stage(self, examples: Examples | None, name: str | None) -> StageRecord:
         assert self.store is not None
@@ -202,19 +227,21 @@ class RecordingSession:
         name = name or (f"fit-{len(stages)}" if stages else "fit")
         if name in {stage.name for stage in stages}:
             raise MisconfigurationException(f'the run has a stage "{name}" already. HINT: name the next one otherwise.')
-        by_hand = ManualRecord(
+        manual = ManualRecord(
             optimizers=len(optimizers),
             schedulers=self._loop.schedulers,
             attributed=self.optimizer,
             groups=[numbers_of(optimizer) for optimizer in optimizers],
+            kinds=[kind_of(optimizer) for optimizer in optimizers],
         )
         return StageRecord.begin(
             name,
             self._module,
             examples,
             maximize=any(rule.maximize for rule in self._observer.rules),
-            manual=by_hand if self._loop.by_hand else None,
+            manual=manual,
             reset=changed_between_stages(self.store, self._module) if stages else [],
+            trainer=None if self._loop.facts is None else TrainerFacts(**self._loop.facts),
         )
 
     def _resume_point(self) -> ResumePoint | None:
@@ -258,90 +285,96 @@ class RecordingSession:
             self._recorder.regroup(phases[-1].parents(phase.columns), trained)
         # A phase without a step leaves its columns to the next one, and nothing else.
         self._stage.phases = (*(earlier for earlier in phases if earlier.first < phase.first), phase)
-        self._probed = False
+        self._find_blocks()
+
+    def _find_blocks(self) -> None:
+        """What can be attributed by the kinds of layers alone; real examples tell the rest when training has ended.
+
+        Raises:
+            MisconfigurationException: there is nothing, whatever the examples are.
+        """
+        own = named_parameters(self._module)
+        groups = [[own[name] for name in column] for column in self._stage.phases[-1].columns]
+        with thawed(p for group in groups for p in group):  # those that are frozen again by now, too
+            coverage = find_blocks(self._module, groups, self.include, self.exclude)
+        if not coverage.blocks:
+            name = type(self._module).__name__
+            raise MisconfigurationException(
+                f"`{name}` has no layer whose gradients can be attributed.\n  {coverage.summary()}"
+            )
+        rank_zero_info(f"SourceCallback: {coverage.summary()}")
+        self._stage.coverage, self._stage.objective = coverage, None
 
     # ---------------------------------------------------------------- a batch
 
     def on_batch_start(self, batch: object, batch_idx: int) -> None:
-        """A batch is about to be trained on; the first of a stage is also looked at, to see what can be attributed."""
+        """A batch is about to be trained on."""
         if self._recorder is None or self._observer is None:
             return
-        with self._writing():
-            size = count_examples(batch)
-            self._seen = Seen(self._seen.batches + 1, self._seen.examples + size)
+        with self.guarded():
+            size = self._sizes.of(batch_idx, batch)
+            if size is not None:
+                self._seen = Seen(self._seen.batches + 1, self._seen.examples + size)
+            if self._stage.manual is not None and self._loop.by_hand and self._recorder.steps == self._recorder.start:
+                self._stage.manual.batch_idx = batch_idx  # until the first step: the index at which it comes
+            self._mark_epoch()
+            if self._first_batch:
+                self._first_batch = False
+                own = named_modules(self._module)
+                self._stage.evaluating = tuple(name for name, child in own.items() if not child.training)
             self._observer.on_batch_start()
             if self._observer.changed():
                 self._recorder.flush(force=True)  # while the old optimizer's moments can be read
                 self._observer.refresh()
                 self._begin_phase()
-            if not self._probed:
-                self._probe(batch, size, batch_idx)
 
-    def _probe(self, batch: object, size: int, batch_idx: int) -> None:
-        """Find out on a real batch what can be attributed, and say so once."""
-        assert self._observer is not None
-        module, stage = self._module, self._stage
-        own = named_parameters(module)
-        groups = [[own[name] for name in column] for column in stage.phases[-1].columns]
-        if stage.manual is not None:
-            stage.manual.batch_idx = batch_idx
-        objective = stage.objective_of(module)
-        everything = [p for group in groups for p in group]  # those that are frozen again by now, too
-        with (
-            self._observer.paused(),
-            undisturbed(module, self.settings.seed),
-            parameters_kept(module),
-            thawed(everything),
-        ):
-            coverage = find_blocks(module, groups, self.include, self.exclude)
-            try:
-                losses = objective.evaluate(batch, size)
-            except ValueError:
-                return  # no loss for this batch; ask the next one
-            if not objective.stepped and self._loop.more_in_first_epoch:
-                return  # optimizers take turns; look for a batch on which the attributed one steps
-            if not torch.isfinite(losses.loss):  # nothing can be told apart by comparing with it
-                stage.coverage = stage.coverage or coverage
-                return
-            coverage = probe(module, objective, coverage, batch, size)
-        self._probed = True
-        known, stage.coverage = stage.coverage, coverage
-        rank_zero_info(f"SourceCallback: {coverage.summary()}")
-        if not losses.calls and known is None:
-            rank_zero_warn(
-                f"No loss in `{type(module).__name__}.training_step` was recognised: the empirical Fisher stands in"
-                " for the true one, margins are unknown, and the loss is taken to be additive over examples. HINT: use"
-                " torch's losses, or define `attribution_distribution(batch)` on the module."
-            )
+    def _mark_epoch(self) -> None:
+        """Remember when an epoch began: steps that read the Trainer see its counters again in passes."""
+        assert self._recorder is not None
+        stage, loop = self._stage, self._loop
+        if stage.trainer is not None and (not stage.epochs or stage.epochs[-1].epoch != loop.epoch):
+            stage.epochs = with_mark(stage.epochs, EpochMark(self._recorder.steps, loop.epoch, loop.steps))
+
+    def _mark_end(self) -> None:
+        """The same at the end of training, where the Trainer's steps cannot be told from those that were recorded."""
+        assert self._recorder is not None
+        steps, epochs = self._recorder.steps, self._stage.epochs
+        moment = moment_at(epochs, steps)
+        if moment is not None and moment.global_step != self._loop.steps:
+            self._stage.epochs = (*epochs, EpochMark(steps, moment.current_epoch, self._loop.steps))
 
     def on_zero_grad(self) -> None:
         """Gradients were zeroed: a window of micro-batches begins."""
-        if self._observer is not None:
-            self._observer.on_zero_grad()
+        if self._recorder is not None and self._observer is not None:
+            with self.guarded():
+                self._observer.on_zero_grad()
 
     def on_after_backward(self) -> None:
         """A micro-batch's gradients were added."""
         if self._recorder is not None and self._observer is not None:
-            self._observer.on_after_backward()
+            with self.guarded():
+                self._observer.on_after_backward()
 
     def on_before_step(self, optimizer: Optimizer) -> None:
         """An optimizer is about to step, its gradients not clipped yet."""
         if self._recorder is not None and self._observer is not None:
-            self._observer.on_before_step(optimizer)
+            with self.guarded():
+                self._observer.on_before_step(optimizer)
 
     def on_batch_end(self) -> None:
         """A batch was trained on."""
         if self._recorder is None:
             return
-        with self._writing():
-            self._stage.examples_per_batch = self._seen.examples / self._seen.batches
-            self._stage.seen = self._seen
+        with self.guarded():
+            if self._seen.batches:
+                self._stage.examples_per_batch = self._seen.examples / self._seen.batches
+                self._stage.seen = self._seen
             self._recorder.flush()
 
     def flush(self) -> None:
         """Write down all steps so far, because the parameters may be replaced before the next call."""
         if self._recorder is not None:
-            with self._writing():
+            with self.guarded():
                 self._recorder.flush(force=True)
 
     # ---------------------------------------------------------------- checkpoints and the end
@@ -351,7 +384,7 @@ class RecordingSession:
         if self.store is None or self._recorder is None:
             return self.restored
         if self.store.manifest.status == "running":  # the end needs no point: its snapshots can be taken up again
-            with self._writing():
+            with self.guarded():
                 self._recorder.save_point()
         if self._recorder is None:
             return None
@@ -378,8 +411,14 @@ class RecordingSession:
         if self._recorder is None or self.store is None:
             return False
         manifest = self.store.manifest
-        with self._writing():
+        with self.guarded():
+            if self._observer is not None:
+                self._observer.report()
             manifest.status = status
+            if status == "finished" and (size := self._sizes.settled()) is not None:
+                self._stage.examples_per_batch = size
+            self.load_from(None)
+            self._mark_end()
             self._recorder.finish()
             if self._recorder.steps > self._recorder.start:
                 self.store.commit()
@@ -394,5 +433,5 @@ class RecordingSession:
     def replace_final(self, module: nn.Module) -> None:
         """Queries are asked of the model that the user ends up with, which may be an average of the trained weights."""
         if self._recorder is not None and self.store is not None and self.store.manifest.segments:
-            with self._writing():
+            with self.guarded():
                 replace_final(self.store, module)

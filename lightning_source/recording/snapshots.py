@@ -15,11 +15,13 @@ from lightning_source.recording.bins import (
     STEPS,
     bin_name,
     in_stage,
+    inverse,
     mean_of,
     prefixed,
     under,
     weighted_mean,
 )
+from lightning_source.recording.gradient_factors import BinLog, FinerColumns
 from lightning_source.recording.intervals import StepInterval, cut, cut_evenly, merge_all, normalized_weights
 from lightning_source.recording.manifest import ResumePoint, SegmentRecord
 from lightning_source.recording.parameter_groups import Phase, phase_at
@@ -39,6 +41,13 @@ def assemble(store: RunStore, segments: int | Sequence[int], snapshots_per_segme
     if not bins:
         return
     record, snapshots, cuts = manifest.stages[bins[0].stage], list(manifest.snapshots), []
+    phases, coverage = record.phases, record.coverage
+    files = [store.read(b.file) for b in bins]
+    bin_logs = [BinLog.read(f) for f in files]
+    logs = [_in_final_columns(entry.log, record.phases, b) for b, entry in zip(bins, bin_logs, strict=True)]
+    if any(entry.parts is not None for entry in bin_logs):
+        finer = FinerColumns.of(record.phases, bins, bin_logs, record.coverage)
+        phases, coverage, bins, logs = finer.phases, finer.coverage, finer.bins, finer.logs
     starts = segments if isinstance(segments, int) else [bins[0].first + step for step in segments]
     for indices in cut(bins, starts, [phase.first for phase in record.phases]):
         own = [bins[i] for i in indices]
@@ -47,10 +56,9 @@ def assemble(store: RunStore, segments: int | Sequence[int], snapshots_per_segme
         numbers = range(len(snapshots), len(snapshots) + len(members))
         cuts.append(SegmentRecord.over(merge_all(members), numbers))
         snapshots += members
-    files = [store.read(b.file) for b in bins]
-    logs = [_in_final_columns(StepLog(f["steps"]), record.phases, b) for b, f in zip(bins, files, strict=True)]
     record.log = store.write(in_stage(bins[0].stage, STEPS), {"steps": StepLog.concatenated(logs).table})
     record.final = store.write(in_stage(bins[0].stage, FINAL), under("end", files[-1]))
+    record.phases, record.coverage = phases, coverage
     manifest.snapshots, manifest.segments = snapshots, [*manifest.segments, *cuts]
     manifest.bins, manifest.resume = [], {}
     store.commit(remove=tuple(n for n in manifest.files if n.startswith(("bins/", "resume/"))))
@@ -182,10 +190,10 @@ def mean_preconditioner(store: RunStore, snapshots: Sequence[StepInterval]) -> d
     """The optimizer's diagonal preconditioner ``P̄`` by parameter over snapshots; empty for gradient steps.
 
     Its inverse is what is averaged, ``√v̂ + ε`` for Adam: in the mean of ``P`` itself a few moments near 0 outweigh all
-    others.
+    others. Where training never had a gradient the mean is 0, and so is ``P̄``: such entries carry nothing.
     """
-    inverse = weighted_mean([under("scale", store.read(s.file)) for s in snapshots], normalized_weights(snapshots))
-    return {name: 1 / value for name, value in inverse.items()}
+    scales = weighted_mean([under("scale", store.read(s.file)) for s in snapshots], normalized_weights(snapshots))
+    return {name: inverse(value) for name, value in scales.items()}
 
 
 def final_parameters(store: RunStore, stage: int = -1) -> dict[str, Tensor]:

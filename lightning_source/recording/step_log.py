@@ -18,9 +18,9 @@ class StepRecord(NamedTuple):
     weight_decays: tuple[float, ...]
     weight: float  # what multiplied the loss beside its mean over micro-batches
 
-    def effective_rates(self, coefficient: float) -> list[float]:
-        """How far the step moved along the gradient of the mean loss, by column."""
-        return [rate * self.weight * coefficient for rate in self._full_rates()]
+    def effective_rates(self, coefficients: Sequence[float]) -> list[float]:
+        """How far the step moved along the gradient of the mean loss, by column, given what multiplied its gradient."""
+        return [rate * self.weight * c for rate, c in zip(self._full_rates(), coefficients, strict=True)]
 
     def effective_decays(self, coefficient: float) -> list[float]:
         """Effective learning rate times weight decay, by column.
@@ -46,16 +46,24 @@ class StepLog:
     table: Tensor
 
     @classmethod
-    def of(cls, steps: Sequence[StepRecord], coefficients: Sequence[float]) -> StepLog:
+    def of(
+        cls,
+        steps: Sequence[StepRecord],
+        coefficients: Sequence[float],
+        by_column: Sequence[Sequence[float]] | None = None,
+    ) -> StepLog:
         """The log of some steps.
 
         Args:
             steps: what is known of each.
             coefficients: what multiplied the gradient of each on its way into the step: clipping, 0 if skipped.
+            by_column: the same for each step's columns; by default alike for all.
         """
+        if by_column is None:
+            by_column = [[c] * len(s.learning_rates) for s, c in zip(steps, coefficients, strict=True)]
         rows = [
-            [*s.learning_rates, *s.effective_rates(c), *s.weight_decays, s.weight, c]
-            for s, c in zip(steps, coefficients, strict=True)
+            [*s.learning_rates, *s.effective_rates(own), *s.weight_decays, s.weight, c]
+            for s, c, own in zip(steps, coefficients, by_column, strict=True)
         ]
         return cls(torch.tensor(rows, dtype=torch.float64))
 
@@ -94,8 +102,12 @@ class StepLog:
 
     @property
     def coefficient(self) -> Tensor:
-        """``[steps]``: what multiplied the gradient: clipping, and 0 for a step that the loss scaler skipped."""
+        """``[steps]``: what multiplied the whole gradient: clipping, 0 for a step that the loss scaler skipped."""
         return self.table[:, -1]
+
+    def with_rates(self, rates: Tensor) -> StepLog:
+        """The same steps at other effective rates, ``[steps, columns]``."""
+        return StepLog(torch.cat([self.learning_rate, rates, self.table[:, 2 * self.columns :]], 1))
 
     def between(self, first: int, last: int) -> StepLog:
         """Rows ``first <= row < last``."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
@@ -27,7 +28,7 @@ from lightning_source.capture.isolation import parameters_kept, undisturbed
 from lightning_source.capture.objective import Objective
 from lightning_source.capture.probe import probe
 from lightning_source.names import parameter_names
-from lightning_source.optimizers import Rule, StepRule, preconditioners, rule_for
+from lightning_source.optimizers import Rule, StepRule, has_own_step, known_class, preconditioners, rule_for
 from lightning_source.recording.manifest import Flags, Settings, StageRecord
 from lightning_source.recording.parameter_groups import Phase
 from lightning_source.recording.recorder import Recorder
@@ -88,6 +89,11 @@ def open_final_model(
     named = [[names[id(p)] for p in group if id(p) in names] for group in groups]
     kind, decoupled = type(optimizer).__name__ if optimizer else "SGD", [step.decoupled for step in steps]
     scales = _preconditioners(optimizer, rule, names) if optimizer and rule else {}
+    if optimizer and has_own_step(optimizer):
+        rank_zero_warn(
+            f"`{kind}` has a `step` of its own and is taken for the `{known_class(optimizer).__name__}` that it derives"
+            " from. HINT: say how it steps, by `lightning_source.optimizers.register_optimizer`."
+        )
     coverage = _covered(model, examples, groups, further)
 
     temporary = None if dirpath is not None else tempfile.TemporaryDirectory(prefix="source-final-model-")

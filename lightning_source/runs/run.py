@@ -9,17 +9,24 @@ from functools import partial
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_source.capture.data import Examples
-from lightning_source.capture.objective import ObjectiveSpec
+from lightning_source.capture.coverage import Coverage
+from lightning_source.capture.data import Examples, GivenBatches, to_module
+from lightning_source.capture.modes import Mode
+from lightning_source.capture.objective import NoLoss
+from lightning_source.capture.trainer_view import Moment
 from lightning_source.curvature.ekfac import BlockFactors, CovarianceSums, Factors
 from lightning_source.curvature.unroll import SegmentCurvature
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.layers import Block
-from lightning_source.passes.calibration import calibrate
 from lightning_source.passes.factors import WeightedState, factor_ids, fit_factors, squared_traces
-from lightning_source.passes.workspace import State, Workspace
+from lightning_source.passes.preparation import Preparation
+from lightning_source.passes.states import State, StateAt, moment_of
+from lightning_source.passes.workspace import Workspace
+from lightning_source.recording.drawn import read_drawn
+from lightning_source.recording.epochs import moment_at
 from lightning_source.recording.intervals import StepInterval, cut, merge_all
 from lightning_source.recording.snapshots import (
     assemble,
@@ -72,15 +79,17 @@ class Run:
             )
         self.stages: list[Stage] = []
         for index, record in enumerate(r for r in store.manifest.stages if r.final is not None):
-            if record.coverage is None:
-                raise MisconfigurationException(
-                    f"`{store.path}` cannot be attributed: `training_step` gave no loss for any batch of stage"
-                    f' "{record.name}".'
-                )
             module = modules[min(index, len(modules) - 1)]
-            self.stages.append(Stage(index, record, self.settings.seed, module, (data or {}).get(index), hooks, ranks))
+            examples, drawn = (data or {}).get(index), read_drawn(store, index)
+            self.stages.append(Stage(index, record, self.settings.seed, module, examples, hooks, ranks, drawn))
+            last = max((s.last for s in self.snapshots if s.stage == index), default=0)
+            self.stages[-1].workspace.end = moment_at(record.epochs, last)
         self.stage = self.stages[_index_of(stage, [s.name for s in self.stages])]
-        self.coverage = self.stage.coverage
+
+    @property
+    def coverage(self) -> Coverage:
+        """What of the asked stage's parameters is attributed."""
+        return self.stage.coverage
 
     @property
     def snapshots(self) -> Sequence[StepInterval]:
@@ -119,6 +128,36 @@ class Run:
     def data(self) -> Examples:
         """The asked stage's training examples."""
         return self.stage.data
+
+    def queries(self, queries: Examples | GivenBatches) -> Examples | GivenBatches:
+        """Queries as passes take them: one at a time where a batch's rows are not its examples.
+
+        Raises:
+            MisconfigurationException: a given batch cannot be cut into its examples.
+        """
+        spec = self.stages[-1].workspace.spec
+        if spec is None or spec.one_at_a_time is None:
+            return queries
+        singles = queries.one_at_a_time()
+        if isinstance(singles, GivenBatches):
+            self._require_runnable(singles)
+        return singles
+
+    def _require_runnable(self, singles: GivenBatches) -> None:
+        """A batch may be cut into parts that are no examples: then the step cannot run on them."""
+        workspace = self.stages[-1].workspace
+        with workspace.at(self.final()):
+            for index, batch in singles.batches():
+                try:
+                    workspace.losses(to_module(batch, workspace.module, workspace.hooks), len(index))
+                except NoLoss:
+                    continue
+                except Exception as error:
+                    raise MisconfigurationException(
+                        "the query batch was cut into its examples, which this `training_step` must be given one at"
+                        f" a time, and query {index.tolist()[0]} does not run: {type(error).__name__}: {error}. HINT:"
+                        " pass a Dataset or a DataLoader as the query."
+                    ) from error
 
     # ---------------------------------------------------------------- segments
 
@@ -231,7 +270,8 @@ class Run:
 
     def for_query(self, state: State) -> State:
         """Parameters of the asked stage for the final model: what came only later has its final value."""
-        return self._overlaid(self.final(), state)
+        moment = moment_of(state) if self.stage is self.stages[-1] else None  # the last stage does the asking
+        return StateAt(self._overlaid(self.final(), state), moment)
 
     def _overlaid(self, base: State, over: State) -> State:
         changed = self._changed()
@@ -240,11 +280,15 @@ class Run:
 
     def state(self, snapshot: StepInterval, which: str) -> State:
         """A snapshot's parameters: ``"mean"`` over its steps, or at the ``"point"`` in its middle."""
-        return snapshot_parameters(self.store, snapshot, which)
+        return StateAt(snapshot_parameters(self.store, snapshot, which), self._middle_of(snapshot))
 
     def mean_state(self, segment: Segment) -> State:
         """The parameters averaged over a whole segment (Fast-SOURCE)."""
-        return mean_parameters(self.store, segment.snapshots)
+        return StateAt(mean_parameters(self.store, segment.snapshots), self._middle_of(segment.stretch))
+
+    def _middle_of(self, interval: StepInterval) -> Moment | None:
+        """What a step that reads the Trainer is shown at parameters that stand for an interval."""
+        return moment_at(self.stages[interval.stage].record.epochs, (interval.first + interval.last) // 2)
 
     def calibrate(self) -> None:
         """The objectives' scales, learnt from the training examples where the run does not hold them yet."""
@@ -253,15 +297,19 @@ class Run:
 
     def _calibrate(self, stage: Stage) -> None:
         if stage.workspace.spec is None:
-            per_batch = stage.record.examples_per_batch or stage.data.batch_size
             state = final_parameters(self.store, stage.index)
+            before, chosen = stage.coverage, self.settings.passes
 
-            def learn() -> ObjectiveSpec:
-                with stage.workspace.at(state):
-                    return calibrate(stage.workspace, stage.data, per_batch, stage.record.maximize)
+            def learn() -> tuple[Mode, Preparation]:
+                mode = stage.workspace.choose_mode(state, stage.data) if chosen == "auto" else chosen
+                stage.workspace.mode = replace(stage.workspace.mode, kind=mode)
+                return mode, stage.prepare(state)
 
-            stage.workspace.spec = stage.record.objective = self.ranks.on_rank_zero(learn)
+            stage.record.mode, preparation = self.ranks.on_rank_zero(learn)
+            stage.workspace.mode = replace(stage.workspace.mode, kind=stage.record.mode)
+            stage.enter(preparation)
             self.store.commit()
+            _report(stage, before)
 
     def snapshot_factors(self, segment: Segment, which: str = "mean") -> Factors:
         """A segment's factors, averaged over its snapshots; computed and kept on disk the first time."""
@@ -356,6 +404,25 @@ class Run:
             )
             for block in stage.coverage.blocks
         }
+
+
+def _report(stage: Stage, before: Coverage) -> None:
+    """Say what preparation found that differs from what was taken for granted, or costs more."""
+    spec, name = stage.workspace.spec, type(stage.workspace.module).__name__
+    assert spec is not None
+    if stage.coverage.left_out != before.left_out:
+        rank_zero_info(f"SourceCallback: {stage.coverage.summary()}")
+    if spec.one_at_a_time is not None:
+        rank_zero_warn(
+            f"A batch's rows are not its examples in `{name}` ({spec.one_at_a_time}): examples are run one at a time,"
+            " which is right for any code and slower, about a batch's forward and backward for each example."
+        )
+    if spec.origin == "whole":
+        rank_zero_warn(
+            f"No loss in `{name}.training_step` was recognised: the empirical Fisher stands in for the true one,"
+            " margins are unknown, and the loss is taken to be additive over examples. HINT: use torch's losses, or"
+            " define `attribution_distribution(batch)` on the module."
+        )
 
 
 def _index_of(stage: int | str | None, names: Sequence[str]) -> int:

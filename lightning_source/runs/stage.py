@@ -8,8 +8,11 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_source.capture.data import Examples
+from lightning_source.capture.modes import PassMode
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
-from lightning_source.passes.workspace import Workspace
+from lightning_source.passes.preparation import Preparation, prepare
+from lightning_source.passes.workspace import State, Workspace
+from lightning_source.recording.drawn import DatasetPart
 from lightning_source.recording.intervals import StepInterval, normalized_weights
 from lightning_source.recording.manifest import StageRecord
 from lightning_source.recording.parameter_groups import phase_at
@@ -44,6 +47,7 @@ class Stage:
         data: its training examples; ``None`` until something needs them.
         hooks: the LightningDataModule, if its batch-transfer hooks are part of the data.
         ranks: the processes that work on it together.
+        drawn: the part of the dataset that a sampler drew from; ``None`` for all of it.
 
     Raises:
         MisconfigurationException: the model does not match.
@@ -58,16 +62,31 @@ class Stage:
         data: Examples | None = None,
         hooks: LightningDataModule | None = None,
         ranks: Ranks = SINGLE_PROCESS,
+        drawn: DatasetPart | None = None,
     ) -> None:
         record.module.check(module)
-        assert record.coverage is not None
+        if record.coverage is None:
+            raise MisconfigurationException(
+                f'stage "{record.name}" cannot be attributed: `training_step` gave no loss for any batch of it.'
+            )
         self.index = index
         self.record = record
         self.name = record.name
         self.coverage = record.coverage
         self.phases = record.phases
         objective = record.objective_of(module)
-        self.workspace = Workspace(module, self.coverage.blocks, objective, record.objective, seed, hooks, ranks)
+        self.workspace = Workspace(
+            module,
+            self.coverage.blocks,
+            objective,
+            record.objective,
+            seed,
+            hooks,
+            ranks,
+            facts=record.trainer,
+            mode=PassMode(record.mode, record.evaluating),
+        )
+        self.drawn = drawn
         self.examples: Examples | None = None
         self.use(data)
 
@@ -76,6 +95,8 @@ class Stage:
         if data is None:
             return
         count = self.record.examples
+        if self.drawn is not None and len(data.dataset) == self.drawn.of:
+            data = data.among(self.drawn.positions)
         if count is None:
             self.record.examples = len(data)
         elif len(data) != count:
@@ -94,7 +115,20 @@ class Stage:
                 f'the training examples of stage "{self.name}" are needed and not at hand. HINT: pass `train=` the'
                 " run's training dataset."
             )
-        return self.examples
+        spec = self.workspace.spec
+        return self.examples if spec is None or spec.one_at_a_time is None else self.examples.one_at_a_time()
+
+    def prepare(self, state: State) -> Preparation:
+        """Learn from the training examples what passes need to know; see :func:`prepare`."""
+        per_batch = self.record.examples_per_batch or self.data.batch_size
+        with self.workspace.at(state):
+            return prepare(self.workspace, self.coverage, self.data, per_batch, self.record.maximize)
+
+    def enter(self, preparation: Preparation) -> None:
+        """Keep what was learnt, in the stage's record as well."""
+        self.coverage = self.record.coverage = preparation.coverage
+        self.workspace.blocks = preparation.coverage.blocks
+        self.workspace.spec = self.record.objective = preparation.spec
 
     def decoupled(self, step: int, column: int) -> bool:
         """Whether a column's weight decay was not preconditioned at that step."""

@@ -1,4 +1,4 @@
-"""Batches of every shape give the scores of a plain tuple; loaders that cannot be told apart are refused by name."""
+"""Batches of every shape give the scores of a plain tuple; several loaders are recorded and wait for their examples."""
 
 import copy
 from collections import namedtuple
@@ -13,7 +13,7 @@ from helpers import Classifier, classes, mlp, quiet_trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from transformers import BatchEncoding
 
 from lightning_source import SourceCallback
@@ -128,30 +128,63 @@ def loader():
     return DataLoader(DATA, 8)
 
 
-# what: (module, training data, message)
-REFUSED = {
-    "several loaders, a dictionary": (
-        Classifier,
-        lambda: {"a": loader(), "b": loader()},
-        "one training DataLoader, got `dict`",
-    ),
-    "several loaders, a list": (Classifier, lambda: [loader(), loader()], "one training DataLoader"),
+@pytest.mark.check("data", "dataloader_iter", "refused by name before the first step")
+def test_a_step_that_takes_the_iterator_is_refused(tmp_path):
+    trainer = quiet_trainer(tmp_path, SourceCallback(str(tmp_path / "run")))
+    with pytest.raises((MisconfigurationException, ValueError), match="dataloader_iter"):
+        trainer.fit(FromIterator(mlp()), loader())
+    assert trainer.global_step == 0
+
+
+class Keyed(Classifier):
+    """Batches come by the names of their loaders."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch["a"], batch_idx)
+
+
+class First(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch[0], batch_idx)
+
+
+class Of(Dataset):
+    """The examples in the form that several loaders give."""
+
+    def __init__(self, form: Any) -> None:
+        self.form = form
+
+    def __len__(self) -> int:
+        return len(DATA)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.form(DATA[index])
+
+
+# what: (module, training data, an example as its batches hold it)
+SEVERAL = {
+    "several loaders, a dictionary": (Keyed, lambda: {"a": loader(), "b": loader()}, lambda item: {"a": item}),
+    "several loaders, a list": (First, lambda: [loader(), loader()], lambda item: (item,)),
     "several loaders, CombinedLoader": (
-        Classifier,
+        Keyed,
         lambda: CombinedLoader({"a": loader(), "b": loader()}, "max_size_cycle"),
-        "one training DataLoader",
+        lambda item: {"a": item},
     ),
-    "dataloader_iter": (FromIterator, loader, "dataloader_iter"),
-    "batch without a tensor": (Classifier, lambda: DataLoader(["a", "b"], 2), "no tensor to count"),
 }
 
 
-@pytest.mark.check("data", "{what}", "refused by name before the first step")
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_attributed_is_refused(tmp_path, what):
-    kind, data, message = REFUSED[what]
+@pytest.mark.check("data", "{what}", "recorded, scored with train=, equal to one loader")
+@pytest.mark.parametrize("what", SEVERAL)
+def test_several_loaders_are_recorded(tmp_path, what):
+    kind, data, form = SEVERAL[what]
+    torch.manual_seed(0)
     trainer = quiet_trainer(tmp_path, SourceCallback(str(tmp_path / "run")))
-    with pytest.raises((MisconfigurationException, ValueError), match=message):
+    with pytest.warns(UserWarning, match=r"one training DataLoader.*train="):
         trainer.fit(kind(mlp()), data())
-    assert trainer.global_step == 0
-    assert not (tmp_path / "run" / "manifest.json").exists()
+    with pytest.raises(MisconfigurationException, match="train="):
+        trainer.attribute(Of(form))
+    values = trainer.attribute(Of(form), train=DataLoader(Of(form), 8)).values
+    torch.manual_seed(0)
+    plain = quiet_trainer(tmp_path, SourceCallback(str(tmp_path / "plain")))
+    plain.fit(Classifier(mlp()), loader())
+    torch.testing.assert_close(values, plain.attribute(DATA).values)

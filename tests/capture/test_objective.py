@@ -344,16 +344,16 @@ def test_empirical_curvature_of_named_losses_is_that_of_the_whole(tmp_path):
 
 def test_a_term_of_the_loss_that_is_not_recognised_is_not_dropped_in_silence(tmp_path):
     with pytest.warns(UserWarning, match="recognised"):
-        run(tmp_path, lambda m, x, y: CE(m, x, y) + m.net(x).abs().mean(), mode="deferred")
+        run(tmp_path, lambda m, x, y: CE(m, x, y) + m.net(x).abs().mean())
 
 
-def test_a_loss_that_is_not_laid_out_by_example_is_an_error(tmp_path):
-    """Elements ``[outputs, B]``: refused by their shape, or, where that divides, because they mix examples."""
-    step = lambda m, x, y: F.mse_loss(m.net(x).T, one_hot(y).T)  # noqa: E731
-    with pytest.raises((ValueError, MisconfigurationException), match=r"elements of shape \(3, 8\)"):
-        run(tmp_path / "8", step)
-    with pytest.raises(MisconfigurationException, match="influence each other's rows"):
-        run(tmp_path / "3", step, batch_size=OUTPUTS)
+@pytest.mark.parametrize("batch_size", [8, OUTPUTS])
+def test_a_loss_that_is_not_laid_out_by_example_is_scored_one_at_a_time(tmp_path, batch_size):
+    """Elements ``[outputs, B]``: known by their shape, or, where that divides, because they mix examples."""
+    with pytest.warns(UserWarning, match="rows are not its examples"):
+        turned = run(tmp_path / "a", lambda m, x, y: F.mse_loss(m.net(x).T, one_hot(y).T), batch_size=batch_size)
+    plain = run(tmp_path / "b", lambda m, x, y: F.mse_loss(m.net(x), one_hot(y)), batch_size=batch_size)
+    close(turned.attribute(QUERY, method="tracin").values, plain.attribute(QUERY, method="tracin").values)
 
 
 def test_a_step_that_hides_its_batches_is_refused():

@@ -418,11 +418,8 @@ def test_rates_are_effective():
     assert torch.allclose(found.rates, torch.tensor([[0.4], [0.8]]).double())
     assert found.metadata["removal"] == "downweight"
 
-    class Own(torch.optim.SGD):
-        pass
-
-    unknown = further_training(module, train, query, optimizer=lambda p: Own(p, lr=0.01), **options)
-    with pytest.raises(MisconfigurationException, match="`Own` is not known"):
+    unknown = further_training(module, train, query, optimizer=lambda p: torch.optim.Adamax(p, lr=0.01), **options)
+    with pytest.raises(MisconfigurationException, match="`Adamax` is not known"):
         _ = unknown.rates
 
 

@@ -82,7 +82,6 @@ def optimized(make):
 REFUSED = {
     "no layer": (Frozen, r"no layer.*\n.*\n.*scale \(.*\)"),
     "unknown optimizer": (optimized(lambda p: Rprop(p, 0.1)), "`Rprop`.*Known optimizers: .*SGD"),
-    "subclass": (optimized(lambda p: type("Signed", (SGD,), {})(p, 0.1)), "`Signed`"),
     "two optimizers": (TwoOptimizers, r"`TwoOptimizers` has 2 optimizers.*optimizer=0"),
     "nothing included": (lambda: Classifier(mlp()), "net.2.bias.*not included"),
 }

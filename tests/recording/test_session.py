@@ -84,7 +84,7 @@ def recorded(path: Path, optimizer: str, accumulate: int = 1, clip: float | None
     module = model(optimizer)
     stepper = module.configure_optimizers()
     session = RecordingSession(Settings(**SETTINGS))
-    session.prepare(module, PlainLoop([stepper], accumulate, clips_gradients=clip is not None))
+    session.prepare(module, PlainLoop([stepper], accumulate))
     session.open(path)
     session.begin(examples_of(DataLoader(classes(), 4)))
     train(session, module, stepper, accumulate, clip)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_source.capture.batch_copies import copied
 from lightning_source.capture.coverage import find_blocks
 from lightning_source.capture.objective import Objective
 from lightning_source.evaluation.further_runs.recipe import Recipe
@@ -45,7 +46,7 @@ class StepLoss:
     def measure(self, batch: object, size: int) -> Tensor:
         """The measurement of each query of a batch, ``[B]``."""
         if callable(self.recipe.measurement):
-            return self.recipe.measurement(self.recipe.module, batch)
+            return self.recipe.measurement(self.recipe.module, copied(batch))
         return self.objective.evaluate(batch, size).measurement(self.spec, self.recipe.measurement)
 
 
@@ -72,5 +73,5 @@ class GivenLoss:
     def measure(self, batch: object, size: int) -> Tensor:
         """The measurement of each query of a batch, ``[B]``."""
         if callable(self.recipe.measurement):
-            return self.recipe.measurement(self.recipe.module, batch)
-        return self.by_example(self.recipe.module, batch)
+            return self.recipe.measurement(self.recipe.module, copied(batch))
+        return self.by_example(self.recipe.module, copied(batch))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -87,7 +87,7 @@ class Recipe:
 
     def fetch(self, ids: Tensor) -> object:
         """These training examples as one batch on the module's device."""
-        batches = replace(self.data, batch_size=len(ids), workers=0).batches(ids)
+        batches = self.data.in_batches_of(len(ids)).batches(ids)
         return to_module(next(batches)[1], self.module, self.hooks)
 
     def query_batches(self) -> list[tuple[int, object]]:
@@ -112,11 +112,10 @@ class Trace:
 def unchanged(module: nn.Module, seed: int = 0) -> Iterator[None]:
     """Training inside leaves the module, its modes, buffers and gradients and the process's generators as they were."""
     with undisturbed(module, seed):
-        saved = [(p, p.detach().clone(), p.grad) for p in module.parameters()]
+        saved = [(p, p.detach().clone()) for p in module.parameters()]
         try:
             yield
         finally:
             with torch.no_grad():
-                for parameter, values, gradient in saved:
+                for parameter, values in saved:
                     parameter.copy_(values)
-                    parameter.grad = gradient

@@ -1,0 +1,94 @@
+"""Steps that real code has: weights of losses that are learnt, targets that are synchronised late, lazy layers."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import Classifier, classes, close, mlp, quiet_trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_source import SourceCallback
+
+
+def fit(tmp_path, module, **options):
+    trainer = quiet_trainer(tmp_path, SourceCallback(str(tmp_path / "run"), **options), max_epochs=3)
+    trainer.fit(module, DataLoader(classes(), 8))
+    return trainer
+
+
+def products(module) -> Tensor:
+    """Products of the gradients of single examples' own losses at the module's present parameters, by autograd."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    rows = []
+    for x, y in classes():
+        gradients = torch.autograd.grad(module.training_step([x[None], y[None]], 0), parameters, allow_unused=True)
+        present = zip(parameters, gradients, strict=True)
+        rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in present]))
+    gradients = torch.stack(rows)
+    return gradients @ gradients.T
+
+
+class Weighed(Classifier):
+    """Two losses whose weights are parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 4))
+        self.weights = nn.Parameter(torch.zeros(2))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        outputs = self.net(x)
+        losses = torch.stack([F.cross_entropy(outputs[:, :3], y), F.mse_loss(outputs[:, 3], x.sum(1))])
+        return (self.weights.neg().exp() * losses + 0.5 * self.weights).sum()
+
+
+def test_learnt_weights_of_losses_are_named_as_left_out(tmp_path):
+    trainer = fit(tmp_path, Weighed())
+    trainer.attribute([tensor[:2] for tensor in classes().tensors])
+    (stage,) = trainer.callbacks[0]._session.store.manifest.stages
+    assert [(name, size) for name, size, _ in stage.coverage.left_out] == [("weights", 2)]
+    assert "weighs the losses" in stage.coverage.left_out[0][2]
+
+
+class Target(Classifier):
+    """Learns from a frozen copy of itself that is synchronised at the end of each epoch."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.target = copy.deepcopy(self.net).requires_grad_(False)
+
+    def on_train_epoch_end(self) -> None:
+        if self.current_epoch < 2:
+            self.target.load_state_dict(self.net.state_dict())
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        outputs = self.net(x)
+        return F.cross_entropy(outputs, y) + F.mse_loss(outputs, self.target(x.flip(1)).detach())
+
+
+def test_a_target_that_is_synchronised_late_is_recorded(tmp_path):
+    module = Target()
+    scores = fit(tmp_path, module).attribute(list(classes().tensors), method="grad-dot").values
+    expected = products(module)
+    close(scores / scores.norm(), expected / expected.norm(), 1e-4)
+
+
+def test_lazy_layers_train_as_without_the_callback_and_are_scored(tmp_path):
+    weights = []
+    for callbacks in ([], [SourceCallback(str(tmp_path / "run"))]):
+        torch.manual_seed(0)
+        module = Classifier(nn.Sequential(nn.LazyLinear(5), nn.Tanh(), nn.LazyLinear(3)))
+        trainer = quiet_trainer(tmp_path, *callbacks, max_epochs=3)
+        if callbacks:
+            with pytest.warns(UserWarning, match="keeps no record to go on from"):
+                trainer.fit(module, DataLoader(classes(), 8))
+        else:
+            trainer.fit(module, DataLoader(classes(), 8))
+        weights.append([p.detach().clone() for p in module.parameters()])
+    assert all(map(torch.equal, *weights))
+    scores = trainer.attribute(list(classes().tensors), method="grad-dot").values
+    expected = products(module)
+    close(scores / scores.norm(), expected / expected.norm(), 1e-4)
