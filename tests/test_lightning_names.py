@@ -1,4 +1,4 @@
-"""Under ``pytorch_lightning`` everything works as under ``lightning.pytorch``, and neither is imported for the other."""
+"""Under ``pytorch_lightning`` all works as under ``lightning.pytorch``, and neither is imported for the other."""
 
 import importlib.util
 import pickle
