@@ -178,7 +178,7 @@ def _run_directory(trainer: Any, log_dir: str | None, dirpath: str | None, taken
 # ---------------------------------------------------------------- what it trains on
 
 
-def training_loader(trainer: Trainer) -> DataLoader[Any] | None:
+def training_loader(trainer: Trainer) -> DataLoader[object] | None:
     """The fit's training loader, with a word where it is cut short; ``None``, with another, where there is not one."""
     loader = present_loader(trainer)
     if loader is None:
@@ -198,7 +198,7 @@ def training_loader(trainer: Trainer) -> DataLoader[Any] | None:
     return loader
 
 
-def present_loader(trainer: Trainer) -> DataLoader[Any] | None:
+def present_loader(trainer: Trainer) -> DataLoader[object] | None:
     """The training loader as it is now, which may be another in each epoch; ``None`` where there is not one."""
     loader = trainer.train_dataloader
     return loader if isinstance(loader, DataLoader) else None
@@ -254,7 +254,7 @@ def facts_of(trainer: Any) -> dict[str, Any]:
     return numbers | {"num_training_batches": None if batches == float("inf") else int(batches)}
 
 
-def optimizer_lists(module: nn.Module) -> list[Sequence[Any]]:
+def optimizer_lists(module: nn.Module) -> list[Sequence[object]]:
     """The optimizers that a ``training_step`` may hold on to: torch's own, and Lightning's wrappers of them."""
     trainer = trainer_of(module)
     return [] if trainer is None else [trainer.optimizers, list(trainer.strategy._lightning_optimizers)]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from typing_extensions import Self
@@ -34,7 +34,7 @@ class AttributingCallback(Callback):
         """An instance that Trainers of either of Lightning's names take for a callback of theirs."""
         return super().__new__(in_all_namespaces(cls))
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         """Pickled as an instance of the class under its own name; the process that reads it has its own namespaces."""
         kind = next(
             kind for kind in type(self).__mro__ if sys.modules[kind.__module__].__dict__.get(kind.__name__) is kind
@@ -71,9 +71,9 @@ class AttributingCallback(Callback):
     def attribute(
         self,
         trainer: Trainer,
-        query: Any,
+        query: object,
         *,
-        train: Any = None,
+        train: object = None,
         measurement: str | Measurement | None = None,
         method: str = "source",
         stage: int | str | None = None,
@@ -114,16 +114,16 @@ class _Attribute:
         self.trainer = trainer
         self.callback = callback
 
-    def __call__(self, query: Any, **kwargs: Any) -> InfluenceScores:
+    def __call__(self, query: object, **kwargs: Any) -> InfluenceScores:
         """See :func:`lightning_source.attribute`."""
         return self.callback.attribute(self.trainer, query, **kwargs)
 
 
 def attribute(
     trainer: Trainer,
-    query: Any,
+    query: object,
     *,
-    train: Any = None,
+    train: object = None,
     measurement: str | Measurement | None = None,
     method: str = "source",
     stage: int | str | None = None,

@@ -113,7 +113,7 @@ class SourceCallback(AttributingCallback):
         self._next_name: str | None = None
         self._trains = False
         self._waits = False
-        self._loader: DataLoader[Any] | None = None  # of the present epoch
+        self._loader: DataLoader[object] | None = None  # of the present epoch
         self._reloaded = False
         self._factor_seconds = 0.0
 

@@ -171,8 +171,8 @@ class SourceScorer:
     @torch.inference_mode(False)  # gradients are taken, whatever the mode that the question is asked in
     def score(
         self,
-        query: Any,
-        train: Any = None,
+        query: object,
+        train: object = None,
         *,
         method: str = "source",
         per_segment: bool = False,
@@ -258,7 +258,7 @@ class SourceScorer:
         return extra_metadata
 
     @torch.inference_mode(False)
-    def self_influence(self, train: Any = None, *, train_ids: Sequence[int] | Tensor | None = None) -> Tensor:
+    def self_influence(self, train: object = None, *, train_ids: Sequence[int] | Tensor | None = None) -> Tensor:
         """Each training example's SOURCE score on its own loss: how much of its fit is owed to itself.
 
         High values mark examples that the model had to memorise, mislabelled ones among them (method §7).
@@ -287,7 +287,7 @@ class SourceScorer:
         scalars = sum(block.numel for block in self.run.coverage.blocks)
         return max(1, int(self.memory / (4 * floats_per_parameter * scalars)))
 
-    def _metadata(self, estimator: Estimator, options: Options) -> dict[str, Any]:
+    def _metadata(self, estimator: Estimator, options: Options) -> dict[str, object]:
         run = self.run
         return {
             "method": estimator.name,

@@ -22,11 +22,11 @@ def copied(batch: T) -> T:
     Args:
         batch: what a ``DataLoader`` or a user gives: tensors, containers, dataclasses, objects with tensors in them.
     """
-    copies: dict[int, Any] = {}
+    copies: dict[int, object] = {}
     return _copied(batch, copies)
 
 
-def _copied(value: Any, copies: dict[int, Any]) -> Any:
+def _copied(value: object, copies: dict[int, object]) -> Any:
     if isinstance(value, _ATOMS):
         return value
     if id(value) not in copies:
@@ -35,7 +35,7 @@ def _copied(value: Any, copies: dict[int, Any]) -> Any:
     return copies[id(value)]
 
 
-def _copy_of(value: Any, copies: dict[int, Any]) -> Any:
+def _copy_of(value: Any, copies: dict[int, object]) -> Any:
     if isinstance(value, Tensor):
         # Outside of inference mode, the copy of an inference tensor is a normal one, which autograd can keep.
         fresh = value.detach().clone()
@@ -56,7 +56,7 @@ def _copy_of(value: Any, copies: dict[int, Any]) -> Any:
     return _copied_object(value, copies)
 
 
-def _rebuilt(value: tuple[Any, ...], parts: tuple[Any, ...]) -> Any:
+def _rebuilt(value: tuple[object, ...], parts: tuple[object, ...]) -> object:
     return parts if type(value) is tuple else type(value)(parts)
 
 
@@ -67,7 +67,7 @@ def _refilled(container: Any, fill: Any) -> Any:
     return new
 
 
-def _copied_object(value: Any, copies: dict[int, Any]) -> Any:
+def _copied_object(value: object, copies: dict[int, object]) -> object:
     try:
         new = copy.copy(value)
     except Exception:  # a generator, an open file, a lock: whatever the user's class says of copies
@@ -92,7 +92,7 @@ def _slots_of(kind: type) -> tuple[str, ...]:
     return tuple(name for name in ((slots,) if isinstance(slots, str) else slots) if not name.startswith("__"))
 
 
-def _set(owner: Any, name: str, value: Any) -> None:
+def _set(owner: object, name: str, value: object) -> None:
     """Past checks and frozen dataclasses: the value has passed them where the original was made."""
     held = getattr(owner, "__dict__", None)
     if isinstance(held, Mapping) and name in held:

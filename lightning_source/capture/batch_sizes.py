@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -21,7 +21,7 @@ class BatchSizes:
         loader: the training loader; ``None`` where there is not one, and batches are counted by their tensors.
     """
 
-    def __init__(self, loader: DataLoader[Any] | None) -> None:
+    def __init__(self, loader: DataLoader[object] | None) -> None:
         self._loader = loader
         iterable = loader is None or isinstance(loader.dataset, IterableDataset)
         self._batches: Any = None if loader is None or iterable else batches_drawn_by(loader)
@@ -70,7 +70,7 @@ class BatchSizes:
         if loader is None or batches is None or is_plain(batches) or isinstance(batches, Sequence):
             return None
         try:
-            epoch = [list(batch) for batch in yields_of(copied(batches, loader))]
+            epoch = [list(batch) for batch in cast("list[Sequence[object]]", yields_of(copied(batches, loader)))]
             visits = Counter(key for batch in epoch for key in batch)
         except Exception:  # whatever the user's code raises on a copy: what was counted stays
             return None

@@ -57,9 +57,9 @@ class MapDataset(Protocol):
 class _OneOrNone:
     """A collate function for batches of one example, which may be one that the user's own leaves out."""
 
-    collate: Callable[[list[Any]], Batch]
+    collate: Callable[[list[object]], Batch]
 
-    def __call__(self, items: list[Any]) -> Batch:
+    def __call__(self, items: list[object]) -> Batch:
         return None if items[0] is None else self.collate(items)
 
 
@@ -82,7 +82,7 @@ class Examples:
     batch_size: int
     collate: Callable[[Any], Batch] = default_collate
     workers: int = 0
-    keys: Sequence[Any] | None = None
+    keys: Sequence[object] | None = None
     worker_init: Callable[[int], None] | None = None
     context: Any = None
     fetches_batches: bool = False
@@ -91,7 +91,7 @@ class Examples:
         return len(self._keys)
 
     @property
-    def _keys(self) -> Sequence[Any]:
+    def _keys(self) -> Sequence[object]:
         return range(len(self.dataset)) if self.keys is None else self.keys
 
     @property
@@ -113,7 +113,7 @@ class Examples:
         """The positions of some examples, which is how messages name them."""
         return ids if self.keys is None else self.positions[ids]
 
-    def among(self, keys: Sequence[Any] | None) -> Examples:
+    def among(self, keys: Sequence[object] | None) -> Examples:
         """Those of the dataset's examples that some keys name; all of them for ``None``."""
         whole = isinstance(keys, Sequence) and list(keys) == list(range(len(self.dataset)))
         return replace(self, keys=None if whole else keys)
@@ -264,7 +264,7 @@ def loader_batch_size(loader: DataLoader) -> int:
     return int(getattr(batches, "batch_size", None) or 32)  # to look at a batch would advance the sampler
 
 
-def training_examples(loader: DataLoader[Any]) -> Examples | None:
+def training_examples(loader: DataLoader[object]) -> Examples | None:
     """The examples that a training loader draws; ``None`` where they have no ids. What follows is said in a warning."""
     try:
         examples = examples_of(loader)
@@ -315,7 +315,7 @@ def query_of(query: object, like: Examples | None, batch_size: int | None = None
     return examples
 
 
-def _drawn_queries(loader: DataLoader[Any], batch_size: int | None) -> Examples:
+def _drawn_queries(loader: DataLoader[object], batch_size: int | None) -> Examples:
     examples, drawn = examples_of(loader, batch_size), drawn_by(loader)
     if drawn.unknown is None:
         return examples.among(drawn.keys)

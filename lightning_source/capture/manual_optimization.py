@@ -139,7 +139,7 @@ class ManualStep:
 
 
 @contextmanager
-def _replaced(owner: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
+def _replaced(owner: Any, attributes: Mapping[str, object]) -> Iterator[None]:
     """The instance has these attributes inside, and its own again afterwards."""
     previous = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
     try:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 _NOISY = (_DropoutNd, _NormBase, nn.RNNBase, nn.MultiheadAttention, nn.RReLU)
 
 # Functions by the argument that switches their noise: its place, its name and the value that is quiet.
-_SWITCHES: Mapping[Callable[..., Any], tuple[int, str, Any]] = {
+_SWITCHES: Mapping[Callable[..., Any], tuple[int, str, object]] = {
     F.dropout: (2, "training", False),
     F.dropout1d: (2, "training", False),
     F.dropout2d: (2, "training", False),

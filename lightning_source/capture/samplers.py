@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, SupportsIndex, cast
 
 from torch.utils.data import (
     BatchSampler,
@@ -39,11 +39,11 @@ class Drawn:
         unknown: the sampler that does not tell; ``None`` where it is known what is drawn.
     """
 
-    keys: Sequence[Any] | None = None
+    keys: Sequence[object] | None = None
     unknown: object | None = None
 
 
-def batches_drawn_by(loader: DataLoader[Any]) -> Iterable[Sequence[Any]] | None:
+def batches_drawn_by(loader: DataLoader[object]) -> Iterable[Sequence[object]] | None:
     """What yields a loader's lists of indices; ``None`` where the dataset itself yields whole batches."""
     if loader.batch_sampler is not None:
         return loader.batch_sampler
@@ -51,7 +51,7 @@ def batches_drawn_by(loader: DataLoader[Any]) -> Iterable[Sequence[Any]] | None:
     return sampler if isinstance(getattr(sampler, "batch_size", None), int) else None
 
 
-def fetches_batches(loader: DataLoader[Any]) -> bool:
+def fetches_batches(loader: DataLoader[object]) -> bool:
     """Whether the dataset is given a whole list of indices: ``sampler=BatchSampler(...), batch_size=None``."""
     return loader.batch_sampler is None and batches_drawn_by(loader) is not None
 
@@ -61,7 +61,7 @@ def is_plain(batches: object) -> bool:
     return isinstance(batches, BatchSampler) and type(batches).__iter__ is BatchSampler.__iter__
 
 
-def drawn_by(loader: DataLoader[Any]) -> Drawn:
+def drawn_by(loader: DataLoader[object]) -> Drawn:
     """Which examples a loader over a map-style dataset draws, without iterating anything."""
     batches: Any = batches_drawn_by(loader)
     sampler = loader.sampler if batches is None else batches.sampler if is_plain(batches) else batches
@@ -79,22 +79,22 @@ def drawn_by(loader: DataLoader[Any]) -> Drawn:
     return Drawn(unknown=sampler)
 
 
-def iterated(loader: DataLoader[Any]) -> Sequence[Any]:
+def iterated(loader: DataLoader[object]) -> Sequence[object]:
     """The keys of one epoch in their order; global generators are left alone, and a sampler that can be copied."""
     batches = batches_drawn_by(loader)
     sampler = loader.sampler if batches is None else batches
     with suppress(Exception):  # it may hold what has no copy
         sampler = copied(sampler, loader)
-    keys = yields_of(sampler) if batches is None else _joined(yields_of(sampler))
+    keys = yields_of(sampler) if batches is None else _joined(cast("list[Sequence[object]]", yields_of(sampler)))
     return _as_positions(keys, len(loader.dataset))  # type: ignore[arg-type]
 
 
-def copied(sampler: Iterable[Any], loader: DataLoader[Any]) -> Iterable[Any]:
+def copied(sampler: Iterable[object], loader: DataLoader[object]) -> Iterable[object]:
     """A copy of a loader's sampler, over the same dataset."""
     return copy.deepcopy(sampler, {id(loader.dataset): loader.dataset})
 
 
-def yields_of(sampler: Iterable[Any]) -> list[Any]:
+def yields_of(sampler: Iterable[object]) -> list[object]:
     """What a sampler yields in one epoch."""
     try:
         limit = len(sampler)  # type: ignore[arg-type]
@@ -104,14 +104,14 @@ def yields_of(sampler: Iterable[Any]) -> list[Any]:
         return list(islice(sampler, limit))
 
 
-def _joined(batches: Iterable[Sequence[Any]]) -> list[Any]:
+def _joined(batches: Iterable[Sequence[object]]) -> list[object]:
     return [key for batch in batches for key in batch]
 
 
-def _as_positions(keys: list[Any], size: int) -> Sequence[Any]:
+def _as_positions(keys: list[object], size: int) -> Sequence[object]:
     """The same as plain numbers from 0, if they are numbers."""
     try:
-        numbers = [operator.index(key) for key in keys]
+        numbers = [operator.index(cast(SupportsIndex, key)) for key in keys]
     except TypeError:
         return keys
     return [number + size if number < 0 else number for number in numbers]

@@ -50,13 +50,13 @@ class Optimizes(Protocol):
         ...
 
     @property
-    def schedulers(self) -> list[Any]:
+    def schedulers(self) -> list[object]:
         """The learning rate schedulers."""
         ...
 
 
 # What a Trainer has besides, where none is at hand.
-_PLAIN: dict[str, Any] = {
+_PLAIN: dict[str, object] = {
     "fast_dev_run": False,
     "barebones": False,
     "is_global_zero": True,
@@ -119,7 +119,7 @@ class TrainerView:
         return [] if self.stand_ins is None else [wrapper.optimizer for wrapper in self.stand_ins.optimizers]
 
     @property
-    def lr_scheduler_configs(self) -> list[Any]:
+    def lr_scheduler_configs(self) -> list[object]:
         """What stands for the schedulers, by the one entry that a step may read."""
         schedulers = [] if self.stand_ins is None else self.stand_ins.schedulers
         return [SimpleNamespace(scheduler=scheduler) for scheduler in schedulers]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +58,12 @@ class GradientWatch:
         self._given: Tensor | None = None
         self._scale: Tensor | None = None
         self._sample: list[Tensor | None] = []
+        # Torch's hook has no types.
+        trained: list[Any] = [
+            p for p in parameters.values() if p is not None and p.requires_grad
+        ]  # torch types no hook
         self._handles: list[RemovableHandle] = [
-            p.register_post_accumulate_grad_hook(self._on_accumulated)
-            for p in parameters.values()
-            if p is not None and p.requires_grad
+            p.register_post_accumulate_grad_hook(self._on_accumulated) for p in trained
         ]
 
     def detach(self) -> None:

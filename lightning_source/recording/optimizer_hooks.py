@@ -272,7 +272,7 @@ class OptimizerObserver:
             if self._check is not None:
                 self._check.before_step()
 
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         assert self._recorder is not None
         assert self._columns is not None
         self._depth -= 1

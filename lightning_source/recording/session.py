@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 from safetensors import SafetensorError
 from torch import nn
@@ -165,7 +165,7 @@ class RecordingSession:
         return self.store.path
 
     def begin(
-        self, examples: Examples | None, name: str | None = None, loader: DataLoader[Any] | None = None
+        self, examples: Examples | None, name: str | None = None, loader: DataLoader[object] | None = None
     ) -> int | None:
         """Start to record a stage, or go on with the one that the checkpoint was taken in; gives back its index.
 
@@ -187,7 +187,7 @@ class RecordingSession:
             self._stop(error)
             return None
 
-    def _begin(self, examples: Examples | None, name: str | None, loader: DataLoader[Any] | None) -> int:
+    def _begin(self, examples: Examples | None, name: str | None, loader: DataLoader[object] | None) -> int:
         assert self.store is not None
         assert self._observer is not None
         if self._recorder is not None and holds_run(self.store.path):
@@ -214,7 +214,7 @@ class RecordingSession:
         self._begin_phase()
         return index
 
-    def load_from(self, loader: DataLoader[Any] | None) -> None:
+    def load_from(self, loader: DataLoader[object] | None) -> None:
         """Batches come from this loader now, which may be another in each epoch."""
         self._sizes = BatchSizes(loader)
 
