@@ -104,7 +104,7 @@ def kind_of(optimizer: object) -> str:
 def _class_named(kind: str) -> type[Optimizer]:
     """The class of that name if it is loaded; nothing is imported on the word of a file."""
     module, _, path = kind.partition(":")
-    value: object = sys.modules.get(module)
+    value: Any = sys.modules.get(module)
     for name in path.split("."):
         value = getattr(value, name, None)
     known = isinstance(value, type) and issubclass(value, Optimizer)
@@ -138,7 +138,7 @@ class InertScheduler(LRScheduler):
     def step(self, *args: object, **kwargs: object) -> None:
         """Nothing."""
 
-    def get_last_lr(self) -> list[object]:
+    def get_last_lr(self) -> list[float | Tensor]:
         """The rates of its optimizer's groups."""
         return [group.get("lr", 0.0) for group in self.optimizer.param_groups]
 
