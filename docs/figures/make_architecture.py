@@ -30,7 +30,7 @@ WAYS = [
         [
             ("callback", "an event"),
             ("recording/", "session"),
-            ("capture/", "probe"),
+            ("capture/", "coverage"),
             ("recording/", "optimizer_hooks"),
             ("optimizers", "its rule"),
             ("recording/", "recorder"),
@@ -42,7 +42,7 @@ WAYS = [
         [
             ("runs/", "run"),
             ("recording/", "snapshots"),
-            ("passes/", "factors"),
+            ("passes/", "preparation, factors"),
             ("capture/", "objective"),
             ("layers/", "a kind"),
             ("curvature/", "ekfac"),
