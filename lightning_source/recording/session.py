@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -396,8 +396,10 @@ class RecordingSession:
 
     def detach(self) -> None:
         """Leave the optimizer as it was."""
+        # Its hooks go first; what is made of their observations after that must not end training.
         if self._observer is not None:
-            self._observer.detach()
+            with suppress(Exception):
+                self._observer.detach()
 
     def close(self, status: Literal["finished", "interrupted"]) -> bool:
         """End the recording; gives back whether there is anything to score.

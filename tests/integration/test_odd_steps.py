@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_source import SourceCallback
+from lightning_source.recording.gradient_watch import GradientWatch
 
 
 def fit(tmp_path, module, **options):
@@ -92,3 +93,13 @@ def test_lazy_layers_train_as_without_the_callback_and_are_scored(tmp_path):
     scores = trainer.attribute(list(classes().tensors), method="grad-dot").values
     expected = products(module)
     close(scores / scores.norm(), expected / expected.norm(), 1e-4)
+
+
+def test_what_fails_when_the_hooks_have_gone_does_not_end_training(tmp_path, monkeypatch):
+    def fails(watch):
+        raise RuntimeError("of ours")
+
+    monkeypatch.setattr(GradientWatch, "changes", fails)
+    trainer = fit(tmp_path, Classifier(mlp()), mode="deferred")
+    assert trainer.state.finished
+    assert trainer.attribute([tensor[:2] for tensor in classes().tensors], method="grad-dot").values.shape == (2, 24)
