@@ -122,6 +122,7 @@ class OptimizerObserver:
         self._may_be_zero = False
         self._weight: float | None = None
         self._depth = 0  # of steps within steps: a derived optimizer's own, and its parent's inside
+        self._learning_rates: list[float] = []  # of the groups, as the innermost step began
         self._watch: GradientWatch | None = None
         self._turned: list[dict[str, Tensor]] = []  # cosines of earlier phases
         self._check: StepCheck | None = None
@@ -244,7 +245,12 @@ class OptimizerObserver:
         """Before the step, or before the closure that it calls to get gradients; these are looked at when it ends."""
         assert self._recorder is not None
         self._depth += 1
+        # Before it moves: a derived optimizer may set its rates on the way to its parent's step, or once that is done.
+        self._learning_rates = [float(group["lr"]) for group in optimizer.param_groups]
         if self._depth > 1:
+            if self._check is not None:
+                with self._guarded():
+                    self._check.before_step()
             return None
         with self._guarded():
             self._recorder.before_step()
@@ -281,7 +287,7 @@ class OptimizerObserver:
         with self._guarded():
             rules = self.rules
             self._recorder.after_step(
-                self._columns.per_column([group["lr"] for group in optimizer.param_groups]),
+                self._columns.per_column(self._learning_rates),
                 self._columns.per_column([rule.rate_multiplier for rule in rules]),
                 self._columns.per_column([rule.weight_decay for rule in rules]),
                 self._loss_weight(),

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import Classifier, classes, mlp, quiet_trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -308,6 +309,34 @@ def test_an_optimizer_that_steps_otherwise_than_the_one_it_derives_from_is_named
     assert len(said) == 1
     assert f"`{kind.__name__}` is taken for the `SGD`" in said[0]
     assert finding in said[0]
+
+
+class Decays(torch.optim.SGD):
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.param_groups[0]["lr"] *= 0.9
+        return loss
+
+
+class WarmsUp(torch.optim.SGD):
+    count = 0
+
+    def step(self, closure=None):
+        self.count += 1
+        self.param_groups[0]["lr"] = LR * min(1.0, self.count / 6)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [(Decays, [LR * 0.9**k for k in range(9)]), (WarmsUp, [LR * min(1, (k + 1) / 6) for k in range(9)])],
+)
+def test_an_optimizer_that_sets_its_own_rate_is_logged_at_the_rate_of_its_step(tmp_path, kind, expected):
+    torch.optim.SGD([torch.zeros(1)])  # from its first instance on, the parent's own step calls hooks too
+    _, said = recorded(tmp_path / "run", Classifier(mlp(), optimizer=lambda p: kind(p, lr=LR)))
+    assert not said
+    log = load_file(tmp_path / "run" / "steps.safetensors")["steps"]
+    assert log[:, 0].tolist() == pytest.approx(expected)
 
 
 def test_a_final_model_of_a_derived_optimizer_is_warned_of():
