@@ -69,15 +69,23 @@ def undisturbed(module: nn.Module, seed: int = 0, mode: PassMode = EVAL) -> Iter
 
 @contextmanager
 def _gradients_aside(module: nn.Module) -> Iterator[None]:
-    """A step may call ``backward()`` itself: what that adds to ``.grad`` goes, and what training left there is back."""
-    gradients = [(p, p.grad) for p in module.parameters()]
+    """A step may call ``backward()`` itself: what that adds to ``.grad`` goes, and what training left there is back.
+
+    Hooks on the parameters are away, too: passes want the loss's own gradient, and what hooks made of it in training is
+    in the rates.
+    """
+    kept = [(p, p.grad, p._backward_hooks) for p in module.parameters()]
     try:
-        for parameter, _ in gradients:
+        for parameter, _, hooks in kept:
             parameter.grad = None
+            if hooks:
+                parameter._backward_hooks = None
         yield
     finally:
-        for parameter, gradient in gradients:
+        for parameter, gradient, hooks in kept:
             parameter.grad = gradient
+            if hooks:
+                parameter._backward_hooks = hooks
 
 
 @contextmanager

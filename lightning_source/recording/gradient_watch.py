@@ -17,6 +17,7 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from lightning_source._lightning import rank_zero_warn
+from lightning_source.recording.raw_gradients import RawGradients
 
 SAMPLE = 65_536  # entries of a parameter whose direction is compared; evenly spread where it has more
 SAME_DIRECTION = 0.999  # cosine from which two gradients count as parallel
@@ -58,6 +59,7 @@ class GradientWatch:
         self._given: Tensor | None = None
         self._scale: Tensor | None = None
         self._sample: list[Tensor | None] = []
+        self._raw = RawGradients(self._parameters)  # while no hook but the user's is there
         # Torch's hook has no types.
         trained: list[Any] = [
             p for p in parameters.values() if p is not None and p.requires_grad
@@ -71,6 +73,7 @@ class GradientWatch:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._raw.detach()
 
     def on_batch_start(self) -> None:
         """A backward that broke off left no call in the queue."""
@@ -91,8 +94,9 @@ class GradientWatch:
         """Before any code of the user's runs again, an overridden ``backward`` included."""
         self._queued = False
         with self._guarded():
-            self._before, self._scale = self._norms(), self._loss_scale()
-            self._sample = self._samples() if is_sampled(self._steps) else []
+            gradients = self._raw.in_place_of(list(self._parameters), self._gradients())
+            self._before, self._scale = self._norms(gradients), self._loss_scale()
+            self._sample = _samples(gradients) if is_sampled(self._steps) else []
 
     # ---------------------------------------------------------------- at the step
 
@@ -103,7 +107,8 @@ class GradientWatch:
             unscaled: whether a loss scale has been taken out of them.
             overflow: of an optimizer that skips by itself, whether it will, nonzero.
         """
-        after = self._norms()
+        gradients = self._gradients()
+        after = self._norms(gradients)
         if not self._before or not after:
             return
         given = torch.stack([*self._before, *after]).view(2, -1)  # one call, since calls are what costs here
@@ -113,7 +118,7 @@ class GradientWatch:
             given = torch.stack([given[0], torch.where(overflow.reshape(()) > 0, 0.0, given[1])])
         self._given = given
         if self._sample:
-            pairs = zip(self._sample, self._samples(), strict=True)
+            pairs = zip(self._sample, _samples(gradients), strict=True)
             nothing = given.new_full((), float("nan"))
             cosines = [nothing if a is None or b is None or a.shape != b.shape else _cosine(a, b) for a, b in pairs]
             self.directions.append(torch.stack([c.to(nothing) for c in cosines]))
@@ -130,9 +135,8 @@ class GradientWatch:
         return [g._values() if g is not None and g.is_sparse else g for g in gradients]
 
     @torch.no_grad()
-    def _norms(self) -> list[Tensor]:
+    def _norms(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """0-dim on one device, 0 for a parameter without a gradient; empty where no gradient has been seen yet."""
-        gradients = self._gradients()
         held = [g for g in gradients if g is not None]
         if not held:
             return [torch.zeros_like(norm) for norm in self._before]
@@ -144,10 +148,6 @@ class GradientWatch:
             return norms
         nothing, known = torch.zeros_like(norms[0]), iter(norms)
         return [nothing if g is None else next(known) for g in gradients]
-
-    @torch.no_grad()
-    def _samples(self) -> list[Tensor | None]:
-        return [None if g is None else sample_of(g) for g in self._gradients()]
 
     # ---------------------------------------------------------------- at the end
 
@@ -176,6 +176,10 @@ def warn_of_directions(cosines: Sequence[Mapping[str, Tensor]]) -> None:
         f" {sum(map(len, steps))} steps looked at, most that of `{name}` (cosine {worst[name]:.3f}). Scores take"
         " gradients as backward gives them, at the length that the optimizer was given, and know nothing of the turn."
     )
+
+
+def _samples(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if g is None else sample_of(g) for g in gradients]
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What happens to gradients between the loss and the step, and optimizers that step in ways of their own."""
 
 import contextlib
+import copy
 import warnings
 
 import lightning as L
@@ -103,6 +104,22 @@ class Drops(Watched):
         self.net[0].bias.grad = None
 
 
+class Hooked(Watched):
+    """Hooks on the parameters themselves: before gradients are added to ``.grad`` and after."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[0].weight.register_hook(lambda gradient: gradient * 0.3)
+
+        def thrice(parameter):
+            parameter.grad *= 3
+
+        self.net[2].weight.register_post_accumulate_grad_hook(thrice)
+
+    def expected(self):
+        return {name: 9 * LR * {"net.0.weight": 0.3, "net.2.weight": 3.0}.get(name, 1.0) for name in ALL}
+
+
 class OtherCallback(L.Callback):
     def on_after_backward(self, trainer, pl_module):
         nn.utils.clip_grad_norm_(pl_module.parameters(), 0.05)
@@ -131,6 +148,7 @@ def rates(path):
 def products(module, rate_of):
     """``(1/N) Σ_p Λ_p ∇f_pᵀ g_p`` by one backward an example."""
     inputs, targets = classes().tensors
+    module = Classifier(copy.deepcopy(module.net))  # copies of parameters have no hooks
     rows = []
     for x, y in zip(inputs, targets, strict=True):
         gradients = torch.autograd.grad(F.cross_entropy(module.net(x[None]), y[None]), list(module.parameters()))
@@ -151,6 +169,7 @@ def products(module, rate_of):
         ClipsEachParameter,
         Zeroes,
         Drops,
+        Hooked,
         Watched,
     ],
 )
@@ -161,6 +180,17 @@ def test_each_parameter_has_the_rate_at_which_its_gradient_was_applied(tmp_path,
     scores = trainer.attribute(list(classes().tensors), method="grad-dot").values
     torch.testing.assert_close(scores, products(module, module.expected()), rtol=1e-3, atol=1e-6)
     assert not said
+
+
+def test_hooks_on_parameters_stay_as_they_were(tmp_path):
+    """In number and order, in passes too, where what they do is not wanted; over windows of several batches."""
+    module = Hooked()
+    module.net[0].weight.register_hook(lambda gradient: None)
+    hooks = list(module.net[0].weight._backward_hooks.items())
+    trainer, _ = recorded(tmp_path / "run", module, accumulate_grad_batches=3)
+    assert rates(tmp_path / "run")["net.0.weight"] == pytest.approx(3 * LR * 0.3, rel=1e-4)
+    trainer.attribute([x[:2] for x in classes().tensors])
+    assert list(module.net[0].weight._backward_hooks.items()) == hooks
 
 
 def test_another_callback_may_clip_before_this_one_is_called(tmp_path):
