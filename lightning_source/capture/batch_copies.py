@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from types import GeneratorType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+
+from lightning_source._lightning import MisconfigurationException
 
 T = TypeVar("T")
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), type, nn.Module)
@@ -21,6 +24,9 @@ def copied(batch: T) -> T:
 
     Args:
         batch: what a ``DataLoader`` or a user gives: tensors, containers, dataclasses, objects with tensors in them.
+
+    Raises:
+        MisconfigurationException: the batch holds a generator, which can be gone through only once.
     """
     copies: dict[int, object] = {}
     return _copied(batch, copies)
@@ -70,7 +76,12 @@ def _refilled(container: Any, fill: Any) -> Any:
 def _copied_object(value: object, copies: dict[int, object]) -> object:
     try:
         new = copy.copy(value)
-    except Exception:  # a generator, an open file, a lock: whatever the user's class says of copies
+    except Exception:  # an open file, a lock: whatever the user's class says of copies
+        if isinstance(value, GeneratorType):
+            raise MisconfigurationException(
+                f"the batch holds a generator (`{value.__name__}`), which can be gone through only once, while gradients"
+                " take several calls of the step with one batch. HINT: let `collate_fn` put a list in its place."
+            ) from None
         return value
     if new is value:
         return value

@@ -2,7 +2,8 @@
 
 While the step runs for us, ``self.optimizers()`` gives optimizers that do not move anything, and each loss that is
 passed to ``manual_backward`` or ``.backward()`` is kept instead. Gradients add up in ``.grad`` until ``zero_grad``, so
-a step of one optimizer follows the sum of the losses since its last ``zero_grad`` that reach its parameters.
+a step of one optimizer follows the sum of the losses since its last ``zero_grad`` that reach its parameters. A step
+that never goes backward may have put gradients of ``torch.autograd.grad`` into ``.grad``: it follows what these are of.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lightning_source._trainer import optimizer_lists
 from lightning_source.capture.inert_optimizers import InertOptimizer, InertScheduler, inert_optimizer
@@ -47,6 +49,7 @@ class ManualStep:
         self.pending: list[list[Tensor]] = [[] for _ in range(optimizers)]
         self.toggled: int | None = None
         self._steps: list[list[Tensor]] = []
+        self._differentiated: list[Tensor] = []  # losses whose gradients by parameters the step asked for
         self._real: dict[int, int] = {}  # the Trainer's own optimizers: index by id
 
     @cached_property  # most steps that optimize automatically never ask
@@ -65,10 +68,24 @@ class ManualStep:
             if self.toggled in (None, index):
                 losses.append(loss)
 
+    def differentiate(self, outputs: object, inputs: object, *args: object, **kwargs: object) -> object:
+        """``torch.autograd.grad``; the losses that are differentiated by parameters are noted, and their graph lives on."""
+        wanted = [inputs] if isinstance(inputs, Tensor) else list(cast("Sequence[Tensor]", inputs))
+        losses = [outputs] if isinstance(outputs, Tensor) else list(cast("Sequence[Tensor]", outputs))
+        if all(isinstance(tensor, nn.Parameter) for tensor in wanted):
+            self._differentiated += [loss for loss in losses if loss.numel() == 1]
+        keywords = ("grad_outputs", "retain_graph", "create_graph", "only_inputs", "allow_unused", "is_grads_batched")
+        options = {**dict(zip(keywords, args, strict=False)), **kwargs, "retain_graph": True}
+        return torch.autograd.grad(losses, wanted, **options)  # type: ignore[arg-type]
+
     def step(self, index: int) -> None:
         """An optimizer would have moved along what is pending for it."""
         if index == self.attributed:
-            self._steps.append(list(self.pending[index]))
+            self._steps.append(self._followed(index))
+            self._differentiated.clear()
+
+    def _followed(self, index: int) -> list[Tensor]:
+        return list(self.pending[index] or self._differentiated)
 
     def forget(self, index: int) -> None:
         """What was pending for an optimizer was zeroed."""
@@ -93,7 +110,7 @@ class ManualStep:
 
         A batch on which it accumulates without a step counts what it adds; ``None`` if that is nothing.
         """
-        steps = self._steps or [self.pending[self.attributed]]
+        steps = self._steps or [self._followed(self.attributed)]
         losses = [loss for step in steps for loss in step]
         total: Tensor | None = None
         for loss in losses:

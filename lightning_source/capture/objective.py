@@ -39,7 +39,7 @@ Kind = Literal["mean", "sum", "examples"]
 
 
 class _LossTap(TorchFunctionMode):
-    """Keeps the calls of known losses, and gives ``manual`` the losses that are passed to ``Tensor.backward``."""
+    """Keeps the calls of known losses, and gives ``manual`` the losses whose gradients are asked for."""
 
     def __init__(self, manual: ManualStep | None = None) -> None:
         super().__init__()
@@ -56,6 +56,8 @@ class _LossTap(TorchFunctionMode):
         if function is Tensor.backward and self.manual is not None and isinstance(args[0], Tensor):
             self.manual.backward(args[0])
             return None
+        if function is torch.autograd.grad and self.manual is not None:
+            return self.manual.differentiate(*args, **(kwargs or {}))
         call = read_call(function, args, kwargs or {})
         if call is None:
             return function(*args, **(kwargs or {}))

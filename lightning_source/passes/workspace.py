@@ -278,6 +278,11 @@ class Workspace:
                         shape = (len(queries), parts, outputs, inputs)
                         gradients[name] = block_gradients.activations.new_zeros(shape)
                     gradients[name][index] = rotated_matrices(block_gradients, basis)
+        if not gradients and not rows:
+            raise MisconfigurationException(
+                "the queries' measurement has no gradient at any of the layers that are attributed"
+                f" ({', '.join(block.name for block in self.blocks[:5])}), so it has no scores."
+            )
         columns = {}
         for name, pieces in rows.items():
             examples, tokens, values = (torch.cat(parts) for parts in zip(*pieces, strict=True))

@@ -1,11 +1,13 @@
 """A copied batch can be written, popped and consumed while the original stays as it was."""
 
+import threading
 from collections import OrderedDict, UserDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_source.capture.batch_copies import copied
@@ -123,8 +125,18 @@ def test_inference_tensors_become_normal_ones():
 
 
 def test_what_has_no_copy_is_shared():
-    generator = (i for i in range(3))
-    assert copied([generator])[0] is generator
+    lock = threading.Lock()
+    assert copied([lock])[0] is lock
+
+
+def test_a_generator_is_refused_by_name():
+    with pytest.raises(MisconfigurationException, match=r"a generator \(`halves`\), .* HINT: let `collate_fn` put a list"):
+        copied({"x": torch.ones(2), "parts": halves()})
+
+
+def halves():
+    yield torch.ones(1)
+    yield torch.ones(1)
 
 
 def test_packed_sequences_pack_the_same():

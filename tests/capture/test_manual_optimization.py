@@ -32,6 +32,10 @@ class ByHand(Classifier):
             optimizer.zero_grad()
         if self.way == "loss.backward":
             loss.backward()
+        elif self.way == "autograd.grad":
+            parameters = list(self.parameters())
+            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter.grad = gradient
         else:
             self.manual_backward(loss)
         if (batch_idx + 1) % self.every == 0:
@@ -60,7 +64,7 @@ def run(tmp_path, module, settings=None, **options):
 
 
 @pytest.mark.check("engine", "manual optimization, {way}", "scores equal to automatic optimization")
-@pytest.mark.parametrize("way", ["manual_backward", "loss.backward", "raw optimizer", "closure", "clipped"])
+@pytest.mark.parametrize("way", ["manual_backward", "loss.backward", "autograd.grad", "raw optimizer", "closure", "clipped"])
 def test_scores_are_those_of_automatic_optimization(tmp_path, way):
     """Bit for bit: the same kernels run in the same order."""
     clipping = {"gradient_clip_val": 0.05} if way == "clipped" else {}
