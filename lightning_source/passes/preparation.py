@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_source._lightning import MisconfigurationException
+from lightning_source._lightning import MisconfigurationException, rank_zero_warn
 from lightning_source.capture.coverage import Coverage
 from lightning_source.capture.data import Examples, to_module
 from lightning_source.capture.objective import CallScale, Kind, Losses, NoLoss, ObjectiveSpec
@@ -82,6 +82,7 @@ def prepare(
     except Exception as error:  # of a layout that is not by example; the user's own errors come again below
         reason = str(error)
     if reason is None:
+        _warn_of_batch_idx(workspace, data, ids)
         return Preparation(checked, spec)
     workspace.blocks = coverage.blocks
     try:
@@ -93,6 +94,30 @@ def prepare(
         checked = _probe(workspace, checked, data.one_at_a_time(), [example])
     workspace.blocks, workspace.spec = checked.blocks, spec
     return Preparation(checked, spec)
+
+
+def _warn_of_batch_idx(workspace: Workspace, data: Examples, ids: Sequence[int]) -> None:
+    """One warning if the loss of a batch depends on its place in the epoch, which no score can know."""
+    objective = workspace.objective
+    if not getattr(workspace.module, "automatic_optimization", True):
+        return  # whose index is recorded, since optimizers may take turns by it
+    index = objective.batch_idx
+    loss, again = (evaluate(workspace, data, ids).loss for _ in range(2))
+    try:
+        for other in range(index + 1, index + 4):
+            objective.batch_idx = other
+            elsewhere = evaluate(workspace, data, ids).loss
+            if torch.equal(loss, again) and not torch.equal(loss, elsewhere):
+                rank_zero_warn(
+                    f"The loss of `{type(workspace.module).__name__}.training_step` depends on `batch_idx`: one batch has"
+                    f" {loss.item():.4g} at index {index} and {elsewhere.item():.4g} at {other}. Scores take every batch"
+                    f" as one at index {index}."
+                )
+                return
+    except NoLoss:  # batches that are left out are not stepped on, which the record has
+        return
+    finally:
+        objective.batch_idx = index
 
 
 def _probe(workspace: Workspace, coverage: Coverage, data: Examples, ids: Sequence[int]) -> Coverage:

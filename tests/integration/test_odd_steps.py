@@ -53,6 +53,27 @@ def test_learnt_weights_of_losses_are_named_as_left_out(tmp_path):
     assert "weighs the losses" in stage.coverage.left_out[0][2]
 
 
+class ByPlace(Classifier):
+    """The second batch of an epoch counts double, or nothing."""
+
+    def __init__(self, weight):
+        super().__init__(mlp())
+        self.weight = weight
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 1 and self.weight is None:
+            return None
+        return super().training_step(batch, batch_idx) * (self.weight or 1.0 if batch_idx == 1 else 1.0)
+
+
+@pytest.mark.parametrize(("weight", "warns"), [(2.0, True), (1.0, False), (None, False)])
+def test_a_loss_that_depends_on_the_place_of_its_batch_is_named(tmp_path, recwarn, weight, warns):
+    trainer = fit(tmp_path, ByPlace(weight))
+    said = [str(w.message) for w in recwarn if "depends on `batch_idx`" in str(w.message)]
+    assert len(said) == warns
+    assert trainer.attribute([tensor[:2] for tensor in classes().tensors]).values.isfinite().all()
+
+
 class Target(Classifier):
     """Learns from a frozen copy of itself that is synchronised at the end of each epoch."""
 
