@@ -79,8 +79,8 @@ def _copied_object(value: object, copies: dict[int, object]) -> object:
     except Exception:  # an open file, a lock: whatever the user's class says of copies
         if isinstance(value, GeneratorType):
             raise MisconfigurationException(
-                f"the batch holds a generator (`{value.__name__}`), which can be gone through only once, while gradients"
-                " take several calls of the step with one batch. HINT: let `collate_fn` put a list in its place."
+                f"the batch holds a generator (`{value.__name__}`), which can be gone through only once, while"
+                " gradients take several calls of the step with one batch. HINT: let `collate_fn` put a list in its place."
             ) from None
         return value
     if new is value:

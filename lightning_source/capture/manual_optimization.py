@@ -69,7 +69,7 @@ class ManualStep:
                 losses.append(loss)
 
     def differentiate(self, outputs: object, inputs: object, *args: object, **kwargs: object) -> object:
-        """``torch.autograd.grad``; the losses that are differentiated by parameters are noted, and their graph lives on."""
+        """``torch.autograd.grad``, which notes losses differentiated by parameters and keeps their graph."""
         wanted = [inputs] if isinstance(inputs, Tensor) else list(cast("Sequence[Tensor]", inputs))
         losses = [outputs] if isinstance(outputs, Tensor) else list(cast("Sequence[Tensor]", outputs))
         if all(isinstance(tensor, nn.Parameter) for tensor in wanted):

@@ -109,9 +109,9 @@ def _warn_of_batch_idx(workspace: Workspace, data: Examples, ids: Sequence[int])
             elsewhere = evaluate(workspace, data, ids).loss
             if torch.equal(loss, again) and not torch.equal(loss, elsewhere):
                 rank_zero_warn(
-                    f"The loss of `{type(workspace.module).__name__}.training_step` depends on `batch_idx`: one batch has"
-                    f" {loss.item():.4g} at index {index} and {elsewhere.item():.4g} at {other}. Scores take every batch"
-                    f" as one at index {index}."
+                    f"The loss of `{type(workspace.module).__name__}.training_step` depends on `batch_idx`: one batch"
+                    f" has {loss.item():.4g} at index {index} and {elsewhere.item():.4g} at {other}. Scores take every"
+                    f" batch as one at index {index}."
                 )
                 return
     except NoLoss:  # batches that are left out are not stepped on, which the record has

@@ -64,7 +64,9 @@ def run(tmp_path, module, settings=None, **options):
 
 
 @pytest.mark.check("engine", "manual optimization, {way}", "scores equal to automatic optimization")
-@pytest.mark.parametrize("way", ["manual_backward", "loss.backward", "autograd.grad", "raw optimizer", "closure", "clipped"])
+@pytest.mark.parametrize(
+    "way", ["manual_backward", "loss.backward", "autograd.grad", "raw optimizer", "closure", "clipped"]
+)
 def test_scores_are_those_of_automatic_optimization(tmp_path, way):
     """Bit for bit: the same kernels run in the same order."""
     clipping = {"gradient_clip_val": 0.05} if way == "clipped" else {}
