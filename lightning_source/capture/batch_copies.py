@@ -80,7 +80,7 @@ def _copied_object(value: object, copies: dict[int, object]) -> object:
         if isinstance(value, GeneratorType):
             raise MisconfigurationException(
                 f"the batch holds a generator (`{value.__name__}`), which can be gone through only once, while"
-                " gradients take several calls of the step with one batch. HINT: let `collate_fn` put a list in its place."
+                " gradients take several calls of the step with one batch. HINT: let `collate_fn` give a list instead."
             ) from None
         return value
     if new is value:

@@ -131,7 +131,7 @@ def test_what_has_no_copy_is_shared():
 
 def test_a_generator_is_refused_by_name():
     with pytest.raises(
-        MisconfigurationException, match=r"a generator \(`halves`\), .* HINT: let `collate_fn` put a list"
+        MisconfigurationException, match=r"a generator \(`halves`\), .* HINT: let `collate_fn` give a list"
     ):
         copied({"x": torch.ones(2), "parts": halves()})
 
