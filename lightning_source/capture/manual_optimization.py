@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -70,13 +70,12 @@ class ManualStep:
 
     def differentiate(self, outputs: object, inputs: object, *args: object, **kwargs: object) -> object:
         """``torch.autograd.grad``, which notes losses differentiated by parameters and keeps their graph."""
-        wanted = [inputs] if isinstance(inputs, Tensor) else list(cast("Sequence[Tensor]", inputs))
-        losses = [outputs] if isinstance(outputs, Tensor) else list(cast("Sequence[Tensor]", outputs))
+        wanted, losses = _tensors(inputs), _tensors(outputs)
         if all(isinstance(tensor, nn.Parameter) for tensor in wanted):
-            self._differentiated += [loss for loss in losses if loss.numel() == 1]
+            self._differentiated += [loss for loss in losses if isinstance(loss, Tensor) and loss.numel() == 1]
         keywords = ("grad_outputs", "retain_graph", "create_graph", "only_inputs", "allow_unused", "is_grads_batched")
         options = {**dict(zip(keywords, args, strict=False)), **kwargs, "retain_graph": True}
-        return torch.autograd.grad(losses, wanted, **options)  # type: ignore[arg-type]
+        return torch.autograd.grad(outputs, inputs, **options)  # type: ignore[call-overload]
 
     def step(self, index: int) -> None:
         """An optimizer would have moved along what is pending for it."""
@@ -166,6 +165,13 @@ def _replaced(owner: Any, attributes: Mapping[str, object]) -> Iterator[None]:
         for name in attributes:
             del vars(owner)[name]
         vars(owner).update(previous)
+
+
+def _tensors(given: object) -> list[object]:
+    """One tensor, a sequence or a mapping of them, as a list."""
+    if isinstance(given, Mapping):
+        return list(given.values())
+    return list(given) if isinstance(given, Sequence) else [given]
 
 
 def _one_or_all(items: list[ItemT]) -> ItemT | list[ItemT]:

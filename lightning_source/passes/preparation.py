@@ -82,7 +82,7 @@ def prepare(
     except Exception as error:  # of a layout that is not by example; the user's own errors come again below
         reason = str(error)
     if reason is None:
-        _warn_of_batch_idx(workspace, data, ids)
+        _warn_of_batch_idx(workspace, data, ids.tolist())
         return Preparation(checked, spec)
     workspace.blocks = coverage.blocks
     try:
