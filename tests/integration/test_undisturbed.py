@@ -1,6 +1,7 @@
 """Training is bit-identical with and without the callback, and scoring leaves everything as it was."""
 
 import copy
+import functools
 import random
 from collections import deque
 from contextlib import nullcontext
@@ -495,33 +496,45 @@ def test_a_guard_taken_away_leaves_a_trace_of_the_passes_after_training(tmp_path
     assert set(differing(tmp_path, make)) == changed  # of what a training leaves, not of its weights
 
 
-class Counted(Busy):
-    """Counts the calls of its step."""
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.calls = []
-
-    def training_step(self, batch, batch_idx):
-        self.calls.append(batch_idx)
-        return super().training_step(batch, batch_idx)
-
-
-class CallsAtEnd(L.Callback):
+class CountsCalls(L.Callback):
     """How often the step was called when training ended, before anybody else looked."""
 
+    def __init__(self) -> None:
+        self.calls = 0
+        self.training = True
+
+    def on_fit_start(self, trainer, pl_module) -> None:
+        step = pl_module.training_step
+
+        @functools.wraps(step)
+        def counted(*args, **kwargs):
+            self.calls += self.training
+            return step(*args, **kwargs)
+
+        pl_module.training_step = counted
+
     def on_train_end(self, trainer, pl_module) -> None:
-        self.calls = list(pl_module.calls)
+        self.training = False
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}], ids=str)
-def test_the_step_is_called_as_often_as_without_the_callback(tmp_path, options):
+WINDOWS = {
+    "accumulated gradients": (Busy, {"accumulate_grad_batches": 2}, plain_loader),
+    "clipped gradients": (Busy, {"gradient_clip_val": 0.1}, plain_loader),
+}
+
+
+@pytest.mark.check("engine", "{setting}", "the step called as often as without the callback")
+@pytest.mark.parametrize("setting", [*SETTINGS, *WINDOWS])
+def test_the_step_is_called_as_often_as_without_the_callback(tmp_path, setting):
+    make, options, loader, *settings = (SETTINGS | WINDOWS)[setting]
     calls = []
-    for callbacks in ([], [SourceCallback(str(tmp_path / "run"))]):
-        counting = CallsAtEnd()  # in front of the callback, which makes passes when training has ended
-        train(tmp_path, lambda: Counted(*ACTS["counter"]), options, plain_loader, counting, *callbacks)
+    for callbacks in ([], [SourceCallback(str(tmp_path / "run"), **(settings[0] if settings else {}))]):
+        counting = CountsCalls()  # in front of the callback, which makes passes when training has ended
+        given = dict(options() if callable(options) else options)
+        also = (counting, given.pop("also")) if "also" in given else (counting,)
+        train(tmp_path, make, given, loader, *also, *callbacks)
         calls.append(counting.calls)
-    assert calls[0] == calls[1]
+    assert calls[0] == calls[1] > 0
 
 
 def test_without_silence_a_step_that_logs_could_not_be_run(tmp_path, monkeypatch):
