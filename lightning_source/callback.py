@@ -244,7 +244,7 @@ class SourceCallback(AttributingCallback):
         try:
             run = self._open(trainer, pl_module)
             for segment in run.segments():
-                run.snapshot_factors(segment, self.settings.snapshots)
+                run.cross_layer_factors(segment, self.settings.snapshots)  # and what they are made of
         except Exception as error:  # training has succeeded, and nothing of ours may take that away
             rank_zero_warn(
                 f"SourceCallback could not fit its factors: {error} Training and its snapshots are safe in"

@@ -81,7 +81,7 @@ def test_recutting_segments_after_training_equals_training_with_them(tmp_path):
 @pytest.mark.parametrize("segments", [1, 3])
 def test_self_influence_is_the_diagonal_of_the_scores(tmp_path, segments):
     trainer = fitted(tmp_path, segments=segments, snapshots_per_segment=2)
-    full = trainer.attribute(classes()).values
+    full = trainer.attribute(classes(), removal="few").values
     with trainer.callbacks[0].scorer(trainer) as scorer:
         alone = scorer.self_influence()
         scorer.memory = 1  # one example at a time
@@ -143,16 +143,16 @@ def test_copies_of_one_snapshot_are_that_snapshot(tmp_path):
 
 def test_measurements_differ_as_they_should(tmp_path):
     trainer = fitted(tmp_path)
-    loss = trainer.attribute(QUERY).values
-    log_prob = trainer.attribute(QUERY, measurement="log-prob").values
-    margin = trainer.attribute(QUERY, measurement="margin").values
+    loss = trainer.attribute(QUERY, removal="few").values
+    log_prob = trainer.attribute(QUERY, removal="few", measurement="log-prob").values
+    margin = trainer.attribute(QUERY, removal="few", measurement="margin").values
 
     def own(module, batch):
         logits = module.net(batch[0])
         return torch.nn.functional.cross_entropy(logits, batch[1], reduction="none")
 
     close(log_prob, -loss)  # cross entropy is minus the log-probability
-    close(trainer.attribute(QUERY, measurement=own).values, loss)
+    close(trainer.attribute(QUERY, removal="few", measurement=own).values, loss)
     # d margin = d log p / (1 - p): the same direction, another length
     p = torch.exp(-own(trainer.lightning_module, QUERY)).detach()
     close(margin, log_prob / (1 - p).unsqueeze(1), rtol=1e-4)

@@ -23,52 +23,109 @@ from lightning_source.runs.run import Run
 from lightning_source.runs.stage import Segment
 
 Snapshots = Literal["mean", "point"]
+Removal = Literal["many", "few"]
+QueryAt = Literal["trajectory", "final"]
 
 
-@register_estimator("source", segments=True)
+@register_estimator("source", segments=True, floats_per_parameter=4)
 def source(
     query: Query,
     *,
     segments: int | Sequence[int] | None = None,
     snapshots: Snapshots | None = None,
-    cross_layer: bool = False,
-    adaptive: Literal["hybrid", "symmetric"] = "hybrid",
+    removal: Removal | None = None,
+    query_at: QueryAt | None = None,
+    cross_layer: bool | None = None,
+    adaptive: Literal["hybrid", "symmetric"] = "symmetric",
 ) -> Iterator[Contraction]:
-    """One train pass per snapshot, two factor passes per snapshot the first time.
+    """One train pass and one query pass per snapshot, two factor passes per snapshot the first time.
 
     Args:
         query: what is asked.
         segments: cut the run's snapshots into other segments than those of the run.
         snapshots: ``"mean"`` takes gradients and curvature at each snapshot's running mean of the parameters,
             ``"point"`` at the parameters of one step in its middle; the run's own setting by default.
+        removal: what the scores are to predict: that ``"many"`` examples are removed, a share of the data, after which
+            training ends at another place; or ``"few"``, one or a handful, which is the paper's SOURCE. It sets
+            ``query_at`` and ``cross_layer`` where these are not given. ``"many"`` by default, ``"few"`` for a final
+            model without a recorded run.
+        query_at: where the query's gradient is taken: its mean over the snapshots of the asked stage and those after
+            it (``"trajectory"``), or at the ``"final"`` parameters, exact for an infinitesimal change (method §2).
         cross_layer: scale each segment's curvature by what its layers have together beyond their own, which brings the
-            size of scores near that of real changes (:meth:`Run.coupled`); one more short pass a snapshot.
-        adaptive: how Adam and its like are unrolled: the paper's App. D ``"hybrid"``, or one ``"symmetric"`` operator,
-            which has the right limit where the curvature is small (:mod:`lightning_source.curvature.unroll`).
+            size of scores near that of real changes (:meth:`Run.cross_layer_factors`); one more short pass a snapshot.
+        adaptive: how Adam and its like are unrolled: one ``"symmetric"`` operator, which has the right limit where the
+            curvature is small (:mod:`lightning_source.curvature.unroll`), or the paper's App. D ``"hybrid"``.
+
+    Raises:
+        MisconfigurationException: an option has a value that is not known.
     """
     run = query.run
     which = snapshots or run.settings.snapshots
-    parts = run.segments(segments)
-    load = run.cross_layer_factors if cross_layer else run.snapshot_factors
-    factors = [load(segment, which) for segment in [*parts, *run.later_segments()]]
     if adaptive not in ("hybrid", "symmetric"):
         raise MisconfigurationException(f'`adaptive="{adaptive}"` is not known. HINT: "hybrid" or "symmetric".')
-    states = [[partial(run.state, snapshot, which) for snapshot in part.snapshots] for part in parts]
-    yield from _walk(query, parts, factors, states, adaptive == "symmetric")
+    many = _removes_many(run, removal)
+    trajectory = _along_trajectory(query_at, many)
+    parts = run.segments(segments)
+    chain = [*parts, *run.later_segments()]
+    coupled = many if cross_layer is None else cross_layer
+    load = run.cross_layer_factors if coupled else run.snapshot_factors
+    factors = [load(segment, which) for segment in chain]
+    states = [[partial(run.state, snapshot, which) for snapshot in part.snapshots] for part in chain]
+    yield from _walk(query, parts, factors, states, trajectory, adaptive == "symmetric")
 
 
-@register_estimator("fast-source", segments=True)
-def fast_source(query: Query, *, segments: int | Sequence[int] | None = None) -> Iterator[Contraction]:
-    """One Hessian and one gradient per segment, at the segment's averaged parameters: ``L`` train passes.
+@register_estimator("fast-source", segments=True, floats_per_parameter=4)
+def fast_source(
+    query: Query,
+    *,
+    segments: int | Sequence[int] | None = None,
+    removal: Removal | None = None,
+    query_at: QueryAt | None = None,
+    adaptive: Literal["hybrid", "symmetric"] = "symmetric",
+) -> Iterator[Contraction]:
+    """One Hessian and one gradient per segment, at the segment's averaged parameters: ``L`` train and query passes.
 
     Args:
         query: what is asked.
         segments: cut the run's snapshots into other segments than those of the run.
+        removal: see :func:`source`; there is no ``cross_layer`` for it to set.
+        query_at: see :func:`source`; the trajectory is that of the segments' averaged parameters.
+        adaptive: see :func:`source`.
     """
     run = query.run
+    trajectory = _along_trajectory(query_at, _removes_many(run, removal))
     parts = run.segments(segments)
-    factors = [run.mean_factors(segment) for segment in [*parts, *run.later_segments()]]
-    yield from _walk(query, parts, factors, [[partial(run.mean_state, part)] for part in parts])
+    chain = [*parts, *run.later_segments()]
+    factors = [run.mean_factors(segment) for segment in chain]
+    states = [[partial(run.mean_state, part)] for part in chain]
+    yield from _walk(query, parts, factors, states, trajectory, adaptive == "symmetric")
+
+
+def _removes_many(run: Run, removal: Removal | None) -> bool:
+    if removal not in (None, "many", "few"):
+        raise MisconfigurationException(f'`removal="{removal}"` is not known. HINT: "many" or "few".')
+    # Of a final model nothing is known but the end, and what is asked of it is the effect of single examples.
+    return not run.store.manifest.flags.final_model_only if removal is None else removal == "many"
+
+
+def _along_trajectory(query_at: QueryAt | None, many: bool) -> bool:
+    if query_at not in (None, "trajectory", "final"):
+        raise MisconfigurationException(f'`query_at="{query_at}"` is not known. HINT: "trajectory" or "final".')
+    return many if query_at is None else query_at == "trajectory"
+
+
+def _mean_gradients(
+    query: Query, states: Sequence[Callable[[], State]], steps: Sequence[int], bases: Mapping[str, Basis]
+) -> QueryGradients:
+    """The queries' gradients averaged over parameters of the run: a mean over the way from one network to another.
+
+    A model that training on less data ends with lies away from the final one, and its measurement differs by the mean
+    of the gradient on the way there times the difference. The measurement is that of the end of training throughout.
+    Each of the parameters counts by the steps that it stands for, so that the mean does not depend on how they are cut.
+    """
+    # As a plain mapping it has no moment of its own, so that steps that read the Trainer are shown the end.
+    points = ({**query.run.for_query(load())} for load in states)
+    return QueryGradients.mean((query.gradients(point, bases) for point in points), steps)
 
 
 def _walk(
@@ -76,14 +133,33 @@ def _walk(
     segments: Sequence[Segment],
     factors: Sequence[Factors],
     states: Sequence[Sequence[Callable[[], State]]],
-    symmetric: bool = False,
+    trajectory: bool,
+    symmetric: bool,
 ) -> Iterator[Contraction]:
+    """The terms of SOURCE.
+
+    Args:
+        query: what is asked.
+        segments: of the asked stage.
+        factors: of these and of the later stages' segments.
+        states: the snapshots of all of them.
+        trajectory: whether the query's gradient is averaged over the snapshots.
+        symmetric: how adaptive steps are unrolled.
+    """
     run = query.run
     later = [*segments, *run.later_segments()]
     bases: dict[str, Basis] = {}
     for segment_factors in factors:  # a block's last segment comes last
         bases |= _bases(segment_factors)
-    gradients = query.gradients(run.final(), bases)
+    if trajectory:
+        own = [[s.steps for s in part.snapshots] for part in later]
+        # A segment has a state of each snapshot, or one that stands for all.
+        steps = [
+            n for part, of_part in zip(own, states, strict=True) for n in (part if len(of_part) > 1 else [sum(part)])
+        ]
+        gradients = _mean_gradients(query, [load for of_part in states for load in of_part], steps, bases)
+    else:
+        gradients = query.gradients(run.final(), bases)
     blocks = [block for block in run.surviving_blocks() if block.name in gradients.values]
     chains = run.curvatures(later, factors, blocks, gradients.restrict, symmetric)
     walks = {name: reverse_walk(gradients.values[name], chain[-1].basis, chain) for name, chain in chains.items()}
@@ -106,6 +182,8 @@ def _bases(factors: Factors) -> dict[str, Basis]:
 def self_influence(run: Run, ids: Tensor, chunk: int) -> Tensor:
     """The diagonal of SOURCE scores at the stage's end, training examples as queries measured by their loss, ``[N]``.
 
+    What one example is owed to itself is the effect of removing one: these are the scores of ``removal="few"``.
+
     In the last segment (the only one, if there is one) the query's and the example's activations and gradients are
     rotated and multiplied element by element, so with one position no per-example matrix exists.
 
@@ -127,12 +205,12 @@ def _self_influence_of(run: Run, ids: Tensor, segments: Sequence[Segment], facto
     blocks = [block for block in run.coverage.blocks if block.name in query]
     # An embedding's gradients are rows at tokens; along the walk each row is a matrix of one column.
     rows = {name: gradients.rows() for name, gradients in query.items() if gradients.vocabulary is not None}
-    chains = run.curvatures(segments, factors, blocks)
+    chains = run.curvatures(segments, factors, blocks, symmetric=True)
     # Vectors are needed as matrices from the last segment but one, and wherever steps are preconditioned.
     plain = all(chain[last].preconditioner is None for chain in chains.values())
     walks: dict[str, Iterator[Tensor]] = {}
     if last or not plain:
-        for name, chain in run.curvatures(segments, factors, blocks, partial(_at_rows, rows)).items():
+        for name, chain in run.curvatures(segments, factors, blocks, partial(_at_rows, rows), symmetric=True).items():
             held = rows[name].values[:, None, :, None] if name in rows else query[name].per_example().transpose(0, 1)
             walks[name] = reverse_walk(held, chain[last].basis, chain)
     total = torch.zeros(len(ids))

@@ -185,7 +185,10 @@ def squared_traces(
     def own_part() -> None:
         with workspace.at(state):
             passes = workspace.captures(data, workspace.sampled(), workspace.shard(data, order))
-            for half, (index, captured) in zip(itertools.cycle((0, 1)), passes, strict=False):
+            # By the batch's place among those of all ranks, so that the halves do not depend on how many share them.
+            places = itertools.count(workspace.ranks.global_rank, workspace.ranks.world_size)
+            for place, (index, captured) in zip(places, passes, strict=False):
+                half = place % 2
                 sizes[half] += len(index)
                 for name, gradients in captured.items():
                     halves[half][name] += eigenvalue_sums(gradients, bases[name])
