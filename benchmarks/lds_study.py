@@ -108,11 +108,14 @@ BODY = ["*.attn.*", "*.mlp.*"]
 IN_BODY = {"source, linear layers of the body": "source", "influence, linear layers of the body": "influence"}
 ROWS: dict[str, Scores] = {
     "source": by("source"),
-    "source, cross-layer": by("source", cross_layer=True),
-    "source, symmetric": by("source", adaptive="symmetric"),
-    "source, symmetric, cross-layer": by("source", adaptive="symmetric", cross_layer=True),
-    "source, L=3, points": by("source", segments=3, snapshots="point"),
+    "source, few": by("source", removal="few"),
+    "source, few, cross-layer": by("source", removal="few", cross_layer=True),
+    "source, trajectory alone": by("source", cross_layer=False),
+    "source, hybrid": by("source", adaptive="hybrid"),
+    "source, few, hybrid": by("source", removal="few", adaptive="hybrid"),
+    "source, few, L=3, points": by("source", removal="few", segments=3, snapshots="point"),
     "fast-source": by("fast-source"),
+    "fast-source, few": by("fast-source", removal="few"),
     "influence": by("influence"),
     "influence, damping 1/Λ": lambda trial: trial.score("influence", damping=1 / trial.learning()),
     **{method: by(method, **options) for method, options in ITERATIVE.items()},
@@ -279,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     reports = []
     for name in arguments.task:
         task = TASKS[name]
-        rows = {row: scores for row, scores in ROWS.items() if task.adaptive or "symmetric" not in row}
+        rows = {row: scores for row, scores in ROWS.items() if task.adaptive or "hybrid" not in row}
         if task.tags & {"mlp", "lm"}:
             rows["exact unrolling"] = exact_unrolling
         if arguments.kronfluence and "mlp" in task.tags:
