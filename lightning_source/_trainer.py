@@ -5,6 +5,7 @@ It gives plain facts, and knows nothing of what the package makes of them.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -87,6 +88,23 @@ class TrainerLoop:
     def steps(self) -> int:
         """Optimizer steps done, those of the checkpoint included."""
         return self._trainer.global_step
+
+    @property
+    def remaining_steps(self) -> int | None:
+        """Optimizer steps until ``max_epochs`` or ``max_steps``, where nothing else can end training."""
+        trainer, loop = self._trainer, self._trainer.fit_loop
+        kinds = {kind.__name__ for callback in _callbacks(trainer) for kind in type(callback).__mro__}
+        if self.by_hand or kinds & {"EarlyStopping", "Timer", "GradientAccumulationScheduler"}:
+            return None
+        limits = []
+        if trainer.max_steps != -1:
+            limits.append(trainer.max_steps - trainer.global_step)
+        if trainer.max_epochs not in (None, -1) and math.isfinite(trainer.num_training_batches):
+            every = trainer.accumulate_grad_batches
+            done = loop.epoch_loop.batch_progress.current.completed // every  # where a run is resumed within an epoch
+            epochs = trainer.max_epochs - trainer.current_epoch
+            limits.append(-(-int(trainer.num_training_batches) // every) * epochs - done)
+        return max(0, min(limits)) if limits else None
 
     @property
     def epoch(self) -> int:

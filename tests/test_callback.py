@@ -13,6 +13,7 @@ import torch
 from helpers import QUERY, Classifier, classes, fitted, mlp, quiet_trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader
@@ -245,7 +246,10 @@ def test_short_last_windows_are_logged(tmp_path):
         {"max_epochs": 7, "segments": 3, "snapshots_per_segment": 1},
         {"max_epochs": 6, "segments": [3, 4, 11]},
         {"max_epochs": 4, "accumulate_grad_batches": 2},
-        {"max_epochs": 20, "max_steps": 60, "segments": 1, "snapshots_per_segment": 2},  # at most 8 bins
+        {"max_epochs": 20, "max_steps": 60, "segments": 1, "snapshots_per_segment": 2},
+        {"max_epochs": 4, "snapshots": "point"},
+        {"max_epochs": 7, "segments": 3, "snapshots_per_segment": 1, "snapshots": "point"},
+        {"max_epochs": -1, "max_time": timedelta(seconds=0.5), "snapshots": "point"},
     ],
     ids=str,
 )
@@ -262,9 +266,19 @@ def check_snapshots(tmp_path, module):
     assert [s.first for s in snapshots] == [0, *(s.last for s in snapshots[:-1])]
     ends = [*record.parameters[1 : snapshots[-1].last], values(module)]
     for one in snapshots:
-        mean, point = (snapshot_parameters(store, one, which) for which in ("mean", "point"))
-        torch.testing.assert_close(mean, record.mean(one.first, one.last), rtol=1e-6, atol=1e-7)
-        assert any(same_parameters(point, ends[i]) for i in range(one.first, one.last))
+        mean = snapshot_parameters(store, one, "mean")
+        exact = one.steps < 64  # of a longer bin some steps stand for all
+        torch.testing.assert_close(
+            mean, record.mean(one.first, one.last), rtol=1e-6 if exact else 0.1, atol=1e-7 if exact else 0.02
+        )
+        if store.manifest.settings.snapshots == "point":
+            point = snapshot_parameters(store, one, "point")
+            assert any(same_parameters(point, ends[i]) for i in range(one.first, one.last))
+        else:
+            with pytest.raises(
+                MisconfigurationException, match=r'keeps the means .* HINT: record with `snapshots="point"`'
+            ):
+                snapshot_parameters(store, one, "point")
     assert same_parameters(store.read("final.safetensors"), values(module))
 
 
@@ -302,19 +316,20 @@ def test_bins_of_a_run_of_unknown_length_merge(tmp_path):
     class Peek(L.Callback):
         def on_train_batch_end(self, trainer, *_):
             bins = stretches(tmp_path, "bins")
-            assert {f"bins/{path.name}" for path in (tmp_path / "run" / "bins").iterdir()} == {b.file for b in bins}
+            on_disk = {f"bins/{path.name}" for path in (tmp_path / "run" / "bins").iterdir()}
+            assert on_disk == {*(b.file for b in bins), f"bins/end={bins[-1].last:06d}.safetensors"}
             sizes.append(len(bins))
 
     source = SourceCallback(dirpath=str(tmp_path / "run"), segments=3, snapshots_per_segment=2)
     trainer = quiet_trainer(tmp_path, source, Peek(), Act(110, stop), max_epochs=-1)
     trainer.fit(module, DataLoader(classes(), 8, shuffle=True))
-    assert max(sizes) == 24  # four bins per snapshot
-    assert sum(b < a for a, b in itertools.pairwise(sizes)) == 3  # at 25, 50 and 100 steps
+    assert max(sizes) == 12  # two bins per snapshot
+    assert sum(b < a for a, b in itertools.pairwise(sizes)) == 4  # at 13, 26, 52 and 104 steps
     check_snapshots(tmp_path, module)
     segments = stretches(tmp_path)
     assert [s.first for s in segments] == [0, segments[0].last, segments[1].last]
     assert segments[-1].last == 110
-    assert all(abs(s.steps - 110 / 3) <= 8 for s in segments)  # whole bins of 8
+    assert all(abs(s.steps - 110 / 3) <= 16 for s in segments)  # whole bins of 16
     assert trainer.attribute(QUERY, per_segment=True).by_segment.shape == (3, 4, 24)
 
 
@@ -414,6 +429,24 @@ def test_a_run_killed_between_batches_opens_as_the_run_so_far(tmp_path):
     assert [check_opens(tmp_path / f"after-{step}") for step in range(1, 7)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_of_known_length_has_a_bin_for_each_snapshot_and_more_before_the_first(tmp_path):
+    """So that a run that is stopped early can be cut as well; these merge once there are enough others."""
+    found = []
+
+    class Peek(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            found.append([b.last for b in stretches(tmp_path, "bins")] if (tmp_path / "run" / "bins").exists() else [])
+
+    source = SourceCallback(dirpath=str(tmp_path / "run"), segments=1, snapshots_per_segment=4)
+    trainer = quiet_trainer(tmp_path, source, Peek(), max_epochs=16)
+    trainer.fit(Classifier(mlp()), DataLoader(classes(), 8))  # 48 steps
+    assert found[3] == [1, 3]
+    assert found[11] == [1, 3, 6, 12]
+    assert found[23] == [1, 3, 6, 12, 24]
+    assert found[35] == [12, 24, 36]
+    assert [s.last for s in stretches(tmp_path, "snapshots")] == [12, 24, 36, 48]
+
+
 def test_a_run_killed_while_it_writes_opens_as_the_run_so_far(tmp_path, monkeypatch):
     replace, copies = os.replace, []
 
@@ -423,13 +456,13 @@ def test_a_run_killed_while_it_writes_opens_as_the_run_so_far(tmp_path, monkeypa
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", killed_here)
-    source = SourceCallback(str(tmp_path / "run"), segments=1, snapshots_per_segment=1)  # 4 bins, which merge once
+    source = SourceCallback(str(tmp_path / "run"), segments=1, snapshots_per_segment=1)  # 2 bins, which merge twice
     trainer = quiet_trainer(tmp_path, source, Act(6, stop), max_epochs=-1)
     trainer.fit(Classifier(mlp()), DataLoader(classes(), 8, shuffle=True))
     monkeypatch.undo()
     steps = [check_opens(path) for path in copies]
     assert steps == sorted(steps)
-    assert set(steps) == {1, 2, 3, 4, 5, 6}
+    assert set(steps) == {1, 2, 3, 5, 6}  # bins of two steps from the third on
 
 
 # ---------------------------------------------------------------- settings
@@ -442,7 +475,7 @@ def test_a_run_killed_while_it_writes_opens_as_the_run_so_far(tmp_path, monkeypa
         (3, 12, [4, 8, 12]),
         ([4, 7], 12, [4, 7, 12]),
         ([7, 4], 12, [4, 7, 12]),
-        ([1, 7, 75], 100, [1, 7, 75, 100]),  # bins are longer than one step by then
+        ([1, 7, 75], 100, [1, 7, 75, 100]),
         ([4, 50], 12, [4, 12]),  # a boundary that training did not reach
         (3, 2, [1, 2]),
     ],

@@ -27,6 +27,11 @@ def bin_name(interval: StepInterval) -> str:
     return f"bins/steps={interval.first:06d}-{interval.last:06d}.safetensors"
 
 
+def end_name(step: int) -> str:
+    """The file of the parameters after a bin's last step; that of the last bin alone is kept."""
+    return f"bins/end={step:06d}.safetensors"
+
+
 def in_stage(stage: int, name: str) -> str:
     """A stage's own file of that name."""
     return f"stage={stage}/{name}" if stage else name

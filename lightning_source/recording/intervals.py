@@ -87,6 +87,28 @@ def normalized_weights(intervals: Sequence[StepInterval]) -> list[float]:
     return [w / sum(weights) for w in weights]
 
 
+def planned_ends(steps: int, segments: int | Sequence[int], bins: int) -> list[int]:
+    """Where the bins of a run of known length end, so that none needs to be merged or cut.
+
+    Args:
+        steps: of the run.
+        segments: how many equal segments, or the steps at which inner segments begin.
+        bins: of each segment.
+
+    Example:
+        >>> planned_ends(12, segments=[8], bins=2)
+        [4, 8, 10, 12]
+    """
+    if isinstance(segments, int):
+        starts = [steps * k // segments for k in range(segments)]
+    else:
+        starts = [0, *(step for step in segments if step < steps)]
+    ends = {
+        a + (b - a) * k // bins for a, b in zip(starts, [*starts[1:], steps], strict=True) for k in range(1, bins + 1)
+    }
+    return sorted(ends - {0})
+
+
 def pairs_to_merge(intervals: Sequence[StepInterval], boundaries: Sequence[int]) -> list[tuple[int, ...]]:
     """Indices of neighbours to merge, two by two, never across one of the user's boundaries.
 

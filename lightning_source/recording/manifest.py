@@ -19,7 +19,7 @@ from lightning_source.capture.objective import Objective, ObjectiveSpec
 from lightning_source.capture.trainer_view import TrainerFacts
 from lightning_source.names import named_parameters
 from lightning_source.recording.epochs import EpochMark
-from lightning_source.recording.intervals import StepInterval
+from lightning_source.recording.intervals import StepInterval, planned_ends
 from lightning_source.recording.parameter_groups import Phase
 from lightning_source.recording.step_log import StepRecord
 from lightning_source.recording.typed_json import FieldError, from_json, to_json
@@ -69,6 +69,14 @@ class Settings:
     def boundaries(self) -> list[int]:
         """The steps at which the user wants segments to begin."""
         return self.segments if isinstance(self.segments, list) else []
+
+    def bin_ends(self, steps: int) -> list[int]:
+        """Where bins end in a stage that is known to have so many steps: one for each snapshot.
+
+        A point snapshot has the parameters in its middle, where a bin must end as well.
+        """
+        bins = self.snapshots_per_segment * (2 if self.snapshots == "point" else 1)
+        return planned_ends(steps, self.segments, bins)
 
     def check(self) -> None:
         """Refuse values that no run can have.
@@ -272,6 +280,8 @@ class ResumePoint:
     boundaries: list[int]
     trained: list[str]
     stage: Progress
+    planned: list[int] = field(default_factory=list)  # steps at which bins are to end
+    unfinished: bool = False  # the sums hold the parameters of a step that was not made yet
 
 
 @dataclass(frozen=True, kw_only=True)

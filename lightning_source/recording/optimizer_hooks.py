@@ -60,6 +60,11 @@ class TrainingLoop(Protocol):
         ...
 
     @property
+    def remaining_steps(self) -> int | None:
+        """Optimizer steps still to be done, as far as that is known; ``None`` where training ends when it likes."""
+        ...
+
+    @property
     def epoch(self) -> int:
         """The epoch that training is in."""
         ...
@@ -86,6 +91,7 @@ class PlainLoop:
     zeroes_gradients: bool = True
     loss_scale: Tensor | None = None
     steps: int = 0
+    remaining_steps: int | None = None
     epoch: int = 0
     facts: Mapping[str, Any] | None = None
     within_epoch: bool = False

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from lightning_source.names import clean_name, named_parameters
-from lightning_source.recording.bins import FROZEN, bin_name, in_stage, inverse, mean_of, prefixed, under
+from lightning_source.recording.bins import FROZEN, bin_name, end_name, in_stage, inverse, mean_of, prefixed, under
 from lightning_source.recording.gradient_factors import BinLog, column_of_each, factors_of, parts_of
 from lightning_source.recording.intervals import StepInterval, merge_all, pairs_to_merge
 from lightning_source.recording.manifest import ResumePoint, StageRecord
@@ -17,6 +18,7 @@ from lightning_source.recording.step_log import StepLog, StepRecord
 from lightning_source.recording.store import RunStore
 
 KEPT_ON_DEVICE = 1024  # steps whose gradient norms may wait on their device
+SAMPLES = 32  # steps of a bin whose parameters make its mean
 RESUME_POINTS = 3  # how many of the last checkpoints can be resumed from without a gap
 WATCHED_FROZEN = 1 << 22  # scalars of parameters without gradients that are looked at whenever a bin ends
 
@@ -32,7 +34,11 @@ class Recorder:
         store: the run directory.
         module: the model that is trained; a parameter that does not require gradients is frozen until
             :meth:`regroup`.
-        bins: the most bins kept; when there are more, neighbours merge and bins double in length.
+        bins: the most bins kept of a run of unknown length; when there are more, neighbours merge and bins double in
+            length.
+        planned: steps of the stage at which a bin ends, where the length of training is known; after the last of them,
+            bins are as long as the longest.
+        points: whether bins keep the parameters after their last step, beside the mean over their steps.
         boundaries: steps at which a bin must end, because a segment begins there.
         preconditioners: reads the optimizer's diagonal preconditioner by parameter name; none for plain gradient steps.
         stage: index of the stage, whose entry in the manifest exists.
@@ -44,6 +50,8 @@ class Recorder:
         store: RunStore,
         module: nn.Module,
         bins: int,
+        planned: Sequence[int] = (),
+        points: bool = False,
         boundaries: Sequence[int] = (),
         preconditioners: Callable[[], Mapping[str, Tensor]] = dict,
         stage: int = 0,
@@ -52,12 +60,14 @@ class Recorder:
         self.store = store
         self._module = module
         self.bins: list[StepInterval] = []
-        self.limit = max(2, bins)
-        self.bin_steps = 1
+        self.limit = len(planned) + 1 if planned else max(2, bins)
+        self.bin_steps = max((b - a for a, b in pairwise([0, *planned])), default=1)
+        self.points = points
         self.stage = stage
         self.start = store.manifest.steps  # steps of the stages before
         self.steps = self.start
         self.boundaries = sorted(self.start + boundary for boundary in boundaries)
+        self.planned = sorted(self.start + end for end in planned)
         self._preconditioners = preconditioners
         persistent = set(module.state_dict())
         owners = {name: child for name, child in module.named_modules()}
@@ -70,6 +80,7 @@ class Recorder:
         self._average([name for name, p in parameters.items() if p.requires_grad])
         self._sums: list[Tensor] = []
         self._summed = 0
+        self._unfinished = False  # the sums hold the parameters of a step that has not been made
         self._open: list[StepRecord] = []
         self._norms: list[Tensor | None] = []  # gradient norms of the open steps, on their devices; None: not seen
         self._frozen_sums: dict[str, float] = {}  # before the first step
@@ -86,8 +97,38 @@ class Recorder:
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """The parameters as they are now are those that this step's gradient was taken at: add them to the mean."""
-        self._add_parameters(1)
+        """The parameters as they are now are those that this step's gradient was taken at: add them to the mean.
+
+        Of a long bin, evenly spread steps are enough: parameters next to each other hardly differ.
+        """
+        # After a step that broke off, the parameters are those that were added before it.
+        if not self._unfinished and len(self._open) % self._every == 0:
+            self._add_parameters(1)
+            self._unfinished = True
+
+    @property
+    def _every(self) -> int:
+        first = self.bins[-1].last if self.bins else self.start
+        ends = [end for end in self._ends if end > first]
+        return max(1, (ends[0] - first if ends else self.bin_steps) // SAMPLES)
+
+    @property
+    def _ends(self) -> list[int]:
+        """Where a bin ends: at boundaries, as planned, and a few times before the first planned end.
+
+        The early ones halve the way to the start each time, so that a training that is stopped long before its planned
+        end can be cut into segments, too.
+        """
+        first = self.planned[0] - self.start if self.planned else 0
+        early = {self.start + (first >> k) for k in range(1, first.bit_length())}
+        return sorted({*self.boundaries, *self.planned, *early})
+
+    def _without_unfinished(self) -> None:
+        """Take the parameters of a step that broke off out of the sums."""
+        if self._unfinished:
+            with torch.no_grad():
+                self._add_parameters(-1)
+            self._unfinished = False
 
     def _add_parameters(self, sign: int) -> None:
         values = [t.detach() for t in self._averaged.values()]
@@ -122,16 +163,15 @@ class Recorder:
         if len(self._norms) % KEPT_ON_DEVICE == 0:
             self._norms = [None if norms is None else norms.cpu() for norms in self._norms]
         self.steps += 1
+        self._unfinished = False
 
     def flush(self, force: bool = False) -> None:
-        """Close the open bin if it is long enough, reaches a boundary, or is forced to."""
+        """Close the open bin if it is long enough, reaches a planned end or a boundary, or is forced to."""
         first = self.bins[-1].last if self.bins else self.start
-        crossed = any(first < boundary <= self.steps for boundary in self.boundaries)
+        crossed = any(first < end <= self.steps for end in self._ends)
         if not self._open or not (force or crossed or self.steps - first >= self.bin_steps):
             return
-        if self._summed > len(self._open):  # the step that broke off left the parameters as they are
-            with torch.no_grad():
-                self._add_parameters(-1)
+        self._without_unfinished()
         bin_log = self._log_open_steps()
         log, coefficients = bin_log.log, bin_log.log.coefficient.tolist()
         decays = [step.effective_decays(c) for step, c in zip(self._open, coefficients, strict=True)]
@@ -142,9 +182,13 @@ class Recorder:
         totals = (tuple(log.effective_rate.sum(0).tolist()), tuple(map(sum, zip(*decays, strict=True))))
         interval = StepInterval(first, self.steps, *totals, stage=self.stage)
         scales = {name: inverse(value) for name, value in self._preconditioners().items()}
-        self._add_bin(interval, bin_log, mean, self._trained | self._buffers, scales)
+        end = self._trained | self._buffers
+        counters = {name: buffer for name, buffer in end.items() if not buffer.is_floating_point()}  # have no mean
+        self._add_bin(interval, bin_log, mean | counters, end if self.points else {}, scales)
+        if not self.points:
+            self.store.write(end_name(self.steps), end)
         self._open, self._norms, self._sums, self._summed = [], [], [], 0  # not before they are on disk
-        if len(self.bins) > self.limit:
+        if len(self.bins) > self.limit and not self._merge_early():
             self._halve()
         self._enter_bins()
         self._follow_what_moves()
@@ -245,6 +289,8 @@ class Recorder:
             boundaries=list(self.boundaries),
             trained=list(self._trained),
             stage=self._record.progress(),
+            planned=list(self.planned),
+            unfinished=self._unfinished,
         )
         for old in list(points)[:-RESUME_POINTS]:
             del points[old]
@@ -257,18 +303,21 @@ class Recorder:
         devices = [value.device for value in self._averaged.values()]
         self._sums = [tensors[f"sum/{i}"].to(d) for i, d in enumerate(devices)] if point.summed else []
         self._summed = point.summed
+        self._unfinished = point.unfinished or point.summed > len(point.open)  # the first version took every step
         self._open = list(point.open)
         self._norms = self._kept_norms(tensors, point)
         self.bins = list(point.bins)
+        planned = [end - self.start + point.start for end in self.planned]
         self.bin_steps, self.limit, self.start = point.bin_steps, point.limit, point.start
         self.boundaries, self.steps = list(point.boundaries), point.steps
+        # The bins go on as they were planned, unless training is longer now than it was to be.
+        longer = planned and planned[-1] > (point.planned or [self.start])[-1] + point.bin_steps
+        self.planned = planned if longer else list(point.planned)
         manifest = self.store.manifest
         manifest.resume = {step: later for step, later in manifest.resume.items() if step <= self.steps}
         self._record.restore(point.stage)
         self._enter_bins()
-        if self._summed > len(self._open):  # saved in the middle of a step, which begins anew
-            with torch.no_grad():
-                self._add_parameters(-1)
+        self._without_unfinished()  # saved in the middle of a step, which begins anew
         self.store.commit(remove=self._unused())
 
     @staticmethod
@@ -286,6 +335,7 @@ class Recorder:
         points = self.store.manifest.resume.values()
         used = {b.file for b in self.bins} | {b.file for point in points for b in point.bins}
         used |= {point.file for point in points if point.file}
+        used |= {end_name(bins[-1].last) for bins in (self.bins, *(point.bins for point in points)) if bins}
         return tuple(n for n in self.store.manifest.files if n.startswith(("bins/", "resume/")) and n not in used)
 
     def _add_bin(
@@ -301,22 +351,47 @@ class Recorder:
         self.store.write(name, tensors | log.tensors())
         self.bins.append(interval.at(name))
 
+    def _merge_early(self) -> bool:
+        """Merge bins before the first planned end: all, once it is reached, else two; gives back if there were any.
+
+        Each of them is as long as those before it together, so that two are merged by the next step at the latest.
+        """
+        old = self.bins
+        early = [i for i, one in enumerate(old) if self.planned and one.last <= self.planned[0]]
+        reached = bool(early) and self.steps >= self.planned[0]
+        groups: list[list[int]] = []
+        for index in early:
+            merges = groups and old[index].first not in self.boundaries and (reached or len(groups) == index)
+            if merges:
+                groups[-1].append(index)
+            else:
+                groups.append([index])
+        if len(groups) == len(early):
+            return False
+        self._merge([*groups, *([index] for index in range(len(early), len(old)))])
+        return True
+
     def _halve(self) -> None:
         """Merge neighbouring bins."""
+        before = len(self.bins)
+        self._merge(pairs_to_merge(self.bins, self.boundaries))
+        if len(self.bins) == before:  # boundaries alone keep them apart
+            self.limit = 2 * before
+        self.bin_steps *= 2
+
+    def _merge(self, groups: Sequence[Sequence[int]]) -> None:
         old, self.bins = self.bins, []
-        for group in pairs_to_merge(old, self.boundaries):
+        for group in groups:
             members = [old[i] for i in group]
             if len(members) == 1:
                 self.bins.append(members[0])
                 continue
             files = [self.store.read(m.file) for m in members]
             mean, scale = (mean_of(key, files, members) for key in ("mean", "scale"))
+            mean = under("mean", files[-1]) | mean  # counters
             columns = phase_at(self._record.phases, members[0].first).columns if self._record.phases else ()
             log = BinLog.concatenated([BinLog.read(file) for file in files], columns)
             self._add_bin(merge_all(members), log, mean, under("end", files[-1]), scale)
-        if len(self.bins) == len(old):  # boundaries alone keep them apart
-            self.limit = 2 * len(old)
-        self.bin_steps *= 2
 
     def finish(self) -> None:
         """Close the last bin."""

@@ -33,7 +33,7 @@ from lightning_source.recording.snapshots import assemble, changed_between_stage
 from lightning_source.recording.store import RunStore, holds_run
 
 # Bins kept while training, per snapshot: enough to cut a run of any length into nearly equal snapshots.
-BINS_PER_SNAPSHOT = 4
+BINS_PER_SNAPSHOT = 2  # at most, while training lasts; where its length is unknown they merge
 
 
 class SessionState(TypedDict):
@@ -206,8 +206,18 @@ class RecordingSession:
         index = len(manifest.stages) - 1
         manifest.status = "running"
         self._observer.refresh()  # a checkpoint may have come between
-        boundaries, scales = self.settings.boundaries, self._observer.preconditioners
-        self._recorder = Recorder(self.store, self._module, self._bins, boundaries, scales, index, point)
+        remaining, done = self._loop.remaining_steps, 0 if point is None else point.steps - point.start
+        self._recorder = Recorder(
+            self.store,
+            self._module,
+            self._bins,
+            self.settings.bin_ends(done + remaining) if remaining else [],
+            self.settings.snapshots == "point",
+            self.settings.boundaries,
+            self._observer.preconditioners,
+            index,
+            point,
+        )
         self._seen = self._stage.seen or Seen(0, 0)
         self._first_batch = True
         self.load_from(loader)

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_source._lightning import MisconfigurationException
 from lightning_source.names import named_parameters, named_tensors
 from lightning_source.recording.bins import (
     AVERAGED,
     FINAL,
     STEPS,
     bin_name,
+    end_name,
     in_stage,
     inverse,
     mean_of,
@@ -32,9 +34,9 @@ from lightning_source.recording.store import RunStore
 def assemble(store: RunStore, segments: int | Sequence[int], snapshots_per_segment: int) -> None:
     """Turn the last stage's bins into snapshots and segments on disk. Works on a finished run and on a killed one.
 
-    A snapshot holds ``mean/…``, the running mean of the parameters over its steps, ``point/…``, the parameters at the
-    bin end nearest to its middle, and ``scale/…``, the inverse of the optimizer's diagonal preconditioner averaged over
-    its bins.
+    A snapshot holds ``mean/…``, the running mean of the parameters over its steps, and ``scale/…``, the inverse of the
+    optimizer's diagonal preconditioner averaged over its bins; in a run of points also ``point/…``, the parameters at
+    the bin end nearest to its middle.
     """
     manifest = store.manifest
     bins = manifest.bins
@@ -42,8 +44,8 @@ def assemble(store: RunStore, segments: int | Sequence[int], snapshots_per_segme
         return
     record, snapshots, cuts = manifest.stages[bins[0].stage], list(manifest.snapshots), []
     phases, coverage = record.phases, record.coverage
-    files = [store.read(b.file) for b in bins]
-    bin_logs = [BinLog.read(f) for f in files]
+    bin_logs = [BinLog.read(store.read(b.file)) for b in bins]
+    last = bins[-1]
     logs = [_in_final_columns(entry.log, record.phases, b) for b, entry in zip(bins, bin_logs, strict=True)]
     if any(entry.parts is not None for entry in bin_logs):
         finer = FinerColumns.of(record.phases, bins, bin_logs, record.coverage)
@@ -57,7 +59,7 @@ def assemble(store: RunStore, segments: int | Sequence[int], snapshots_per_segme
         cuts.append(SegmentRecord.over(merge_all(members), numbers))
         snapshots += members
     record.log = store.write(in_stage(bins[0].stage, STEPS), {"steps": StepLog.concatenated(logs).table})
-    record.final = store.write(in_stage(bins[0].stage, FINAL), under("end", files[-1]))
+    record.final = store.write(in_stage(bins[0].stage, FINAL), _end_of(store, last))
     record.phases, record.coverage = phases, coverage
     manifest.snapshots, manifest.segments = snapshots, [*manifest.segments, *cuts]
     manifest.bins, manifest.resume = [], {}
@@ -105,7 +107,10 @@ def reopen(store: RunStore, limit: int, boundaries: Sequence[int]) -> ResumePoin
     for snapshot in own:
         file = store.read(snapshot.file)
         tensors = {name: value for name, value in file.items() if not name.startswith("point/")}
-        end = final if snapshot is own[-1] else under("point", file)
+        end = under("point", file) if manifest.settings.snapshots == "point" else {}
+        if snapshot is own[-1]:
+            store.write(end_name(snapshot.last), final)
+            end = final if end else {}
         phase = phase_at(record.phases, snapshot.first)
         parents = phase.parents(record.phases[-1].columns)
         rows = log.between(snapshot.first - start, snapshot.last - start)
@@ -168,16 +173,30 @@ def _write_snapshot(store: RunStore, bins: Sequence[StepInterval]) -> StepInterv
     middle = min(range(len(bins)), key=lambda i: abs(bins[i].last - (total.first + total.last) / 2))
     name = f"snapshots/step={total.last:06d}.safetensors"
     # Buffers that have no mean (counters) come from the end.
-    end = under("end", files[-1])
-    mean = end | mean
-    point = under("end", files[middle])
+    mean = under("end", files[-1]) | under("mean", files[-1]) | mean
+    point = under("end", files[middle]) if store.manifest.settings.snapshots == "point" else {}
     store.write(name, prefixed("mean", mean) | prefixed("point", point) | prefixed("scale", scale))
     return total.at(name)
 
 
+def _end_of(store: RunStore, last: StepInterval) -> dict[str, Tensor]:
+    """The parameters after a bin, which is the last of its stage."""
+    name = end_name(last.last)
+    return store.read(name) if name in store.manifest.files else under("end", store.read(last.file))
+
+
 def snapshot_parameters(store: RunStore, snapshot: StepInterval, which: str) -> dict[str, Tensor]:
-    """A snapshot's full set of tensors by name; ``which`` is ``"mean"`` or ``"point"``."""
-    return _frozen(store, snapshot.stage) | under(which, store.read(snapshot.file))
+    """A snapshot's full set of tensors by name; ``which`` is ``"mean"`` or ``"point"``.
+
+    Raises:
+        MisconfigurationException: the run keeps no points.
+    """
+    own = under(which, store.read(snapshot.file))
+    if not own:
+        raise MisconfigurationException(
+            f'`{store.path}` keeps the means of its snapshots and no points. HINT: record with `snapshots="point"`.'
+        )
+    return _frozen(store, snapshot.stage) | own
 
 
 def mean_parameters(store: RunStore, snapshots: Sequence[StepInterval]) -> dict[str, Tensor]:

@@ -84,7 +84,7 @@ def recorded(path: Path, optimizer: str, accumulate: int = 1, clip: float | None
     module = model(optimizer)
     stepper = module.configure_optimizers()
     session = RecordingSession(Settings(**SETTINGS))
-    session.prepare(module, PlainLoop([stepper], accumulate))
+    session.prepare(module, PlainLoop([stepper], accumulate, remaining_steps=18 // accumulate))
     session.open(path)
     session.begin(examples_of(DataLoader(classes(), 4)))
     train(session, module, stepper, accumulate, clip)
@@ -119,7 +119,7 @@ def test_a_plain_loop_resumes_from_the_state_that_its_checkpoint_kept(tmp_path):
     module = model("momentum")
     optimizer = module.configure_optimizers()
     session = RecordingSession(Settings(**SETTINGS))
-    session.prepare(module, PlainLoop([optimizer]))
+    session.prepare(module, PlainLoop([optimizer], remaining_steps=18))
     session.open(tmp_path / "cut")
     session.begin(examples_of(DataLoader(classes(), 4)))
     train(session, module, optimizer, epochs=range(1))
@@ -140,7 +140,7 @@ def test_a_plain_loop_resumes_from_the_state_that_its_checkpoint_kept(tmp_path):
     optimizer.load_state_dict(checkpoint["optimizer"])
     session = RecordingSession(Settings(**SETTINGS))
     session.restored = checkpoint["session"]
-    session.prepare(module, PlainLoop([optimizer], steps=6))
+    session.prepare(module, PlainLoop([optimizer], steps=6, remaining_steps=12))
     session.open(tmp_path / "cut")
     assert session.begin(examples_of(DataLoader(classes(), 4))) == 0
     train(session, module, optimizer, epochs=range(2))
