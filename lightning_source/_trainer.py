@@ -49,6 +49,7 @@ class TrainerLoop:
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer = trainer
         self._module = module
+        self._zeroes_gradients = not is_overridden("optimizer_zero_grad", module)
 
     @property
     def optimizers(self) -> Sequence[Optimizer]:
@@ -73,7 +74,7 @@ class TrainerLoop:
     @property
     def zeroes_gradients(self) -> bool:
         """Whether ``on_before_zero_grad`` means it: an ``optimizer_zero_grad`` of the module's own need not."""
-        return not is_overridden("optimizer_zero_grad", self._module)
+        return self._zeroes_gradients
 
     @property
     def loss_scale(self) -> Tensor | None:

@@ -49,8 +49,8 @@ def source(
             training ends at another place; or ``"few"``, one or a handful, which is the paper's SOURCE. It sets
             ``query_at`` and ``cross_layer`` where these are not given. ``"many"`` by default, ``"few"`` for a final
             model without a recorded run.
-        query_at: where the query's gradient is taken: its mean over the snapshots of the asked stage and those after
-            it (``"trajectory"``), or at the ``"final"`` parameters, exact for an infinitesimal change (method §2).
+        query_at: where the query's gradient is taken: its mean over the snapshots of the last stage
+            (``"trajectory"``), or at the ``"final"`` parameters, exact for an infinitesimal change (method §2.5).
         cross_layer: scale each segment's curvature by what its layers have together beyond their own, which brings the
             size of scores near that of real changes (:meth:`Run.cross_layer_factors`); one more short pass a snapshot.
         adaptive: how Adam and its like are unrolled: one ``"symmetric"`` operator, which has the right limit where the
@@ -117,14 +117,14 @@ def _along_trajectory(query_at: QueryAt | None, many: bool) -> bool:
 def _mean_gradients(
     query: Query, states: Sequence[Callable[[], State]], steps: Sequence[int], bases: Mapping[str, Basis]
 ) -> QueryGradients:
-    """The queries' gradients averaged over parameters of the run: a mean over the way from one network to another.
+    """The queries' gradients averaged over parameters of the last stage, a mean over the way between two networks.
 
     A model that training on less data ends with lies away from the final one, and its measurement differs by the mean
     of the gradient on the way there times the difference. The measurement is that of the end of training throughout.
     Each of the parameters counts by the steps that it stands for, so that the mean does not depend on how they are cut.
     """
     # As a plain mapping it has no moment of its own, so that steps that read the Trainer are shown the end.
-    points = ({**query.run.for_query(load())} for load in states)
+    points = ({**load()} for load in states)
     return QueryGradients.mean((query.gradients(point, bases) for point in points), steps)
 
 
@@ -152,12 +152,14 @@ def _walk(
     for segment_factors in factors:  # a block's last segment comes last
         bases |= _bases(segment_factors)
     if trajectory:
-        own = [[s.steps for s in part.snapshots] for part in later]
-        # A segment has a state of each snapshot, or one that stands for all.
-        steps = [
-            n for part, of_part in zip(own, states, strict=True) for n in (part if len(of_part) > 1 else [sum(part)])
-        ]
-        gradients = _mean_gradients(query, [load for of_part in states for load in of_part], steps, bases)
+        loads: list[Callable[[], State]] = []
+        steps: list[int] = []
+        for part, of_part in zip(later, states, strict=True):
+            if part.stage == run.stages[-1].index:  # the way that training goes from wherever earlier stages led
+                own = [s.steps for s in part.snapshots]
+                loads += of_part
+                steps += own if len(of_part) > 1 else [sum(own)]  # or one state that stands for all
+        gradients = _mean_gradients(query, loads, steps, bases)
     else:
         gradients = query.gradients(run.final(), bases)
     blocks = [block for block in run.surviving_blocks() if block.name in gradients.values]

@@ -1,8 +1,10 @@
 """Looks at gradients as backward leaves them and as the optimizer is given them: what came between enters the rates.
 
 Clipping, hooks that zero a layer, surgery on ``.grad``: whatever the means, each parameter's factor is the norm after
-over the norm before. Norms are kept as tensors on their device, so that no step waits for them. A change of direction
-has no factor; it takes a copy of the gradient to see, so it is looked for at few steps and named when training ends.
+over the norm before. Norms are kept as tensors on their device, so that no step waits for them. Where nothing has ever
+been seen between backward and step, the gradients' version counters, which every write but one through ``.data``
+raises, stand in for norms; at a few steps norms are taken all the same. A change of direction has no factor; it takes a
+copy of the gradient to see, so it is looked for at these steps and named when training ends.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ class GradientWatch:
         self._given: Tensor | None = None
         self._scale: Tensor | None = None
         self._sample: list[Tensor | None] = []
+        self._versions: list[tuple[int, int] | None] | None = None  # of the gradients, where no norms were taken
         self._raw = RawGradients(self._parameters)  # while no hook but the user's is there
+        self._always = self._raw.any  # whether something comes between backward and step
         # Torch's hook has no types.
         trained: list[Any] = [
             p for p in parameters.values() if p is not None and p.requires_grad
@@ -94,8 +98,14 @@ class GradientWatch:
         """Before any code of the user's runs again, an overridden ``backward`` included."""
         self._queued = False
         with self._guarded():
+            self._scale = self._loss_scale()
+            self._always |= self._scale is not None
+            if not self._always and not is_sampled(self._steps):
+                self._versions = _versions(self._gradients())
+                return
+            self._versions = None
             gradients = self._raw.in_place_of(list(self._parameters), self._gradients())
-            self._before, self._scale = self._norms(gradients), self._loss_scale()
+            self._before = self._norms(gradients)
             self._sample = _samples(gradients) if is_sampled(self._steps) else []
 
     # ---------------------------------------------------------------- at the step
@@ -108,8 +118,15 @@ class GradientWatch:
             overflow: of an optimizer that skips by itself, whether it will, nonzero.
         """
         gradients = self._gradients()
+        if self._versions is not None and self._versions == _versions(gradients):
+            return
         after = self._norms(gradients)
-        if not self._before or not after:
+        if not after:
+            return
+        if self._versions is not None:  # the first write: how long gradients were is not known, but whether any is left
+            self._always = True
+            self._before = [torch.where(norm > 0, norm, 1.0) for norm in after]
+        if not self._before:
             return
         given = torch.stack([*self._before, *after]).view(2, -1)  # one call, since calls are what costs here
         if unscaled and self._scale is not None:
@@ -123,11 +140,12 @@ class GradientWatch:
             cosines = [nothing if a is None or b is None or a.shape != b.shape else _cosine(a, b) for a, b in pairs]
             self.directions.append(torch.stack([c.to(nothing) for c in cosines]))
             self._sample = []
+            self._always = self._always or not torch.equal(given[0], given[1])
 
     def take(self) -> Tensor | None:
         """Norms before and after of the step just made, ``[2, parameters]``; ``None`` where no backward was seen."""
         self._steps += 1
-        given, self._given = self._given, None
+        given, self._given, self._versions = self._given, None, None
         return given
 
     def _gradients(self) -> list[Tensor | None]:
@@ -176,6 +194,11 @@ def warn_of_directions(cosines: Sequence[Mapping[str, Tensor]]) -> None:
         f" {sum(map(len, steps))} steps looked at, most that of `{name}` (cosine {worst[name]:.3f}). Scores take"
         " gradients as backward gives them, at the length that the optimizer was given, and know nothing of the turn."
     )
+
+
+def _versions(gradients: Sequence[Tensor | None]) -> list[tuple[int, int] | None]:
+    """What tells a gradient that was written, or that another was put in the place of."""
+    return [None if g is None else (id(g), g._version) for g in gradients]
 
 
 def _samples(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:

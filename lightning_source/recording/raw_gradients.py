@@ -27,6 +27,11 @@ class RawGradients:
             if parameter is not None and parameter.requires_grad and _has_hooks(parameter):
                 self._handles.append(_first_hook(parameter, partial(self._on_gradient, name, parameter)))
 
+    @property
+    def any(self) -> bool:
+        """Whether some parameter has hooks."""
+        return bool(self._handles)
+
     def detach(self) -> None:
         """Leave the parameters as they were."""
         for handle in self._handles:

@@ -168,10 +168,12 @@ def changed_between_stages(store: RunStore, module: nn.Module) -> list[str]:
 
 def _write_snapshot(store: RunStore, bins: Sequence[StepInterval]) -> StepInterval:
     total = merge_all(bins)
+    name = f"snapshots/step={total.last:06d}.safetensors"
+    if len(bins) == 1 and store.manifest.settings.snapshots == "mean" and not under("end", store.read(bins[0].file)):
+        return total.at(store.link(str(bins[0].file), name))
     files = [store.read(b.file) for b in bins]
     mean, scale = (mean_of(key, files, bins) for key in ("mean", "scale"))
     middle = min(range(len(bins)), key=lambda i: abs(bins[i].last - (total.first + total.last) / 2))
-    name = f"snapshots/step={total.last:06d}.safetensors"
     # Buffers that have no mean (counters) come from the end.
     mean = under("end", files[-1]) | under("mean", files[-1]) | mean
     point = under("end", files[middle]) if store.manifest.settings.snapshots == "point" else {}

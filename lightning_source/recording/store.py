@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -119,6 +120,21 @@ class TensorStore(Generic[R]):
             )
         return load_file(path, device=str(device))
 
+    def link(self, name: str, new: str) -> str:
+        """Enter a file of the run under another name, too, without a copy where the disk can; gives back the name."""
+        target = self.path / new
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(self._place_of(name), target)
+        except OSError:  # a disk without links
+            shutil.copyfile(self._place_of(name), target)
+        self.manifest.files[new] = self.manifest.files[name]
+        return new
+
+    def _place_of(self, name: str) -> Path:
+        return self.path / name
+
     def commit(self, remove: tuple[str, ...] = ()) -> None:
         """Write the manifest; then delete the files in ``remove``, which it no longer names."""
         self._clear()
@@ -162,6 +178,10 @@ class PartialStore(RunStore):
         if (self.path / name).exists():
             return super().read(name, device)
         return RunStore(self.base, self.manifest).read(name, device)
+
+    def _place_of(self, name: str) -> Path:
+        own = self.path / name
+        return own if own.exists() else self.base / name
 
 
 def open_to_score(path: str | os.PathLike[str]) -> RunStore:
@@ -209,6 +229,11 @@ class SharedStore(RunStore):
         """See :meth:`RunStore.read`."""
         tensors = self.ranks.on_rank_zero(lambda: self.own.read(name))
         return {key: value.to(device) for key, value in tensors.items()}
+
+    def link(self, name: str, new: str) -> str:
+        """See :meth:`RunStore.link`."""
+        self.manifest.files[new] = self.manifest.files[name]
+        return self.ranks.on_rank_zero(lambda: self.own.link(name, new))
 
     def commit(self, remove: tuple[str, ...] = ()) -> None:
         """See :meth:`RunStore.commit`."""

@@ -104,7 +104,7 @@ def open_final_model(
     manifest.settings = replace(further.settings, segments=1, snapshots_per_segment=1, snapshots="point")
     manifest.flags = Flags(history_incomplete=True, final_model_only=True, rate_unknown=further.rate is None)
     # One interval of training that stands at the final model throughout.
-    recorder = Recorder(store, model, bins=2, preconditioners=lambda: scales)
+    recorder = Recorder(store, model, bins=2, points=True, preconditioners=lambda: scales)
     recorder.before_step()
     recorder.after_step(rates, [1.0] * len(rates), [step.weight_decay for step in steps], 1.0, None)
     recorder.finish()

@@ -115,7 +115,7 @@ def gather(folder: Path) -> None:
     if trainer.global_rank == 1:
         factors.eigenbasis = fails
     try:
-        trainer.attribute(QUERY, snapshots="point")
+        trainer.attribute(QUERY, method="fast-source")
     except torch.linalg.LinAlgError as raised:
         error = str(raised)
     save_file({"scores": scores}, folder / f"gathers-{trainer.global_rank}.safetensors", {"error": error})
