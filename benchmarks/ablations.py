@@ -4,8 +4,9 @@
     python benchmarks/ablations.py --task digits-20 --share 0.3 --data DATA --cache CACHE
     python benchmarks/ablations.py --quick
 
-The reference row is the package's default; every other row changes what its name says. With ``--share`` other than a
-half, a few rows are compared on subsets of that share.
+The reference row is SOURCE as in the paper (``removal="few"``, and its hybrid for Adam), with one segment of six
+averaged snapshots; every other row changes what its name says. With ``--share`` other than a half, a few rows are
+compared on subsets of that share.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ from lightning_source.curvature.unroll import SegmentCurvature
 from lightning_source.runs.run import Run
 
 REFERENCE = "source"
+PAPER = {"removal": "few", "adaptive": "hybrid"}
+
+
+def source(settings: dict[str, Any] | None = None, **options: Any) -> Scores:
+    return by("source", settings, **PAPER, **options)
 
 
 class Empirical(Trained):
@@ -43,7 +49,7 @@ def altered(change: Callable[[Run], None]) -> Scores:
     def scores(trial: Trial) -> InfluenceScores:
         kept, trial.opened = trial.opened, {}
         change(trial.scorer().run)
-        found = trial.score("source")
+        found = trial.score("source", **PAPER)
         trial.opened = kept
         return found
 
@@ -79,34 +85,34 @@ def as_long(method: str) -> Scores:
         steps = trial.task.steps(round(trial.share * len(trial.data.train[0])))
         task = replace(trial.task, steps_at_most=steps)
         short = Trial(f"{trial.name}-{steps}", task, trial.data, trial.seed, trial.cache, trial.share)
-        return short.score(method)
+        return short.score(method, **(PAPER if method == "source" else {}))
 
     return scores
 
 
 SEGMENTS: dict[str, Scores] = {
-    f"L={count}, {which}": by("source", segments=count, snapshots=which.removesuffix("s"))
+    f"L={count}, {which}": source({"snapshots": which.removesuffix("s")}, segments=count)
     for which in ("means", "points")
     for count in (1, 2, 3, 6)
 }
 ROWS: dict[str, Scores] = {
-    REFERENCE: by("source"),
+    REFERENCE: source(),
     **{name: row for name, row in SEGMENTS.items() if name != "L=1, means"},
-    **{f"{count} snapshots": by("source", {"snapshots_per_segment": count}) for count in (1, 2, 3, 12)},
-    **{f"fast-source, L={count}": by("fast-source", segments=count) for count in (1, 2, 3, 6)},
-    "8 label draws": by("source", {"label_samples": 8}),
-    "K-FAC eigenvalues": by("source", {"curvature": "kfac"}),
-    "diagonal": by("source", {"curvature": "diagonal"}),
-    "empirical Fisher": by("source", {"kind": Empirical}),
+    **{f"{count} snapshots": source({"snapshots_per_segment": count}) for count in (1, 2, 3, 12)},
+    **{f"fast-source, L={count}": by("fast-source", segments=count, **PAPER) for count in (1, 2, 3, 6)},
+    "8 label draws": source({"label_samples": 8}),
+    "K-FAC eigenvalues": source({"curvature": "kfac"}),
+    "diagonal": source({"curvature": "diagonal"}),
+    "empirical Fisher": source({"kind": Empirical}),
     **{f"Λ times {factor:g}": altered(scaled(factor)) for factor in (0.1, 0.3, 3, 10)},
     "run as long as a retraining": as_long("source"),
     "grad-cos, run as long": as_long("grad-cos"),
 }
 ADAM: dict[str, Scores] = {"preconditioner left out": altered(as_sgd)}
 SHARES: dict[str, Scores] = {
-    REFERENCE: by("source"),
+    REFERENCE: source(),
     "L=3, means": SEGMENTS["L=3, means"],
-    "fast-source": by("fast-source"),
+    "fast-source": by("fast-source", **PAPER),
     "influence": by("influence"),
     "tracin": by("tracin"),
     "grad-dot": by("grad-dot"),

@@ -78,7 +78,7 @@ class Trial:
 
         The parameters are those in its middle, but the last one's are the trained network's: the query is taken there.
         """
-        run = self.scorer().run
+        run = self.scorer(snapshots="point").run
         segments, found = run.segments(count), {}
         for segment in segments:
             for snapshot in segment.snapshots:

@@ -113,7 +113,7 @@ ROWS: dict[str, Scores] = {
     "source, trajectory alone": by("source", cross_layer=False),
     "source, hybrid": by("source", adaptive="hybrid"),
     "source, few, hybrid": by("source", removal="few", adaptive="hybrid"),
-    "source, few, L=3, points": by("source", removal="few", segments=3, snapshots="point"),
+    "source, few, L=3, points": by("source", {"snapshots": "point"}, removal="few", segments=3),
     "fast-source": by("fast-source"),
     "fast-source, few": by("fast-source", removal="few"),
     "influence": by("influence"),

@@ -27,7 +27,7 @@ from lightning_source.evaluation import SubsetRemoval, own_query, without_propon
 
 RETRAININGS = 3
 ROWS: dict[str, Scores] = {
-    "source": by("source"),
+    "source": by("source", removal="few"),
     "influence": by("influence"),
     "tracin": by("tracin"),
     "grad-dot": by("grad-dot"),

@@ -95,7 +95,11 @@ class TrainerLoop:
         """Optimizer steps until ``max_epochs`` or ``max_steps``, where nothing else can end training."""
         trainer, loop = self._trainer, self._trainer.fit_loop
         kinds = {kind.__name__ for callback in _callbacks(trainer) for kind in type(callback).__mro__}
-        if self.by_hand or kinds & {"EarlyStopping", "Timer", "GradientAccumulationScheduler"}:
+        if kinds & {"EarlyStopping", "Timer", "GradientAccumulationScheduler"}:
+            return None
+        if (
+            self.by_hand and len(trainer.optimizers) > 1
+        ):  # who may take turns; one alone steps at each batch, presumably
             return None
         limits = []
         if trainer.max_steps != -1:

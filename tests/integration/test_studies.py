@@ -47,7 +47,7 @@ def test_lds_of_a_first_stage(folder):
     options = lds_study.parser(None).parse_args(quick(folder, "--seeds", "1"))
     lds_study.prepare(options)
     task = replace(TASKS["two-stage-upright"], epochs=2, later_epochs=1, subsets=30, retrainings=3)
-    rows = {"source": by("source", segments=2, snapshots="point"), "influence": by("influence")}
+    rows = {"source": by("source", {"snapshots": "point"}, segments=2), "influence": by("influence")}
     report = lds_study.study("two-stage-short", task, options, rows, "source", "lds")
     assert report["refused"] == {}
     assert report["lds"]["source"]["mean"] > 0.4
