@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_source.capture.attributes import read_attributes, with_reading
 from lightning_source.names import clean_name, named_parameters
 from lightning_source.recording.bins import FROZEN, bin_name, in_stage, inverse, mean_of, prefixed, under
 from lightning_source.recording.gradient_factors import BinLog, column_of_each, factors_of, parts_of
@@ -79,6 +80,7 @@ class Recorder:
         frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
         self._frozen_sums = {name: _sum(p) for name, p in frozen.items()}
         self._record.frozen = store.write(in_stage(stage, FROZEN), frozen) if frozen else None
+        self._record.attributes = (read_attributes(module, self.start),)
 
     @property
     def _record(self) -> StageRecord:
@@ -146,6 +148,7 @@ class Recorder:
         self._open, self._norms, self._sums, self._summed = [], [], [], 0  # not before they are on disk
         if len(self.bins) > self.limit:
             self._halve()
+        self._read_attributes()
         self._enter_bins()
         self._follow_what_moves()
         self.store.commit(remove=self._unused())
@@ -186,6 +189,12 @@ class Recorder:
             small = sum(parameters[name].numel() for name in self._frozen_sums) <= WATCHED_FROZEN
             still = {name: total for name, total in self._frozen_sums.items() if name not in moved}
             self._frozen_sums = still if small else {}
+
+    def _read_attributes(self) -> None:
+        """What the module holds besides its ``state_dict``, at the end of a bin."""
+        reading = read_attributes(self._module, self.steps)
+        ends = [interval.last for interval in self.bins]
+        self._record.attributes = with_reading(self._record.attributes, reading, ends)
 
     def _enter_bins(self) -> None:
         self.store.manifest.bins, self.store.manifest.steps = list(self.bins), self.steps
@@ -265,6 +274,7 @@ class Recorder:
         manifest = self.store.manifest
         manifest.resume = {step: later for step, later in manifest.resume.items() if step <= self.steps}
         self._record.restore(point.stage)
+        self._record.attributes = tuple(r for r in self._record.attributes if r.step <= self.steps)
         self._enter_bins()
         if self._summed > len(self._open):  # saved in the middle of a step, which begins anew
             with torch.no_grad():
