@@ -8,9 +8,9 @@ is none. Both see this stand-in, so both compute the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_source._lightning import DummyLogger, training_state
 from lightning_source._trainer import facts_of, trainer_of
+from lightning_source.capture.attributes import attributes_seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +36,11 @@ class TrainerFacts:
 
 @dataclass(frozen=True)
 class Moment:
-    """A point of training, as a step that begins there reads it off the Trainer."""
+    """A point of training, as a step that begins there reads it off the Trainer and its module."""
 
     global_step: int = 0
     current_epoch: int = 0
+    attributes: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)  # of the module, by place
 
 
 class Optimizes(Protocol):
@@ -161,6 +163,8 @@ def training_seen(
 ) -> Iterator[TrainerView]:
     """Inside, the module, the LightningModules in it and the datamodule have a :class:`TrainerView` for their Trainer.
 
+    Attributes that the module changed while it trained hold what they held at that moment.
+
     Args:
         module: the module that passes call.
         moment: what the view shows; by default what the real Trainer shows now, or the start where there is none.
@@ -180,7 +184,8 @@ def training_seen(
     try:
         for owner, name in owners:
             vars(owner)[name] = view
-        yield view
+        with attributes_seen(module, moment.attributes):
+            yield view
     finally:
         for (owner, name), trainer in zip(owners, previous, strict=True):
             vars(owner)[name] = trainer

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 from torch import nn
 
 from lightning_source._lightning import LightningModule, MisconfigurationException
+from lightning_source.capture.attributes import Reading, attributes_at
 from lightning_source.capture.coverage import Coverage
 from lightning_source.capture.data import Examples
 from lightning_source.capture.modes import Mode
 from lightning_source.capture.objective import Objective, ObjectiveSpec
-from lightning_source.capture.trainer_view import TrainerFacts
+from lightning_source.capture.trainer_view import Moment, TrainerFacts
 from lightning_source.names import named_parameters
-from lightning_source.recording.epochs import EpochMark
+from lightning_source.recording.epochs import EpochMark, moment_at
 from lightning_source.recording.intervals import StepInterval, planned_ends
 from lightning_source.recording.parameter_groups import Phase
 from lightning_source.recording.step_log import StepRecord
@@ -195,6 +196,7 @@ class StageRecord:
     coverage: Coverage | None = None  # None: no batch has given a loss yet
     seen: Seen | None = None
     epochs: tuple[EpochMark, ...] = ()  # when they began
+    attributes: tuple[Reading, ...] = ()  # what the module held outside its state_dict, and how it changed
     mode: Mode = "eval"  # that passes call the module in
     evaluating: tuple[str, ...] = ()  # modules that training itself keeps in eval mode
     trainer: TrainerFacts | None = None  # what a step may read off it; None: it had none
@@ -242,6 +244,11 @@ class StageRecord:
     def objective_of(self, module: LightningModule) -> Objective:
         """The training step of the stage's module."""
         return Objective(module) if self.manual is None else Objective(module, **vars(self.manual))
+
+    def moment_at(self, step: int) -> Moment | None:
+        """What a training step that follows ``step`` recorded ones reads off the Trainer and its module."""
+        moment = moment_at(self.epochs, step)
+        return None if moment is None else replace(moment, attributes=attributes_at(self.attributes, step))
 
     def progress(self) -> Progress:
         """What is to come back when the stage goes on from here."""

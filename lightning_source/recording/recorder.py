@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from lightning_source.capture.attributes import read_attributes, with_reading
 from lightning_source.names import clean_name, named_parameters
 from lightning_source.recording.bins import FROZEN, bin_name, end_name, in_stage, inverse, mean_of, prefixed, under
 from lightning_source.recording.gradient_factors import BinLog, column_of_each, factors_of, parts_of
@@ -90,6 +91,7 @@ class Recorder:
         frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
         self._frozen_sums = {name: _sum(p) for name, p in frozen.items()}
         self._record.frozen = store.write(in_stage(stage, FROZEN), frozen) if frozen else None
+        self._record.attributes = (read_attributes(module, self.start),)
 
     @property
     def _record(self) -> StageRecord:
@@ -190,6 +192,7 @@ class Recorder:
         self._open, self._norms, self._sums, self._summed = [], [], [], 0  # not before they are on disk
         if len(self.bins) > self.limit and not self._merge_early():
             self._halve()
+        self._read_attributes()
         self._enter_bins()
         self._follow_what_moves()
         self.store.commit(remove=self._unused())
@@ -230,6 +233,12 @@ class Recorder:
             small = sum(parameters[name].numel() for name in self._frozen_sums) <= WATCHED_FROZEN
             still = {name: total for name, total in self._frozen_sums.items() if name not in moved}
             self._frozen_sums = still if small else {}
+
+    def _read_attributes(self) -> None:
+        """What the module holds besides its ``state_dict``, at the end of a bin."""
+        reading = read_attributes(self._module, self.steps)
+        ends = [interval.last for interval in self.bins]
+        self._record.attributes = with_reading(self._record.attributes, reading, ends)
 
     def _enter_bins(self) -> None:
         self.store.manifest.bins, self.store.manifest.steps = list(self.bins), self.steps
@@ -316,6 +325,7 @@ class Recorder:
         manifest = self.store.manifest
         manifest.resume = {step: later for step, later in manifest.resume.items() if step <= self.steps}
         self._record.restore(point.stage)
+        self._record.attributes = tuple(r for r in self._record.attributes if r.step <= self.steps)
         self._enter_bins()
         self._without_unfinished()  # saved in the middle of a step, which begins anew
         self.store.commit(remove=self._unused())

@@ -30,7 +30,6 @@ from lightning_source.passes.preparation import Preparation
 from lightning_source.passes.states import State, StateAt, moment_of
 from lightning_source.passes.workspace import Workspace
 from lightning_source.recording.drawn import read_drawn
-from lightning_source.recording.epochs import moment_at
 from lightning_source.recording.intervals import StepInterval, cut, merge_all
 from lightning_source.recording.snapshots import (
     assemble,
@@ -87,7 +86,7 @@ class Run:
             examples, drawn = (data or {}).get(index), read_drawn(store, index)
             self.stages.append(Stage(index, record, self.settings.seed, module, examples, hooks, ranks, drawn))
             last = max((s.last for s in self.snapshots if s.stage == index), default=0)
-            self.stages[-1].workspace.end = moment_at(record.epochs, last)
+            self.stages[-1].workspace.end = record.moment_at(last)
         self.stage = self.stages[_index_of(stage, [s.name for s in self.stages])]
 
     @property
@@ -292,7 +291,7 @@ class Run:
 
     def _middle_of(self, interval: StepInterval) -> Moment | None:
         """What a step that reads the Trainer is shown at parameters that stand for an interval."""
-        return moment_at(self.stages[interval.stage].record.epochs, (interval.first + interval.last) // 2)
+        return self.stages[interval.stage].record.moment_at((interval.first + interval.last) // 2)
 
     def calibrate(self) -> None:
         """The objectives' scales, learnt from the training examples where the run does not hold them yet."""

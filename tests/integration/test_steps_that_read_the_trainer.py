@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import Classifier, classes, fitted, mlp
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_source import SourceScorer
@@ -103,3 +104,99 @@ def test_the_trainer_is_back_afterwards(tmp_path):
     trainer.attribute(DataLoader(classes(), 4))
     assert module.trainer is trainer
     assert not trainer.training
+
+
+class Schedules:
+    """A helper object that a hook moves on."""
+
+    def __init__(self):
+        self.beta = 0.0
+
+
+class OfEpochHook(Annealed):
+    def on_train_epoch_start(self):
+        self.beta = 0.3 * self.current_epoch
+
+    def weight(self):
+        return self.beta
+
+
+class OfBatchHook(OfEpochHook):
+    def on_train_epoch_start(self):
+        pass
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.beta = torch.tensor(0.1 * self.trainer.global_step)
+
+
+class OfHelper(OfEpochHook):
+    def __init__(self, net):
+        super().__init__(net)
+        self.schedule, self.weights, self.phase = Schedules(), {"mse": 0.0}, "cold"
+        self.save_hyperparameters({"beta": 0.0})
+
+    def on_train_epoch_start(self):
+        self.schedule.beta = self.weights["mse"] = self.hparams.beta = 0.1 * self.current_epoch
+        self.phase = "warm" if self.current_epoch else "cold"
+
+    def weight(self):
+        return (self.schedule.beta + self.weights["mse"] + self.hparams.beta) * (self.phase == "warm")
+
+
+class OfPart(Annealed):
+    """A network of the user's that counts its own calls of an epoch."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.part = nn.Module()
+        self.part.__class__ = type("Part", (nn.Module,), {"__module__": __name__})
+        self.part.warm = False
+
+    def on_train_epoch_end(self):
+        self.part.warm = True
+
+    def weight(self):
+        return 0.5 * self.part.warm
+
+
+@pytest.mark.parametrize("kind", [OfEpochHook, OfBatchHook, OfHelper, OfPart])
+def test_attributes_that_hooks_set_are_those_of_the_snapshot(kind, tmp_path):
+    trainer = fitted(tmp_path, kind(mlp()), max_epochs=4, snapshots_per_segment=4)
+    scorer = SourceScorer.from_run(tmp_path / "run", kind(mlp()))
+    for method in METHODS:
+        here = trainer.attribute(QUERY, method=method).values
+        assert torch.equal(scorer.score(QUERY, classes(), method=method).values, here)
+        assert here.abs().sum() > 0
+
+
+def test_attributes_come_back_and_have_the_values_of_their_epoch(tmp_path):
+    module = OfEpochHook(mlp())
+    trainer = fitted(tmp_path, module, max_epochs=4, snapshots_per_segment=4)
+    module.beta = 17.0
+    seen = []
+    with trainer.callbacks[0].scorer(trainer) as scorer:
+        run = scorer.run
+        for state in [*(run.state(snapshot, "mean") for snapshot in run.snapshots), run.final()]:
+            with run.workspace.at(state):
+                seen.append(module.beta)
+    assert seen == pytest.approx([0.0, 0.3, 0.6, 0.9, 0.9])
+    assert module.beta == 17.0
+
+
+def test_what_training_leaves_alone_is_the_models_own(tmp_path):
+    """A model that is built with another constant than training had keeps it, as it keeps any other code of its own."""
+
+    class Weighted(OfEpochHook):
+        factor = 1.0
+
+        def __init__(self, net, factor):
+            super().__init__(net)
+            self.factor = factor
+
+        def weight(self):
+            return self.factor * self.beta
+
+    trainer = fitted(tmp_path, Weighted(mlp(), 1.0), max_epochs=4)
+    here = trainer.attribute(QUERY, method="grad-dot").values
+    other = SourceScorer.from_run(tmp_path / "run", Weighted(mlp(), 2.0)).score(QUERY, classes(), method="grad-dot")
+    assert not torch.allclose(other.values, here)
