@@ -202,7 +202,7 @@ def snapshot_parameters(store: RunStore, snapshot: StepInterval, which: str) -> 
 
 
 def _whole(store: RunStore, stage: int, source: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, which must be those of the stage's model: none left to the model that is passed, none in another form.
+    """The tensors, which must be those of the stage's model: none left to the passed one, none in another form.
 
     Raises:
         MisconfigurationException: a parameter is missing or of another shape, or is no floating-point tensor.
