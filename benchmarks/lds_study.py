@@ -105,7 +105,10 @@ FEW = 3  # trainings of the full model for rows in SLOW
 SLOW = {*ITERATIVE, "datainf", "exact unrolling", "kronfluence EK-FAC"}
 # The modules that bergson follows, for a comparison on equal terms.
 BODY = ["*.attn.*", "*.mlp.*"]
-IN_BODY = {"source, linear layers of the body": "source", "influence, linear layers of the body": "influence"}
+IN_BODY: dict[str, tuple[str, dict[str, Any]]] = {
+    "source, linear layers of the body": ("source", {"removal": "few", "adaptive": "hybrid"}),
+    "influence, linear layers of the body": ("influence", {}),
+}
 ROWS: dict[str, Scores] = {
     "source": by("source"),
     "source, few": by("source", removal="few"),
@@ -288,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         if arguments.kronfluence and "mlp" in task.tags:
             rows["kronfluence EK-FAC"] = lambda trial: trial.peer("kronfluence_scores.py", arguments.kronfluence)
         if arguments.bergson and "lm" in task.tags:
-            rows |= {row: by(method, {"include": BODY}) for row, method in IN_BODY.items()}
+            rows |= {row: by(method, {"include": BODY}, **options) for row, (method, options) in IN_BODY.items()}
             rows["bergson EK-FAC"] = bergson(arguments.bergson, "ekfac")
             rows["bergson SOURCE"] = bergson(arguments.bergson, "source", segments=1)
             rows["bergson SOURCE, L=3"] = bergson(arguments.bergson, "source", segments=3)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 from page import DOCS, Report, by_task, number, reports, rows_of, save, table, with_interval
 from page_final_model import final_model_section
-from page_lds import behind_section, cross_layer_section, draw_lds, lds_section
+from page_lds import behind_section, draw_lds, lds_section, removal_options_section
 
 
 def ablation_section(found: dict[str, Report]) -> str:
@@ -142,7 +142,7 @@ def page() -> str:
             f"below write. {DATA}\n",
             lds_section(first),
             behind_section(first, second, shares),
-            cross_layer_section(first),
+            removal_options_section(first),
             ablation_section(second),
             final_model_section(),
             removal_section(reports("removal")),

@@ -160,7 +160,6 @@ def draw_lds(found: dict[str, Report]) -> None:
     save(figure, "lds")
 
 
-CROSS_LAYER = "source, cross-layer"
 OWN = ("source", "fast-source", "astra-source")  # rows that are forms of SOURCE themselves
 
 
@@ -201,46 +200,34 @@ def behind_section(found: dict[str, Report], ablations: dict[str, Report], share
     else:
         text += "\nNowhere among these tasks.\n"
     behind = [
-        [name, row, *(cell_of_ensemble(report, r) for r in ("source", CROSS_LAYER, row))]
+        [name, row, *(cell_of_ensemble(report, r) for r in ("source", row))]
         for name, report in found.items()
         for row, entry in report["lds"].items()
         if not row.startswith(OWN) and entry.get("ensemble", -1) > report["lds"]["source"].get("ensemble", 1)
     ]
     if behind:
-        head = ["ensemble", "row", "SOURCE", "SOURCE, cross-layer", "the row"]
+        head = ["ensemble", "row", "SOURCE", "the row"]
         text += "\nAveraged over the models:\n\n" + table(head, behind) + "\n"
     text += """
-Three reasons were found.
+What was found of the reasons, with the defaults of the time before queries were taken along the trajectory (the rows
+"source, few" and the ablations):
 
 *Steps.* The ground truth is retrained on a part of the examples for as many epochs, hence for that part of the steps:
 it stops at an earlier point of training than the full model that the scores come from. On digits-3, whose model still
 changes fast when it stops, this counts more than anything else: in the last columns the run on the full data stops
-after as many steps as a retraining takes, and SOURCE is ahead. One averaged snapshot (Fast-SOURCE), whose parameters
-lie nearer to where the retrainings end, is ahead of six there for the same reason, and normalised gradients (the
-cosine), blind to how far training got, are too. With subsets of 70 %, whose retrainings end nearer to the full model,
-SOURCE on the whole run is ahead of the cosine, the shorter run gains next to nothing, and Fast-SOURCE's lead shrinks.
-On fashion-noisy, as short in epochs but with noisy labels and a lower rate, the shorter run is no better.
+after as many steps as a retraining takes. One averaged snapshot (Fast-SOURCE), whose parameters lie nearer to where the
+retrainings end, is ahead of six there for the same reason.
 
 *Small eigenvalues.* A larger Λ raises the score (rows "Λ times 3" and "10" of the ablations): directions of small
-curvature count for more than SOURCE's defaults let them; on digits-20 K-FAC's eigenvalues, smaller there than EK-FAC's,
-do the same. One reason is that EK-FAC keeps the layers apart and so understates the curvature of directions that run
-through several. With one segment of SGD, and but for weight decay, curvature times a factor orders examples just as
-that Λ times the factor does, and divides the scores by it. `cross_layer=True` measures the factor where the rows "Λ
-times" only try some; the next section has what it gains. Influence with its default damping, in inner layers far below
-1/Λ, resolves flat directions as well, which is how it comes close on Concrete, and is ahead in the ensemble, where
-their noise averages out; cross-layer curvature closes a part of that gap, not all. A run as short as a retraining is no
-better there.
+curvature count for more than EK-FAC lets them, since it keeps the layers apart and so understates the curvature of
+directions that run through several. `cross_layer`, on by default, measures the factor where these rows only try some.
 
-*Adam where the curvature is small.* On WikiText-2 TracIn is far ahead of every other row, and SOURCE is not ahead of
-influence or of gradient products. The number of steps is not why: the run as long as a retraining scores about as the
-whole one. Nor is it too much curvature: with a tenth of Λ, where SOURCE should come near to TracIn's products, it
-falls. The hybrid for Adam (App. D of the paper: a diagonal curvature inside the exponential, the damped inverse of
-EK-FAC's outside) does not tend to the product ΛP where ΛPσ is small, since the two curvatures do not cancel there and a
-factor of their ratio is left. SOURCE without the preconditioner, which has the right limit, is ahead of SOURCE with it;
-on digits-adam, where the curvature is large, it is the other way round. One symmetric operator in place of the hybrid
-(`adaptive="symmetric"`, the rows "source, symmetric") has the right limit on both sides.
+*Adam where the curvature is small.* The hybrid for Adam (App. D of the paper: a diagonal curvature inside the
+exponential, the damped inverse of EK-FAC's outside) does not tend to the product ΛP where ΛPσ is small, since the two
+curvatures do not cancel there and a factor of their ratio is left. On WikiText-2 that put SOURCE behind TracIn; the
+symmetric operator, the default now, has the right limit on both sides and is ahead.
 
-*Noise.* On SST-2 and CIFAR-10, whose ground truths are the least reliable, SOURCE and influence cannot be told apart.
+*Noise.* On SST-2, whose ground truth is the least reliable, SOURCE and influence can hardly be told apart.
 """
     if shares:
         text += "\nWith the subsets' share the gap changes as that says:\n\n"
@@ -261,41 +248,33 @@ def cell_of_ensemble(report: Report, row: str) -> str:
     return with_interval(entry["ensemble"], entry["ensemble_interval"]) if "ensemble" in entry else ""
 
 
-def cross_layer_section(found: dict[str, Report]) -> str:
-    """What the curvature that layers have together changes; empty before it was measured."""
-    both = {name: r["lds"] for name, r in found.items() if CROSS_LAYER in r["lds"]}
+PARTS = {
+    "few": "source, few",
+    "few, cross-layer": "source, few, cross-layer",
+    "trajectory alone": "source, trajectory alone",
+    "many (default)": "source",
+}
+
+
+def removal_options_section(found: dict[str, Report]) -> str:
+    """What the two parts of the default are worth: the query along the trajectory, and cross-layer curvature."""
+    both = {name: r["lds"] for name, r in found.items() if all(row in r["lds"] for row in PARTS.values())}
     if not both:
         return ""
-    lines, gains, together = [], {}, {}
-    for name, rows in both.items():
-        plain, scaled = rows["source"], rows[CROSS_LAYER]
-        gains[name] = -scaled["source_ahead"]
-        together[name] = scaled["ensemble"] - plain["ensemble"]
-        low, high = scaled["source_ahead_interval"]
-        lines.append(
-            [
-                name,
-                number(plain["mean"], 3),
-                number(scaled["mean"], 3),
-                f"{number(gains[name], 3)} ({number(-high, 3)}–{number(-low, 3)})",
-                number(plain["ensemble"], 3),
-                number(scaled["ensemble"], 3),
-                number(plain["slope"]),
-                number(scaled["slope"]),
-            ]
-        )
-    head = ["", "LDS", "cross-layer", "gain", "ensemble", "cross-layer", "slope", "cross-layer"]
+    gains = {name: rows["source"]["mean"] - rows["source, few"]["mean"] for name, rows in both.items()}
+    worst = min(gains, key=lambda name: gains[name])
+    lines = [
+        [name, *(f"{number(rows[row]['mean'], 3)} ({number(rows[row]['slope'])})" for row in PARTS.values())]
+        for name, rows in both.items()
+    ]
+    return f"""### `removal="many"` and `removal="few"`
 
-    def summed(of: dict[str, float]) -> str:
-        worst = min(of, key=lambda name: of[name])
-        return f"{number(statistics.mean(of.values()), 3)} in the mean, {number(of[worst], 3)} at worst ({worst})"
+LDS of single models and, in brackets, the slope of actual on predicted change. `"few"` is SOURCE as in the paper;
+`"many"`, the default, takes the query's gradient along the trajectory of the last stage and scales the curvature by
+`tr H² / Σ λ²`, what the layers have together beyond their own. Together they change LDS by
+{number(statistics.mean(gains.values()), 3)} in the mean and {number(gains[worst], 3)} at worst ({worst}).
 
-    return f"""### Cross-layer curvature
-
-`cross_layer=True` scales a segment's curvature by `tr H² / Σ λ²`, what the layers have together beyond their own. It
-changes single models' LDS by {summed(gains)} and ensembles' by {summed(together)}.
-
-{table(head, lines)}
+{table(["", *PARTS], lines)}
 """
 
 

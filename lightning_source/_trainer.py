@@ -273,7 +273,7 @@ def facts_of(trainer: Any) -> dict[str, Any]:
     """Numbers of a fit that a ``training_step`` may read off its Trainer; ``None`` for infinitely many batches."""
     batches = trainer.num_training_batches
     names = ("max_epochs", "max_steps", "accumulate_grad_batches", "log_every_n_steps", "world_size", "num_devices")
-    numbers = {name: getattr(trainer, name) for name in names}
+    numbers = {name: getattr(trainer, name) for name in (*names, "precision")}
     return numbers | {"num_training_batches": None if batches == float("inf") else int(batches)}
 
 

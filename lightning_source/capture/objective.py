@@ -32,6 +32,7 @@ from lightning_source.capture.layer_gradients import GradientCapture
 from lightning_source.capture.losses import Information, LossCall, read_call
 from lightning_source.capture.manual_optimization import ManualStep
 from lightning_source.capture.masked_rows import by_owner, owners_of
+from lightning_source.capture.trainer_view import in_trained_precision
 
 Measurement = Callable[[Any, Any], Tensor]
 # What the user divides elements by: their weights in the batch, nothing, or the number of examples.
@@ -328,7 +329,8 @@ class Objective:
         module = self.module
         with self._manual().shown_to(module) if manual is None else manual.in_place_of(module):
             arguments = (batch, self.batch_idx) if self._takes_index else (batch,)
-            output = module.training_step(*arguments)
+            with in_trained_precision(module):
+                output = module.training_step(*arguments)
         if manual is not None:
             self.stepped = manual.stepped
             return manual.loss

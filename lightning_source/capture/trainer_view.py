@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from lightning_source._lightning import DummyLogger, training_state
@@ -32,6 +33,7 @@ class TrainerFacts:
     log_every_n_steps: int = 50
     world_size: int = 1
     num_devices: int = 1
+    precision: str = "32-true"
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ _PLAIN: dict[str, object] = {
     "val_dataloaders": None,
     "ckpt_path": None,
 }
+_MADE_IN = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 _EMPTY = ("callbacks", "checkpoint_callbacks")
 _NO_METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
 
@@ -114,6 +117,7 @@ class TrainerView:
         self.log_every_n_steps = facts.log_every_n_steps
         self.world_size = facts.world_size
         self.num_devices = facts.num_devices
+        self.precision = facts.precision
 
     @property
     def optimizers(self) -> list[Any]:
@@ -155,6 +159,19 @@ class TrainerView:
             f"`training_step` reads `trainer.{name}`, which a recorded run does not know. HINT: score in the process"
             " that trained, by `trainer.attribute`."
         )
+
+
+@contextmanager
+def in_trained_precision(module: nn.Module) -> Iterator[None]:
+    """Inside, tensors are made in the dtype in which the Trainer's precision let the step make them."""
+    dtype = _MADE_IN.get(str(getattr(vars(module).get("_trainer"), "precision", "")))
+    before = torch.get_default_dtype()
+    try:
+        if dtype is not None:
+            torch.set_default_dtype(dtype)
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -2,14 +2,17 @@
 
 import warnings
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import QUERY, Classifier, classes, close, fitted, mlp
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 from torch.distributions import Categorical, Normal
 from torch.utils.data import TensorDataset
 
+from lightning_source import SourceScorer
 from lightning_source.capture.objective import Objective
 
 N, B, T, OUTPUTS = 40, 8, 5, 3
@@ -390,3 +393,34 @@ def test_wrong_measurements_are_named(tmp_path, name):
     trainer = run(tmp_path, step, mode="deferred")
     with pytest.raises(MisconfigurationException, match=message):
         trainer.attribute(QUERY, measurement=measurement, method="grad-dot")
+
+
+MADE = []  # no attribute, which passes would turn back
+
+
+class MakesTensors(L.LightningModule):
+    """A step that makes tensors of its own, in the dtype of the moment."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(6, 3)
+
+    def training_step(self, batch, batch_idx):
+        weights = torch.ones(len(batch[0]))
+        MADE.append(weights.dtype)
+        return (weights * F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_passes_make_tensors_as_training_did(tmp_path, precision):
+    MADE.clear()
+    trainer = fitted(tmp_path, MakesTensors(), precision=precision)
+    values = trainer.attribute(QUERY, method="grad-dot").values
+    assert torch.get_default_dtype() == torch.float32
+    other = MakesTensors().to(trainer.lightning_module.dtype)
+    scorer = SourceScorer.from_run(tmp_path / "run", other)
+    assert torch.equal(scorer.score(QUERY, classes(), method="grad-dot").values, values)
+    assert set(MADE) == {trainer.lightning_module.dtype}
