@@ -169,9 +169,12 @@ def _header(scores: Scores) -> list[tuple[str, str]]:
     segments = metadata.get("segments")
     for number, segment in enumerate(segments if isinstance(segments, list) else []):
         if isinstance(segment, Mapping):
-            rows.append((f"segment {number}", ", ".join(f"{key} {_short(value)}" for key, value in segment.items())))
-    if "coverage" in metadata:
-        rows.append(("coverage", _short(metadata["coverage"])))
+            rates = segment.get("rates")
+            listed = ", ".join(map(_short, rates)) if isinstance(rates, list) else _short(rates)
+            steps = f"steps {_short(segment.get('first'))} to {_short(segment.get('last'))}"
+            rows.append((f"segment {number}", f"{steps}; sum of learning rates Λ = {listed}"))
+    if isinstance(share := metadata.get("coverage"), float | int):
+        rows.append(("parameters attributed", f"{share:.1%}" if share < 1 else "all"))
     return rows
 
 

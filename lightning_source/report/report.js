@@ -23,7 +23,7 @@ function bar(share, bad) {
 function table(rows, size) {
   const keyed = rows.map((r, i) => ({ rank: i + 1, id: r[0], label: D.examples[r[0]].label || "", score: r[1], share: Math.abs(r[1]) / (size || 1) }));
   keyed.sort((a, b) => (a[sorted] < b[sorted] ? -1 : a[sorted] > b[sorted] ? 1 : 0) * (up ? 1 : -1));
-  const head = ["rank", "id", "label", "score", "share"].map((name) => el("th", { scope: "col", "aria-sort": name === sorted ? (up ? "ascending" : "descending") : "none" },
+  const head = ["rank", "id", "label", "score", "share"].map((name) => el("th", { scope: "col", class: name === "label" ? "" : "num", "aria-sort": name === sorted ? (up ? "ascending" : "descending") : "none" },
     el("button", { type: "button", onclick: () => { up = name === sorted ? !up : true; sorted = name; draw(); } }, name)));
   const body = keyed.map((r) => el("tr", {}, el("td", {}, show(D.examples[r.id], "training example " + r.id)), el("td", { class: "num" }, r.rank),
     el("td", { class: "num" }, r.id), el("td", {}, r.label), el("td", { class: "num" }, number(r.score)), el("td", { class: "num" }, percent(r.share))));
@@ -46,7 +46,7 @@ function overview() {
   const steps = h.counts.flatMap((c, i) => [[i / n, Math.log1p(c) / most], [(i + 1) / n, Math.log1p(c) / most]]);
   main.replaceChildren(el("h2", {}, "Over all " + D.queries.length + " queries"), sides(D.overall, D.overall_size));
   if (D.suspects) main.append(el("h3", {}, "Look at these labels first (highest self-influence)"), el("p", {}, el("button", { type: "button", id: "export", onclick: () =>
-    copy([["id"], ...[...marked].sort((a, b) => a - b).map((i) => [i])]) }, "Copy marked ids")), el("div", { class: "scroll", tabindex: "0" }, el("table", {}, el("tbody", {}, ...D.suspects.map((r) => {
+    copy([["id"], ...[...marked].sort((a, b) => a - b).map((i) => [i])]) }, "Copy marked ids")), el("div", { class: "scroll", tabindex: "0" }, el("table", { class: "narrow" }, el("thead", {}, el("tr", {}, ...["mark", "example", "id", "label", "self-influence"].map((name) => el("th", { scope: "col", class: /id|self/.test(name) ? "num" : "" }, name)))), el("tbody", {}, ...D.suspects.map((r) => {
     const box = el("input", { type: "checkbox", "aria-label": "mark example " + r[0] });
     box.checked = marked.has(r[0]);
     box.addEventListener("change", () => (box.checked ? marked.add(r[0]) : marked.delete(r[0])));
