@@ -8,7 +8,7 @@ Three questions of each task, over all pairs of a query and a training example:
 - *ensemble*: does the interval of an ensemble of some runs hold the mean score over the other runs?
 - *snapshots*: does the interval of one run (``stderr=True``) hold it?
 - *retraining*: does the interval of an ensemble, the noise of the retrainings added, hold the actual change of the
-  measurement when an example is left out? Asked of the examples with the largest scores, where there is an effect to see.
+  measurement when an example is left out? Asked of the examples with the largest scores, where an effect can be seen.
 """
 
 from __future__ import annotations
