@@ -33,11 +33,21 @@ LEVEL = 0.9
 MEMBERS = (2, 3, 5)
 
 
-def covered(scores: InfluenceScores, truth: Tensor, noise: Tensor | float = 0.0) -> Tensor:
-    """The share of intervals that hold the truth, itself known up to a standard error ``noise``."""
+def covered(scores: InfluenceScores, truth: Tensor, noise: Tensor | float = 0.0, others: int | None = None) -> Tensor:
+    """The share of intervals that hold the truth.
+
+    Args:
+        scores: with an error bar.
+        truth: ``[Q, N]``.
+        noise: standard error of the truth itself, known well.
+        others: of how many further runs like those of an ensemble the truth is the mean; its own error then widens the
+            interval as it does in a comparison of two means, exactly so for normal scores.
+    """
     assert scores.stderr is not None
     quantile = student_quantile(LEVEL, scores.metadata["error_bar"]["degrees"])
-    width = quantile * (scores.stderr.square() + torch.as_tensor(noise).square()).sqrt()
+    wider = 1.0 if others is None else 1 + (scores.metadata["error_bar"]["degrees"] + 1) / others
+    squares = quantile**2 * wider * scores.stderr.square() + student_quantile(LEVEL, 1000) ** 2 * noise**2
+    width = squares.sqrt()
     return ((scores.values - truth).abs() <= width).float().mean()
 
 
@@ -50,7 +60,7 @@ def against_other_runs(runs: Sequence[InfluenceScores]) -> dict[str, Any]:
         for start in range(0, len(runs) - count + 1, count):
             scores = ensemble(runs[start : start + count])
             others = torch.cat([values[:start], values[start + count :]])
-            shares.append(covered(scores, others.mean(0), others.std(0) / len(others) ** 0.5))
+            shares.append(covered(scores, others.mean(0), others=len(others)))
             significant.append(scores.significant(LEVEL).float().mean())
         found[f"ensemble of {count}"] = {
             "covered": rounded(torch.stack(shares).mean()),
