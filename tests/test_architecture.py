@@ -24,6 +24,7 @@ ORDER = (
     "_files",
     "_provenance",
     "random_streams",
+    "_student",
     "report",
     "scores",
     "optimizers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 from torch import nn
 
+from lightning_source._files import require_regular
 from lightning_source._lightning import LightningModule, MisconfigurationException
 from lightning_source.capture.attributes import Reading, attributes_at
 from lightning_source.capture.coverage import Coverage
@@ -27,6 +29,7 @@ from lightning_source.recording.typed_json import FieldError, from_json, to_json
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+SEAL = "sha256"  # of the rest of the manifest
 
 Which = Literal["mean", "point"]  # the parameters that a snapshot stands for
 Curvature = Literal["ekfac", "kfac", "diagonal"]
@@ -334,7 +337,8 @@ class Manifest(Record):
 
 def manifest_text(record: Record) -> str:
     """The contents of a manifest file."""
-    return json.dumps(to_json(record), indent=1)
+    values = json.loads(json.dumps(to_json(record)))  # as it is read: keys are text
+    return json.dumps({**values, SEAL: _seal_of(values)}, indent=1)
 
 
 def read_manifest(kind: type[R], path: Path) -> R:
@@ -348,23 +352,46 @@ def read_manifest(kind: type[R], path: Path) -> R:
         MisconfigurationException: it is not JSON, has another schema, or a field is missing or wrong; the message names
             the file and the field.
     """
+    require_regular(path)
     try:
-        values: object = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        values: object = json.loads(path.read_text(), object_pairs_hook=_without_repeats, parse_constant=_not_a_number)
+    except (ValueError, RecursionError) as error:
         raise MisconfigurationException(f"`{path}` is not valid JSON: {error}.") from None
+    seal = values.pop(SEAL, None) if isinstance(values, dict) else None
     schema = values.get("schema") if isinstance(values, Mapping) else None
     if schema != SCHEMA:
         raise MisconfigurationException(f"`{path}` has schema {schema}; this version reads schema {SCHEMA}.")
     try:
-        return from_json(kind, values)
+        record = from_json(kind, values)
     except FieldError as error:
         raise MisconfigurationException(f"`{path}`: {error}. The file is damaged or was changed.") from None
+    # Files of the first version carry none; each commit adds it.
+    if seal is not None and seal != _seal_of(values):
+        raise MisconfigurationException(f"`{path}` does not match its `{SEAL}`: the file is damaged or was changed.")
+    return record
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    keys = [key for key, _ in pairs]
+    if repeated := {key for key in keys if keys.count(key) > 1} if len(set(keys)) < len(keys) else None:
+        raise ValueError(f"{min(repeated)!r} is there twice")
+    return dict(pairs)
+
+
+def _not_a_number(name: str) -> object:
+    raise ValueError(f"{name} is no number")
+
+
+def _seal_of(values: object) -> str:
+    """The sha256 of a manifest's contents, in whatever form they are written."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def files_named_by(path: Path) -> list[str]:
     """Names of the files of a directory whose manifest need not be readable as a whole."""
+    require_regular(path)
     try:
         values: object = json.loads(path.read_text())
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return []
     return list(values.get("files", {})) if isinstance(values, dict) else []

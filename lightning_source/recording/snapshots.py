@@ -198,7 +198,24 @@ def snapshot_parameters(store: RunStore, snapshot: StepInterval, which: str) -> 
         raise MisconfigurationException(
             f'`{store.path}` keeps the means of its snapshots and no points. HINT: record with `snapshots="point"`.'
         )
-    return _frozen(store, snapshot.stage) | own
+    return _whole(store, snapshot.stage, f"{store.path / str(snapshot.file)}", _frozen(store, snapshot.stage) | own)
+
+
+def _whole(store: RunStore, stage: int, source: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, which must be those of the stage's model: none left to the passed one, none in another form.
+
+    Raises:
+        MisconfigurationException: a parameter is missing or of another shape, or is no floating-point tensor.
+    """
+    for name, shape in store.manifest.stages[stage].module.parameters.items():
+        if name not in tensors:
+            raise MisconfigurationException(f"`{source}` holds no `{name}`, a parameter of the model.")
+        found = tensors[name]
+        if list(found.shape) != shape or not (found.is_floating_point() or found.is_complex()):
+            raise MisconfigurationException(
+                f"`{source}` holds `{name}` as {found.dtype} {list(found.shape)}, and the model has it as {shape}."
+            )
+    return tensors
 
 
 def mean_parameters(store: RunStore, snapshots: Sequence[StepInterval]) -> dict[str, Tensor]:
@@ -221,7 +238,7 @@ def final_parameters(store: RunStore, stage: int = -1) -> dict[str, Tensor]:
     """The parameters that a stage ended with, by default the last."""
     final = store.manifest.stages[stage].final
     assert final is not None
-    return _frozen(store, stage) | store.read(final)
+    return _whole(store, stage, f"{store.path / final}", _frozen(store, stage) | store.read(final))
 
 
 def _frozen(store: RunStore, stage: int) -> dict[str, Tensor]:

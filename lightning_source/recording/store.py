@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_source._files import sha256_of, write_tensors, write_text
+from lightning_source._files import inside, sha256_of, write_tensors, write_text
 from lightning_source._lightning import MisconfigurationException
 from lightning_source.distributed import Ranks
 from lightning_source.recording.manifest import (
@@ -30,8 +32,12 @@ from lightning_source.recording.manifest import (
     manifest_text,
     read_manifest,
 )
+from lightning_source.recording.typed_json import FieldError
+from lightning_source.recording.validation import validate
 
 PARTIAL = "partial"
+# What recordings, runs and sweeps of further training call their files.
+OWN_NAMES = re.compile(r"(stage=\d+/)?([a-z]+|(bins|blocks|resume|snapshots|segments)/[\w=+-]+|[\w=-]+)\.safetensors")
 R = TypeVar("R", bound=Record)
 
 
@@ -89,7 +95,24 @@ class TensorStore(Generic[R]):
                 f"`{path}` holds no run: `{MANIFEST}` is missing. HINT: pass the `dirpath` of the SourceCallback that"
                 " trained it."
             )
-        return cls(path, read_manifest(cls.record, path / MANIFEST))
+        manifest = read_manifest(cls.record, path / MANIFEST)
+        for name in manifest.files:
+            inside(path, name)
+        try:
+            cls.check(manifest)
+        except FieldError as error:
+            raise MisconfigurationException(
+                f"`{path / MANIFEST}`: {error}. The file is damaged or was changed."
+            ) from None
+        return cls(path, manifest)
+
+    @classmethod
+    def check(cls, manifest: R) -> None:
+        """Refuse a manifest whose fields do not fit together.
+
+        Raises:
+            FieldError: names the field.
+        """
 
     def _clear(self) -> None:
         """Before a new run's first write, what it replaces goes."""
@@ -100,7 +123,7 @@ class TensorStore(Generic[R]):
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> str:
         """Write tensors under a name relative to the directory and enter them in the manifest; gives back the name."""
         self._clear()
-        target = self.path / name
+        target = inside(self.path, name)
         target.parent.mkdir(parents=True, exist_ok=True)
         self.manifest.files[name] = write_tensors(target, tensors)
         return name
@@ -111,18 +134,21 @@ class TensorStore(Generic[R]):
         Raises:
             MisconfigurationException: the file is missing or not what the manifest says.
         """
-        path = self.path / name
+        path = inside(self.path, name)
         if name not in self.manifest.files or not path.exists():
             raise MisconfigurationException(f"`{path}` is missing from the run.")
         if sha256_of(path) != self.manifest.files[name]:
             raise MisconfigurationException(
                 f"`{path}` does not match the sha256 in `{MANIFEST}`: it is damaged or from another run."
             )
-        return load_file(path, device=str(device))
+        try:
+            return load_file(path, device=str(device))
+        except Exception as error:  # safetensors has no one class for what can be wrong with a file
+            raise MisconfigurationException(f"`{path}` is no safetensors file: {error}.") from error
 
     def link(self, name: str, new: str) -> str:
         """Enter a file of the run under another name, too, without a copy where the disk can; gives back the name."""
-        target = self.path / new
+        target = inside(self.path, new)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         try:
@@ -142,13 +168,18 @@ class TensorStore(Generic[R]):
             self.manifest.files.pop(name, None)
         write_text(self.path / MANIFEST, manifest_text(self.manifest))
         for name in remove:
-            (self.path / name).unlink(missing_ok=True)
+            _delete(self.path, name)
 
 
 class RunStore(TensorStore[Manifest]):
     """A run directory."""
 
     record = Manifest
+
+    @classmethod
+    def check(cls, manifest: Manifest) -> None:
+        """See :meth:`TensorStore.check`."""
+        validate(manifest)
 
 
 class PartialStore(RunStore):
@@ -252,4 +283,12 @@ def _delete_run(path: Path) -> None:
     names = files_named_by(path / MANIFEST)
     (path / MANIFEST).unlink()
     for name in names:
-        (path / name).unlink(missing_ok=True)
+        with suppress(MisconfigurationException):  # a name that no recording gives stays where it is
+            _delete(path, name)
+
+
+def _delete(folder: Path, name: str) -> None:
+    """Delete a file that a recording made; what has another name than these is left, whoever says that it was."""
+    path = inside(folder, name)
+    if OWN_NAMES.fullmatch(name):
+        path.unlink(missing_ok=True)

@@ -70,7 +70,7 @@ def test_what_a_manifest_may_hold_comes_back(tmp_path: Path) -> None:
     manifest.partial_of = PartialOf(run_id="x", bins=[interval])
     manifest.flags.resumed_mid_epoch = True
     store.commit()
-    assert RunStore.open(tmp_path).manifest == manifest
+    assert read_manifest(Manifest, tmp_path / MANIFEST) == manifest
 
 
 def test_a_module_is_recorded_under_a_key_that_python_reserves(tmp_path: Path) -> None:

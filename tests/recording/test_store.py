@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_source.recording.manifest import MANIFEST, Settings, StageRecord
+from lightning_source.recording.manifest import MANIFEST, SEAL, Settings, StageRecord
 from lightning_source.recording.parameter_groups import Phase
 from lightning_source.recording.recorder import Recorder
 from lightning_source.recording.snapshots import assemble, final_parameters, snapshot_parameters
@@ -70,7 +70,8 @@ def damage(path):
 
 
 def set_manifest(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    kept = {key: value for key, value in json.loads(path.read_text()).items() if key != SEAL}
+    path.write_text(json.dumps(kept | values))
 
 
 HARMS = {
