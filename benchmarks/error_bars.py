@@ -31,6 +31,7 @@ from lightning_source.evaluation import leave_one_out_subsets
 
 LEVEL = 0.9
 MEMBERS = (2, 3, 5)
+EXAMPLES, RETRAININGS = 16, 100
 
 
 def covered(scores: InfluenceScores, truth: Tensor, noise: Tensor | float = 0.0, others: int | None = None) -> Tensor:
@@ -115,7 +116,7 @@ def _only(scores: InfluenceScores, ids: Tensor) -> InfluenceScores:
 def study(name: str, arguments: Namespace) -> dict[str, Any]:
     task = TASKS[name]
     data = task.load(arguments.data)
-    report: dict[str, Any] = {"task": name, "note": task.note, "command": command(name, arguments), "level": LEVEL}
+    report: dict[str, Any] = {"task": name, "note": task.note, "command": _command(name, arguments), "level": LEVEL}
     with tempfile.TemporaryDirectory() as folder:
         cache = arguments.cache or Path(folder)
         for removal in ("few", "many"):
@@ -130,10 +131,17 @@ def study(name: str, arguments: Namespace) -> dict[str, Any]:
     return report | {"runs": arguments.seeds, "versions": versions()}
 
 
+def _command(name: str, arguments: Namespace) -> str:
+    words = [command(name, arguments)]
+    words += [f"--examples {arguments.examples}"] if arguments.examples != EXAMPLES else []
+    words += [f"--retrainings {arguments.retrainings}"] if arguments.retrainings != RETRAININGS else []
+    return " ".join(words)
+
+
 def options() -> ArgumentParser:
     known = parser(__doc__, trainings=15)
-    known.add_argument("--examples", type=int, default=16, help="how many are left out one by one")
-    known.add_argument("--retrainings", type=int, default=100, help="without each of them")
+    known.add_argument("--examples", type=int, default=EXAMPLES, help="how many are left out one by one")
+    known.add_argument("--retrainings", type=int, default=RETRAININGS, help="without each of them")
     return known
 
 
@@ -141,7 +149,7 @@ def main() -> None:
     arguments = options().parse_args()
     prepare(arguments)
     for name in arguments.task:
-        write(study(name, arguments), result_file(arguments, f"error-bars-{name}"))
+        write(study(name, arguments), result_file(arguments, f"error_bars_{name}"))
 
 
 if __name__ == "__main__":
