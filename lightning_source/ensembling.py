@@ -18,6 +18,7 @@ def ensemble(scores: Sequence[InfluenceScores]) -> InfluenceScores:
 
     Scores of ``"trak"`` are averaged as the paper does: the mean of the kernels ``φ(q)ᵀ (ΦᵀΦ)⁻¹ φ(z_n)`` times the mean
     of the weights ``∂L/∂f(z_n)``. Segments' shares are averaged where every member has the same number of them.
+    Of two members or more, except of ``"trak"``, the mean has an error bar: how far it may be from that over all seeds.
 
     Args:
         scores: one result for each run; at least one.
@@ -58,8 +59,12 @@ def ensemble(scores: Sequence[InfluenceScores]) -> InfluenceScores:
     metadata["options"] = [member.metadata.get("options") for member in scores]
     weights = [member.kernel_weights.double() for member in scores if member.kernel_weights is not None]
     if not weights and first.metadata.get("method") != "trak":
-        values = _mean([member.values for member in scores])
-        return InfluenceScores(values, first.train_ids, first.query_ids, by_segment, metadata)
+        stacked = torch.stack([member.values for member in scores])
+        stderr = None
+        if len(scores) > 1:
+            stderr = stacked.std(0) / len(scores) ** 0.5
+            metadata["error_bar"] = {"over": "runs", "degrees": len(scores) - 1}
+        return InfluenceScores(stacked.mean(0), first.train_ids, first.query_ids, by_segment, metadata, stderr=stderr)
     if len(weights) != len(scores):
         lacking = ", ".join(str(index) for index, member in enumerate(scores) if member.kernel_weights is None)
         raise MisconfigurationException(

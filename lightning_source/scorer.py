@@ -19,6 +19,7 @@ from lightning_source.estimators import MatrixSink, Metadata, Query, ScoreSink, 
 from lightning_source.estimators.columns import Columns
 from lightning_source.estimators.registry import Estimator, Options
 from lightning_source.estimators.source import self_influence
+from lightning_source.estimators.spread import Spread
 from lightning_source.recording.manifest import Curvature, Settings
 from lightning_source.recording.store import open_to_score
 from lightning_source.runs.final_model import FurtherTraining, open_final_model, set_rate
@@ -176,6 +177,7 @@ class SourceScorer:
         *,
         method: str = "source",
         per_segment: bool = False,
+        stderr: bool = False,
         train_ids: Sequence[int] | Tensor | None = None,
         batch_size: int | None = None,
         **options: Any,
@@ -195,6 +197,9 @@ class SourceScorer:
                 - ``"trak"``: a linear model in randomly projected gradients;
                 - ``"tracin"``, ``"grad-dot"``, ``"grad-cos"``, ``"repsim"``: products of gradients, of representations.
             per_segment: keep each segment's share in ``by_segment``; refused where a method's scores have none.
+            stderr: give the scores an error bar, ``scores.stderr``: a jackknife over the snapshots of this run, for
+                methods whose scores are sums over them (``"source"``, ``"tracin"``), at no further pass. What it covers
+                and what not: method §7.6. The bar that covers other training seeds is that of an :func:`ensemble`.
             train_ids: score only these training examples.
             batch_size: examples a pass takes at once; scores do not depend on it.
             **options: the method's own, such as ``damping`` (``"influence"``), ``segments`` and ``snapshots``
@@ -223,8 +228,9 @@ class SourceScorer:
         segments = len(run.segments(options.get("segments"))) if per_segment else None
         sink = MatrixSink(len(queries), columns.count, segments)
         extra_metadata = Metadata()
+        errors = torch.zeros(len(queries), columns.count) if stderr else None
         if columns.count:
-            extra_metadata = self._compute(estimator, options, queries, data, columns.ids, sink)
+            extra_metadata = self._compute(estimator, options, queries, data, columns.ids, sink, errors)
         weights = extra_metadata.kernel_weights
         return InfluenceScores(
             columns.spread(sink.values),
@@ -233,6 +239,7 @@ class SourceScorer:
             None if sink.by_segment is None else columns.spread(sink.by_segment),
             self._metadata(estimator, options) | extra_metadata.to_json(),
             None if weights is None else columns.spread(weights if columns.ids is None else weights[columns.ids], 1.0),
+            None if errors is None else columns.spread(errors),
         )
 
     def _compute(
@@ -243,17 +250,31 @@ class SourceScorer:
         data: Examples,
         ids: Tensor | None,
         sink: ScoreSink,
+        errors: Tensor | None = None,
     ) -> Metadata:
-        """Scores into ``sink``, block by block of queries and term by term; gives back the method's own metadata."""
+        """Scores into ``sink``, block by block of queries and term by term; gives back the method's own metadata.
+
+        Standard errors go into ``errors``, ``[Q, N]``, where they are wanted.
+        """
         extra_metadata = Metadata()
         start = 0
         for block in queries.split(self._queries_at_once(estimator.floats_per_parameter(options))):
             rows = slice(start, start + len(block))
+            spread = Spread()
             for item in estimator(Query(self.run, block, self.measurement), **options):
                 if isinstance(item, Metadata):
                     extra_metadata = extra_metadata.merged(item)
-                else:
+                elif errors is None:
                     item.compute(self.run.workspace, data, ids, sink, rows)
+                else:
+                    term = MatrixSink(len(block), errors.shape[1])
+                    item.compute(self.run.workspace, data, ids, term, slice(0, len(block)))
+                    sink.add(rows, slice(0, errors.shape[1]), term.values, item.segment)
+                    spread.add(term.values, item.segment)
+            if errors is not None:
+                errors[rows] = spread.stderr()
+                bar = Metadata({"error_bar": {"over": "snapshots", "degrees": spread.degrees}})
+                extra_metadata = extra_metadata.merged(bar)
             start = rows.stop
         return extra_metadata
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,13 +14,22 @@ from torch import Tensor
 
 from lightning_source._files import write_tensors
 from lightning_source._lightning import MisconfigurationException
+from lightning_source._student import student_quantile
+from lightning_source.report import write_report
 
 SIGN = "Positive: removing the training example raises the measurement. For a loss, a positive score is a proponent."
 HIGHER_IS_BETTER = ("margin", "log-prob")
 
 _METADATA = "influence_scores"  # the file's metadata entry, which marks it as scores
 # The file's tensors and their shapes: S segments, Q queries, N training examples.
-_SHAPES = {"values": "QN", "train_ids": "N", "query_ids": "Q", "by_segment": "SQN", "kernel_weights": "N"}
+_SHAPES = {
+    "values": "QN",
+    "train_ids": "N",
+    "query_ids": "Q",
+    "by_segment": "SQN",
+    "kernel_weights": "N",
+    "stderr": "QN",
+}
 _REQUIRED = {"values", "train_ids", "query_ids"}
 
 
@@ -41,6 +50,8 @@ class InfluenceScores:
         metadata: method, measurement, sign, unit, segments with their ``Λ``, ``N``, coverage, run id, versions.
         kernel_weights: ``[N]``, what ``values`` are a kernel times of (``"trak"``: ``∂L/∂f`` of each example); or
             ``None``.
+        stderr: ``[Q, N]``, the standard errors of ``values`` (:meth:`significant`); or ``None``. What they are taken
+            over, ``"snapshots"`` of one run or ``"runs"``, and their degrees of freedom are ``metadata["error_bar"]``.
     """
 
     values: Tensor
@@ -49,6 +60,7 @@ class InfluenceScores:
     by_segment: Tensor | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     kernel_weights: Tensor | None = None
+    stderr: Tensor | None = None
 
     def topk(self, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
         """The ``k`` highest (or lowest) scores of each query, best first.
@@ -68,11 +80,19 @@ class InfluenceScores:
         values, columns = self.values.topk(min(k, self.values.shape[1]), dim=1, largest=largest)
         return values, self.train_ids[columns]
 
-    def proponents(self, k: int) -> tuple[Tensor, Tensor]:
+    def proponents(self, k: int, sure: float | None = None) -> tuple[Tensor, Tensor]:
         """The ``k`` examples that helped each query most, best first: ``(values [Q, k], train ids [Q, k])``.
 
         For a loss (and a callable, which is taken for one) these have the most positive scores; for a margin or
         log-probability, which the example's removal would lower, the most negative.
+
+        Args:
+            k: how many; at most ``N``.
+            sure: a level in (0, 1): rank by the end of each score's interval of that level at which the example helps
+                least, and give back those ends; an example that may not have helped at all has one of the other sign.
+
+        Raises:
+            MisconfigurationException: ``sure`` is given and the scores have no error bar.
 
         Example:
             >>> values, ids = torch.tensor([[0.5, -2.0, 1.0]]), torch.arange(3)
@@ -81,11 +101,49 @@ class InfluenceScores:
             >>> InfluenceScores(values, ids, torch.tensor([0]), metadata={"measurement": "margin"}).proponents(1)
             (tensor([[-2.]]), tensor([[1]]))
         """
-        return self.topk(k, largest=self._lower_is_better)
+        return self._extremes(k, self._lower_is_better, sure)
 
-    def opponents(self, k: int) -> tuple[Tensor, Tensor]:
+    def opponents(self, k: int, sure: float | None = None) -> tuple[Tensor, Tensor]:
         """The ``k`` examples that harmed each query most, worst first: the other end of :meth:`proponents`."""
-        return self.topk(k, largest=not self._lower_is_better)
+        return self._extremes(k, not self._lower_is_better, sure)
+
+    def significant(self, level: float = 0.9) -> Tensor:
+        """Which scores' intervals of that level leave out 0, ``[Q, N]`` bool.
+
+        The interval is ``values ± t · stderr`` with Student's ``t``. Of an ensemble's scores it covers what other
+        training seeds would change; of one run's, only how much its snapshots disagree (method §7.6). In neither is the
+        error that the method makes for every run alike. With many examples some are above by chance: one in ten of
+        those without any effect, at a level of 0.9.
+
+        Args:
+            level: in (0, 1).
+
+        Raises:
+            MisconfigurationException: the scores have no error bar, or no such level.
+
+        Example:
+            >>> ids, values = torch.arange(2), torch.tensor([[1.0, 4.0]])
+            >>> bar = {"over": "runs", "degrees": 4}
+            >>> scores = InfluenceScores(values, ids, ids[:1], metadata={"error_bar": bar}, stderr=torch.ones(1, 2))
+            >>> scores.significant(0.9)
+            tensor([[False,  True]])
+        """
+        return self.values.abs() > self._half_width(level)
+
+    def _half_width(self, level: float) -> Tensor:
+        if not 0 < level < 1:
+            raise MisconfigurationException(f"a level of {level} is no probability between 0 and 1.")
+        if self.stderr is None:
+            raise MisconfigurationException(
+                "these scores have no error bar. HINT: score with `stderr=True`, or `ensemble` those of several runs."
+            )
+        return student_quantile(level, int(self.metadata["error_bar"]["degrees"])) * self.stderr
+
+    def _extremes(self, k: int, largest: bool, sure: float | None) -> tuple[Tensor, Tensor]:
+        if sure is None:
+            return self.topk(k, largest)
+        width = self._half_width(sure)
+        return replace(self, values=self.values - width if largest else self.values + width).topk(k, largest)
 
     @property
     def _lower_is_better(self) -> bool:
@@ -118,7 +176,10 @@ class InfluenceScores:
             raise _refused(path, f"it is damaged or no file of tensors ({error})") from error
         if not isinstance(metadata, dict):
             raise _refused(path, f"its metadata has no `{_METADATA}`")
-        if complaint := _complaint(tensors):
+        complaint = _complaint(tensors)
+        if complaint is None and "stderr" in tensors and not _is_error_bar(metadata.get("error_bar")):
+            complaint = "its metadata does not say what `stderr` is taken over"
+        if complaint:
             raise _refused(path, complaint)
         return cls(**tensors, metadata=metadata)
 
@@ -138,6 +199,54 @@ class InfluenceScores:
             raise MisconfigurationException("scores by segment were not kept. HINT: score with `per_segment=True`.")
         sizes = self.by_segment.abs().sum(2)
         return sizes / sizes.sum(0, keepdim=True).clamp_min(torch.finfo(sizes.dtype).tiny)
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        train: object,
+        query: object,
+        render: Callable[[object], object] | None = None,
+        k: int = 10,
+        self_influence: Tensor | None = None,
+        predictions: Sequence[object] | None = None,
+        losses: Sequence[float] | Tensor | None = None,
+        title: str = "Which training examples did this?",
+    ) -> None:
+        """Write one HTML file that shows the scores beside the examples; it needs no network to be read.
+
+        For each query: the examples that helped and harmed most, with score and share of the query's absolute score,
+        the shares of segments and of training labels where these are known. Over all queries: the same for the mean
+        score, a histogram, and how concentrated the scores are.
+
+        Args:
+            path: the file, which is replaced.
+            train: the training dataset that was scored, read at the ids shown.
+            query: the queries: the batch, dataset or loader that was scored.
+            render: takes what the dataset gives at an index and gives back a text or a picture (a tensor ``[H, W]`` or
+                ``[C, H, W]``); markup in a text is shown, never run. ``None`` guesses: pictures, texts, numbers.
+            k: examples listed on each side.
+            self_influence: ``[N]``, as ``SourceScorer.self_influence`` gives it; lists the labels to look at first.
+            predictions: what the model said to each query.
+            losses: of each query.
+            title: of the page.
+
+        Raises:
+            MisconfigurationException: the extra ``report`` (Jinja2, Pillow) is missing, or an argument's length is not
+                that of the scores.
+        """
+        write_report(
+            self,
+            path,
+            train,
+            query,
+            render=render,
+            k=k,
+            self_influence=self_influence,
+            predictions=predictions,
+            losses=losses,
+            title=title,
+        )
 
     def __repr__(self) -> str:
         q, n = self.values.shape
@@ -159,6 +268,13 @@ def _complaint(tensors: Mapping[str, Tensor]) -> str | None:
         if not (dtype == torch.int64 if name.endswith("_ids") else dtype.is_floating_point):
             return f"`{name}` is of {dtype}"
     return None
+
+
+def _is_error_bar(said: object) -> bool:
+    if not isinstance(said, dict):
+        return False
+    degrees = said.get("degrees")
+    return isinstance(degrees, int) and not isinstance(degrees, bool) and degrees >= 1
 
 
 def _refused(path: str | os.PathLike[str], complaint: str) -> MisconfigurationException:

@@ -24,6 +24,8 @@ ORDER = (
     "_files",
     "_provenance",
     "random_streams",
+    "_student",
+    "report",
     "scores",
     "optimizers",
     "curvature",

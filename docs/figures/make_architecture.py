@@ -19,7 +19,11 @@ FLOORS = [
     ("capture/", "the user's step, from outside"),
     ("layers/", "one kind of layer in each file"),
     ("curvature/", "mathematics: torch alone"),
-    ("optimizers · scores · random_streams · _files · _provenance · _lightning · _trainer · distributed · names", ""),
+    (
+        "optimizers · scores · report · _student · random_streams · _files · _provenance · _lightning · _trainer"
+        " · distributed · names",
+        "",
+    ),
 ]
 GROUND = len(FLOORS) - 1
 # Each way: its title, its colour, and its stops as (floor, what is visited there).

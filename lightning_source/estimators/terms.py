@@ -13,6 +13,8 @@ from lightning_source.estimators.sinks import ScoreSink
 from lightning_source.passes.query_gradients import QueryGradients
 from lightning_source.passes.workspace import State, Workspace
 
+JsonValue = str | float | None | Mapping[str, str | int]
+
 
 @dataclass(frozen=True)
 class Contraction:
@@ -71,7 +73,7 @@ class Metadata:
         kernel_weights: ``[N]`` over all training examples, where scores are a kernel times a weight of each example.
     """
 
-    values: Mapping[str, str | float | None] = field(default_factory=dict)
+    values: Mapping[str, JsonValue] = field(default_factory=dict)
     residual: float | None = None
     kernel_weights: Tensor | None = None
 
@@ -84,7 +86,7 @@ class Metadata:
             self.kernel_weights if later.kernel_weights is None else later.kernel_weights,
         )
 
-    def to_json(self) -> dict[str, str | float | None]:
+    def to_json(self) -> dict[str, JsonValue]:
         """What goes into the scores' metadata; the weights are a tensor of their own."""
         return {**self.values} if self.residual is None else {**self.values, "residual": self.residual}
 

@@ -127,3 +127,16 @@ def test_the_page_holds_every_task_and_only_committed_figures(folder):
     assert set(TASKS) - {"quick"} <= set(ORDER)
     assert make_results.page() == (DOCS / "results.md").read_text()
     assert page_lds.summary(reports("lds")) in (DOCS.parent / "README.md").read_text()
+
+
+def test_error_bars(folder):
+    """An ensemble's intervals hold the mean over other runs; one run's bar does not see the seeds."""
+    import error_bars
+    from harness import prepare
+
+    options = error_bars.options().parse_args(quick(folder, "--examples", "0"))
+    prepare(options)
+    options.seeds = 6
+    found = error_bars.study("quick", options)["many"]
+    assert 0.75 < found["ensemble of 3"]["covered"] <= 1
+    assert found["ensemble of 3"]["significant"] < found["snapshots of one run"]["significant"]
