@@ -57,6 +57,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dirpath", default="source-run", help="where the run is recorded")
+    parser.add_argument("--report", default="report.html", help="where the page with the answers is written")
     parser.add_argument("--epochs", type=int, default=20)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -86,6 +87,9 @@ def main() -> None:
     query = [images[TRAIN : TRAIN + 5], labels[TRAIN : TRAIN + 5]]
     scores = trainer.attribute(query, measurement="margin", segments=3, per_segment=True)
 
+    with torch.no_grad():
+        predictions = model.net(query[0]).argmax(1).tolist()
+
     print(scores.metadata["sign"])
     print("\nQueries are digits that the model never saw; f = log p/(1-p) of the true class.")
     shares = scores.segment_shares()
@@ -102,6 +106,15 @@ def main() -> None:
 
     scorer = SourceScorer.from_run(arguments.dirpath, model)
     suspicion = scorer.self_influence(train)
+    scores.report(
+        arguments.report,
+        train=train,
+        query=query,
+        render=lambda example: example[0].reshape(8, 8),
+        self_influence=suspicion,
+        predictions=predictions,
+        title="Which digits made the model say that?",
+    )
     planted = (given != labels)[:TRAIN]
     found = planted[suspicion.topk(int(planted.sum())).indices].float().mean()
     auc = binary_auroc(suspicion, planted.long())
@@ -114,6 +127,7 @@ def main() -> None:
         f" ({source.seconds['recording'] / training:.0%}), factors {source.seconds['factors']:.2f} s"
         f" ({source.seconds['factors'] / training:.0%})."
     )
+    print(f"\nThe same with pictures: {arguments.report}")
 
 
 if __name__ == "__main__":

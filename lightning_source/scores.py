@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_source._files import write_tensors
 from lightning_source._lightning import MisconfigurationException
 from lightning_source._student import student_quantile
+from lightning_source.report import write_report
 
 SIGN = "Positive: removing the training example raises the measurement. For a loss, a positive score is a proponent."
 HIGHER_IS_BETTER = ("margin", "log-prob")
@@ -198,6 +199,54 @@ class InfluenceScores:
             raise MisconfigurationException("scores by segment were not kept. HINT: score with `per_segment=True`.")
         sizes = self.by_segment.abs().sum(2)
         return sizes / sizes.sum(0, keepdim=True).clamp_min(torch.finfo(sizes.dtype).tiny)
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        train: object,
+        query: object,
+        render: Callable[[object], object] | None = None,
+        k: int = 10,
+        self_influence: Tensor | None = None,
+        predictions: Sequence[object] | None = None,
+        losses: Sequence[float] | Tensor | None = None,
+        title: str = "Which training examples did this?",
+    ) -> None:
+        """Write one HTML file that shows the scores beside the examples; it needs no network to be read.
+
+        For each query: the examples that helped and harmed most, with score and share of the query's absolute score,
+        the shares of segments and of training labels where these are known. Over all queries: the same for the mean
+        score, a histogram, and how concentrated the scores are.
+
+        Args:
+            path: the file, which is replaced.
+            train: the training dataset that was scored, read at the ids shown.
+            query: the queries: the batch, dataset or loader that was scored.
+            render: takes what the dataset gives at an index and gives back a text or a picture (a tensor ``[H, W]`` or
+                ``[C, H, W]``); markup in a text is shown, never run. ``None`` guesses: pictures, texts, numbers.
+            k: examples listed on each side.
+            self_influence: ``[N]``, as ``SourceScorer.self_influence`` gives it; lists the labels to look at first.
+            predictions: what the model said to each query.
+            losses: of each query.
+            title: of the page.
+
+        Raises:
+            MisconfigurationException: the extra ``report`` (Jinja2, Pillow) is missing, or an argument's length is not
+                that of the scores.
+        """
+        write_report(
+            self,
+            path,
+            train,
+            query,
+            render=render,
+            k=k,
+            self_influence=self_influence,
+            predictions=predictions,
+            losses=losses,
+            title=title,
+        )
 
     def __repr__(self) -> str:
         q, n = self.values.shape

@@ -25,6 +25,7 @@ ORDER = (
     "_provenance",
     "random_streams",
     "_student",
+    "report",
     "scores",
     "optimizers",
     "curvature",

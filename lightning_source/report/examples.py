@@ -1,0 +1,109 @@
+"""How one example is shown: as a picture, as text or as numbers, guessed from what the dataset gives."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+_LONGEST_TEXT, _MOST_NUMBERS = 2000, 24
+_LABELS = ("labels", "label", "target", "targets", "y")
+
+Render = Callable[[object], object]
+Shown = dict[str, str]
+
+
+def shown(example: object, render: Render | None, pixels: int) -> Shown:
+    """``{"text": ...}`` or ``{"image": data URI}``, and ``"label"`` where the example has one.
+
+    Args:
+        example: what the dataset gives at an index.
+        render: takes the example and gives back a text or a picture (a tensor ``[H, W]`` or ``[C, H, W]``); ``None``
+            guesses.
+        pixels: the longer side of a picture at most.
+    """
+    inputs, label = _parts(example)
+    content = inputs if render is None else render(example)
+    picture = _picture(content)
+    what = {"text": _text(content)} if picture is None else {"image": _png(picture, pixels)}
+    return what if label is None else what | {"label": _text(label)}
+
+
+def query_example(query: object, query_ids: Tensor, row: int) -> object:
+    """The example behind one row of the scores: of a dataset by its id, of a batch by its row."""
+    if isinstance(query, DataLoader):
+        query = query.dataset
+    return query[int(query_ids[row])] if isinstance(query, Dataset) else _row(query, row)
+
+
+def labels_of(dataset: object) -> Tensor | None:
+    """The integer labels of a dataset that has them at hand, ``[N]``; no example is read for them."""
+    tensors = getattr(dataset, "tensors", None)
+    found = tensors[-1] if tensors else getattr(dataset, "targets", None)
+    if not isinstance(found, Tensor):
+        found = torch.tensor(found) if isinstance(found, list) and all(isinstance(y, int) for y in found) else None
+    return found if found is not None and found.ndim == 1 and not found.is_floating_point() else None
+
+
+def _row(batch: object, row: int) -> object:
+    if isinstance(batch, Mapping):
+        return {key: _row(value, row) for key, value in batch.items()}
+    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor | Mapping):
+        return [_row(value, row) for value in batch]
+    return batch[row] if isinstance(batch, Tensor | tuple | list) else batch
+
+
+def _parts(example: object) -> tuple[object, object]:
+    """An example as what goes in and what should come out."""
+    if isinstance(example, Mapping):
+        name = next((name for name in _LABELS if name in example), None)
+        rest = {key: value for key, value in example.items() if key != name}
+        inputs = next(iter(rest.values())) if len(rest) == 1 else rest
+        return inputs, None if name is None else example[name]
+    if isinstance(example, tuple | list) and len(example) == 2:
+        return example[0], example[1]
+    return example, None
+
+
+def _picture(content: object) -> Tensor | None:
+    """``[H, W]`` or ``[H, W, 3]`` between 0 and 1, or ``None`` where the content is no picture."""
+    if not isinstance(content, Tensor):
+        return None
+    picture = content.detach().float().cpu()
+    if picture.ndim == 3 and picture.shape[0] in (1, 3):
+        picture = picture[0] if picture.shape[0] == 1 else picture.permute(1, 2, 0)
+    if picture.ndim not in (2, 3) or (picture.ndim == 3 and picture.shape[2] != 3) or min(picture.shape[:2]) < 4:
+        return None
+    picture = picture.nan_to_num(0.0, 0.0, 0.0)
+    low, high = picture.min(), picture.max()
+    return (picture - low) / (high - low).clamp_min(1e-12)
+
+
+def _png(picture: Tensor, pixels: int) -> str:
+    pillow = importlib.import_module("PIL.Image")
+    image = pillow.fromarray((picture * 255).round().to(torch.uint8).numpy())
+    image.thumbnail((pixels, pixels))
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _text(content: object) -> str:
+    if isinstance(content, Tensor):
+        numbers = content.detach().flatten()
+        if numbers.numel() == 1:
+            return f"{numbers.item():.4g}" if content.is_floating_point() else str(numbers.item())
+        listed = [f"{x:.3g}" for x in numbers[:_MOST_NUMBERS].tolist()]
+        return ", ".join(listed) + (f" … ({numbers.numel()} numbers)" if numbers.numel() > _MOST_NUMBERS else "")
+    if isinstance(content, Mapping):
+        text = "\n".join(f"{key}: {_text(value)}" for key, value in content.items())
+    elif isinstance(content, Sequence) and not isinstance(content, str | bytes):
+        text = ", ".join(_text(value) for value in content[:_MOST_NUMBERS])
+    else:
+        text = str(content)
+    return text if len(text) <= _LONGEST_TEXT else text[:_LONGEST_TEXT] + " …"

@@ -1,0 +1,209 @@
+"""The page: what it shows, as numbers and texts, and the file that it becomes."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_source._files import write_text
+from lightning_source._lightning import MisconfigurationException
+from lightning_source.report.examples import Render, labels_of, query_example, shown
+
+_MOST_CLASSES, _BINS, _MOST_IMAGE_BYTES = 20, 41, 7_000_000
+_PIXELS = (96, 64, 40, 24, 16)
+
+
+class Scores(Protocol):
+    """What the page takes from scores; see ``InfluenceScores`` for the shapes."""
+
+    @property
+    def values(self) -> Tensor: ...  # noqa: D102
+    @property
+    def train_ids(self) -> Tensor: ...  # noqa: D102
+    @property
+    def query_ids(self) -> Tensor: ...  # noqa: D102
+    @property
+    def by_segment(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def metadata(self) -> Mapping[str, object]: ...  # noqa: D102
+    @property
+    def _lower_is_better(self) -> bool: ...
+
+
+def write_report(
+    scores: Scores,
+    path: str | os.PathLike[str],
+    train: object,
+    query: object,
+    *,
+    render: Render | None = None,
+    k: int = 10,
+    self_influence: Tensor | None = None,
+    predictions: Sequence[object] | None = None,
+    losses: Sequence[float] | Tensor | None = None,
+    title: str = "Which training examples did this?",
+) -> None:
+    """Write ``InfluenceScores.report``'s file; its arguments are described there.
+
+    Raises:
+        MisconfigurationException: Jinja2 or Pillow is missing, or an argument's length is not that of the scores.
+    """
+    missing = [name for name, module in (("Jinja2", "jinja2"), ("Pillow", "PIL")) if not _installed(module)]
+    if missing:
+        raise MisconfigurationException(
+            f"a report needs {' and '.join(missing)}. HINT: pip install 'lightning_source[report]'"
+        )
+    count = len(scores.values)
+    for name, given in (("predictions", predictions), ("losses", losses)):
+        if given is not None and len(given) != count:
+            raise MisconfigurationException(f"`{name}` has {len(given)} entries for {count} queries.")
+    if self_influence is not None and self_influence.shape != scores.train_ids.shape:
+        raise MisconfigurationException(
+            f"`self_influence` has the shape {list(self_influence.shape)}, not that of the training examples,"
+            f" {list(scores.train_ids.shape)}."
+        )
+    if k < 1:
+        raise MisconfigurationException(f"`k={k}` must be at least 1.")
+    content = _numbers(scores, min(k, scores.values.shape[1]), self_influence, labels_of(train))
+    for pixels in _PIXELS:
+        examples = {str(n): shown(_item(train, n), render, pixels) for n in sorted(content.ids)}
+        queries = [shown(query_example(query, scores.query_ids, q), render, pixels) for q in range(count)]
+        if sum(len(e.get("image", "")) for e in (*examples.values(), *queries)) <= _MOST_IMAGE_BYTES:
+            break
+    for q, entry in enumerate(queries):
+        entry["id"] = str(int(scores.query_ids[q]))
+        if predictions is not None:
+            entry["prediction"] = str(predictions[q])
+        if losses is not None:
+            entry["loss"] = f"{float(losses[q]):.4g}"
+    data = content.data | {"examples": examples, "queries": queries, "header": _header(scores)}
+    write_text(path, _page(data, title))
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _item(dataset: object, n: int) -> object:
+    if not hasattr(dataset, "__getitem__"):
+        raise MisconfigurationException(
+            f"`train` is a {type(dataset).__name__}, which cannot be indexed. HINT: pass the training dataset."
+        )
+    return dataset[n]
+
+
+class _Content:
+    """The page's numbers, and the training examples that it shows."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, object] = {}
+        self.ids: set[int] = set()
+
+    def ranked(self, values: Tensor, ids: Tensor, k: int, largest: bool) -> list[list[float]]:
+        """``[[id, value, column]]``, most extreme first."""
+        top, columns = values.topk(k, largest=largest)
+        rows = [[int(ids[c]), float(v), int(c)] for v, c in zip(top, columns.tolist(), strict=True)]
+        self.ids |= {int(row[0]) for row in rows}
+        return rows
+
+
+def _numbers(scores: Scores, k: int, self_influence: Tensor | None, labels: Tensor | None) -> _Content:
+    content, values = _Content(), scores.values.double()
+    helps_high = scores._lower_is_better
+    sides = {"helpful": helps_high, "harmful": not helps_high}
+    sizes = values.abs().sum(1)
+    content.data["tops"] = [
+        {side: content.ranked(row, scores.train_ids, k, largest) for side, largest in sides.items()} for row in values
+    ]
+    content.data["sizes"] = sizes.tolist()
+    mean = values.mean(0)
+    content.data["overall"] = {side: content.ranked(mean, scores.train_ids, k, high) for side, high in sides.items()}
+    content.data["overall_size"] = float(mean.abs().sum())
+    if scores.by_segment is not None:
+        totals = scores.by_segment.double().abs().sum(2)
+        content.data["shares"] = (totals / totals.sum(0).clamp_min(1e-300)).T.tolist()
+    if self_influence is not None:
+        content.data["suspects"] = content.ranked(
+            self_influence.double(), scores.train_ids, min(5 * k, len(self_influence)), True
+        )
+    # Of all scores, the part that the largest hold: one number at each of 21 fractions of the training examples.
+    order = values.abs().sort(1, descending=True).values.cumsum(1)
+    fractions = torch.linspace(0, 1, 21)
+    at = (fractions * (values.shape[1] - 1)).round().long()
+    content.data["concentration"] = (order[:, at] / sizes[:, None].clamp_min(1e-300)).mean(0).tolist()
+    largest_score = float(values.abs().max())
+    counts = torch.histc(values.float(), _BINS, -largest_score or -1.0, largest_score or 1.0)
+    content.data["histogram"] = {"counts": counts.tolist(), "limit": largest_score}
+    content.data["N"] = values.shape[1]
+    content.data["classes"] = _by_label(values, scores.train_ids, labels)
+    return content
+
+
+def _by_label(values: Tensor, train_ids: Tensor, labels: Tensor | None) -> dict[str, object] | None:
+    """Sums of mean scores by the training examples' label; ``None`` without labels, or with too many."""
+    if labels is None or int(train_ids.max()) >= len(labels):
+        return None
+    kinds, index = labels[train_ids].cpu().unique(return_inverse=True)
+    if len(kinds) > _MOST_CLASSES:
+        return None
+    sums = values.new_zeros(len(values), len(kinds)).index_add_(1, index, values)
+    return {"labels": kinds.tolist(), "sums": sums.tolist()}
+
+
+def _header(scores: Scores) -> list[tuple[str, str]]:
+    metadata, rows = scores.metadata, []
+    for name in ("method", "measurement", "run_id", "unit", "sign"):
+        if metadata.get(name) is not None:
+            rows.append((name.replace("_", " "), str(metadata[name])))
+    rows.append(("training examples scored", str(scores.values.shape[1])))
+    segments = metadata.get("segments")
+    for number, segment in enumerate(segments if isinstance(segments, list) else []):
+        if isinstance(segment, Mapping):
+            rates = segment.get("rates")
+            listed = ", ".join(map(_short, rates)) if isinstance(rates, list) else _short(rates)
+            steps = f"steps {_short(segment.get('first'))} to {_short(segment.get('last'))}"
+            rows.append((f"segment {number}", f"{steps}; sum of learning rates Λ = {listed}"))
+    if isinstance(share := metadata.get("coverage"), float | int):
+        rows.append(("parameters attributed", f"{share:.1%}" if share < 1 else "all"))
+    return rows
+
+
+def _short(value: object) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 400 else text[:400] + " …"
+
+
+def _page(data: Mapping[str, object], title: str) -> str:
+    folder = files("lightning_source.report")
+    style, script = ((folder / name).read_text("utf-8") for name in ("report.css", "report.js"))
+    jinja2 = importlib.import_module("jinja2")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    text: str = environment.from_string((folder / "report.html").read_text("utf-8")).render(
+        title=title,
+        style=style,
+        script=script,
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        data=_json_in_html(data),
+    )
+    return text
+
+
+def _json_in_html(data: object) -> str:
+    """JSON that cannot end the element it stands in: no ``<``, ``>`` or ``&``, which JSON may write as escapes."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=True)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

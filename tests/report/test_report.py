@@ -1,0 +1,161 @@
+"""The page is one safe file: hostile texts stay texts, numbers are those of the scores, a browser does not complain."""
+
+import importlib.util
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from torch.utils.data import Dataset, TensorDataset
+
+from lightning_source import InfluenceScores
+from lightning_source._lightning import MisconfigurationException
+
+pytest.importorskip("jinja2")
+pytest.importorskip("PIL")
+
+HOSTILE = [
+    "</script><script>window.hit=1</script>",
+    '"><img src=x onerror="window.hit=1">',
+    "'; window.hit=1; //",
+    "</style><style>body{display:none}</style>",
+    "javascript:window.hit=1",
+    "{{ 7 * 7 }} {% raw %}",
+    "<!--<script>",
+    "\u2028window.hit=1\u2029",
+    "=HYPERLINK(1)",
+    "../../etc/passwd\0",
+]
+
+
+class Texts(Dataset):
+    def __len__(self):
+        return len(HOSTILE)
+
+    def __getitem__(self, index):
+        return {"text": HOSTILE[index], "label": HOSTILE[-1 - index]}
+
+
+def scores_of(queries=3, examples=10, measurement="loss", segments=2):
+    by_segment = torch.randn(segments, queries, examples, generator=torch.Generator().manual_seed(0))
+    metadata = {"method": HOSTILE[0], "measurement": measurement, "segments": [{"first": 0, "last": 5, "rates": [0.1]}]}
+    ids, rows = torch.arange(examples), torch.arange(queries)
+    return InfluenceScores(by_segment.sum(0), ids, rows, by_segment, metadata)
+
+
+def data_in(path):
+    return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(), re.S).group(1))
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    path = tmp_path / "a 'b' <c>&.html"
+    query = [{"text": text} for text in HOSTILE[:3]]
+    scores_of().report(
+        path,
+        train=Texts(),
+        query=query,
+        k=len(HOSTILE),
+        title=HOSTILE[0],
+        predictions=HOSTILE[:3],
+        self_influence=torch.rand(len(HOSTILE)),
+    )
+    return path
+
+
+def test_hostile_texts_stay_texts(hostile):
+    text = hostile.read_text()
+    assert len(re.findall(r"<script", text)) == 2
+    assert len(re.findall(r"</script>", text)) == 2
+    assert len(re.findall(r"<style|<img", text)) == 1
+    assert "{{ 7 * 7 }}" in text
+    data = data_in(hostile)
+    assert [data["examples"][str(n)]["text"] for n in range(len(HOSTILE))] == HOSTILE
+    assert [entry["prediction"] for entry in data["queries"]] == HOSTILE[:3]
+
+
+def test_the_file_names_nothing_outside_itself(hostile):
+    text = hostile.read_text()
+    assert "default-src 'none'" in text
+    assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", text)
+
+
+@pytest.mark.parametrize("measurement", ["loss", "margin"])
+def test_the_lists_are_the_scores_own(tmp_path, measurement):
+    scores = scores_of(measurement=measurement)
+    scores.report(tmp_path / "r.html", train=Texts(), query=Texts(), k=4)
+    data = data_in(tmp_path / "r.html")
+    for side, (values, ids) in {"helpful": scores.proponents(4), "harmful": scores.opponents(4)}.items():
+        for q, tops in enumerate(data["tops"]):
+            assert [row[0] for row in tops[side]] == ids[q].tolist()
+            assert [row[1] for row in tops[side]] == pytest.approx(values[q].tolist())
+    torch.testing.assert_close(torch.tensor(data["shares"]), scores.segment_shares().T)
+    assert sum(data["histogram"]["counts"]) == scores.values.numel()
+
+
+def test_pictures_and_sums_by_label(tmp_path):
+    labels = torch.arange(10) % 3
+    train = TensorDataset(torch.rand(10, 1, 8, 8), labels)
+    scores = scores_of(queries=2)
+    scores.report(tmp_path / "r.html", train=train, query=[torch.rand(2, 3, 8, 8), torch.tensor([1, 2])])
+    data = data_in(tmp_path / "r.html")
+    assert all(entry["image"].startswith("data:image/png;base64,") for entry in data["examples"].values())
+    assert [entry["label"] for entry in data["queries"]] == ["1", "2"]
+    assert data["classes"]["labels"] == [0, 1, 2]
+    expected = torch.stack([scores.values[:, labels == label].sum(1) for label in range(3)], 1)
+    torch.testing.assert_close(torch.tensor(data["classes"]["sums"]), expected)
+
+
+def test_many_queries_stay_small(tmp_path):
+    pictures = torch.rand(1000, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    scores = InfluenceScores(torch.randn(200, 1000), torch.arange(1000), torch.arange(200))
+    scores.report(tmp_path / "r.html", train=TensorDataset(pictures), query=pictures[:200])
+    assert (tmp_path / "r.html").stat().st_size < 10_000_000
+
+
+def test_a_missing_extra_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    with pytest.raises(MisconfigurationException, match=r"pip install 'lightning_source\[report\]'"):
+        scores_of().report(tmp_path / "r.html", train=Texts(), query=Texts())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"), [({"predictions": [1]}, "predictions"), ({"self_influence": torch.rand(2)}, "self_influence")]
+)
+def test_wrong_lengths_are_named(tmp_path, wrong, named):
+    with pytest.raises(MisconfigurationException, match=named):
+        scores_of().report(tmp_path / "r.html", train=Texts(), query=Texts(), **wrong)
+
+
+def test_every_control_in_a_browser(hostile):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("no chromium is installed")
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu"):
+        options.add_argument(argument)
+    options.binary_location = shutil.which("chromium")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        driver.get(hostile.as_uri())
+        for view in ("#overview", "#query-0", "#query-2", "#query-99"):
+            driver.execute_script("location.hash = arguments[0]", view)
+            for index in range(len(driver.find_elements("css selector", "button, a, input[type=checkbox], summary"))):
+                controls = driver.find_elements("css selector", "button, a, input[type=checkbox], summary")
+                if index < len(controls):
+                    driver.execute_script("arguments[0].click()", controls[index])
+        driver.execute_script("location.hash = '#query-1'")
+        driver.find_element("id", "next").click()
+        assert driver.execute_script("return location.hash") == "#query-2"
+        assert driver.execute_script("return document.querySelector('#list a[aria-current]').dataset.q") == "2"
+        driver.find_element("id", "search").send_keys("no such query")
+        assert not [link for link in driver.find_elements("css selector", "#list a") if link.is_displayed()]
+        assert driver.execute_script("return window.hit") is None
+        assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
+        sent = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+        urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
+        assert [url for url in urls if not url.startswith(("file:", "data:"))] == []
+    finally:
+        driver.quit()
