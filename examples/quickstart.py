@@ -106,15 +106,6 @@ def main() -> None:
 
     scorer = SourceScorer.from_run(arguments.dirpath, model)
     suspicion = scorer.self_influence(train)
-    scores.report(
-        arguments.report,
-        train=train,
-        query=query,
-        render=lambda example: example[0].reshape(8, 8),
-        self_influence=suspicion,
-        predictions=predictions,
-        title="Which digits made the model say that?",
-    )
     planted = (given != labels)[:TRAIN]
     found = planted[suspicion.topk(int(planted.sum())).indices].float().mean()
     auc = binary_auroc(suspicion, planted.long())
@@ -126,6 +117,15 @@ def main() -> None:
         f"\nTraining took {training:.1f} s, recording {source.seconds['recording']:.2f} s"
         f" ({source.seconds['recording'] / training:.0%}), factors {source.seconds['factors']:.2f} s"
         f" ({source.seconds['factors'] / training:.0%})."
+    )
+    scores.report(
+        arguments.report,
+        train=train,
+        query=query,
+        render=lambda example: example[0].reshape(8, 8),
+        self_influence=suspicion,
+        predictions=predictions,
+        title="Which digits made the model say that?",
     )
     print(f"\nThe same with pictures: {arguments.report}")
 

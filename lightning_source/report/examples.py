@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 _LONGEST_TEXT, _MOST_NUMBERS = 2000, 24
+_BATCHES = (Tensor, Mapping, tuple, list)
 _LABELS = ("labels", "label", "target", "targets", "y")
 
 Render = Callable[[object], object]
@@ -38,7 +39,9 @@ def query_example(query: object, query_ids: Tensor, row: int) -> object:
     """The example behind one row of the scores: of a dataset by its id, of a batch by its row."""
     if isinstance(query, DataLoader):
         query = query.dataset
-    return query[int(query_ids[row])] if isinstance(query, Dataset) else _row(query, row)
+    if isinstance(query, Dataset) or (hasattr(query, "__getitem__") and not isinstance(query, _BATCHES)):
+        return query[int(query_ids[row])]
+    return _row(query, row, len(query_ids))
 
 
 def labels_of(dataset: object) -> Tensor | None:
@@ -50,12 +53,21 @@ def labels_of(dataset: object) -> Tensor | None:
     return found if found is not None and found.ndim == 1 and not found.is_floating_point() else None
 
 
-def _row(batch: object, row: int) -> object:
+def _row(batch: object, row: int, count: int) -> object:
+    """The example at a row of a batch of ``count``: what has as many entries is taken apart, the rest is of all."""
     if isinstance(batch, Mapping):
-        return {key: _row(value, row) for key, value in batch.items()}
-    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor | Mapping):
-        return [_row(value, row) for value in batch]
-    return batch[row] if isinstance(batch, Tensor | tuple | list) else batch
+        return {key: _row(value, row, count) for key, value in batch.items()}
+    if isinstance(batch, tuple | list) and any(_has_rows(value, count) for value in batch):
+        return [_row(value, row, count) for value in batch]
+    return batch[row] if isinstance(batch, Tensor | tuple | list) and _has_rows(batch, count) else batch
+
+
+def _has_rows(value: object, count: int) -> bool:
+    if isinstance(value, Mapping):
+        return any(_has_rows(part, count) for part in value.values())
+    if isinstance(value, Tensor):
+        return value.ndim > 0 and len(value) == count
+    return isinstance(value, tuple | list) and len(value) == count
 
 
 def _parts(example: object) -> tuple[object, object]:

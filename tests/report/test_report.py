@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from lightning_source import InfluenceScores
 from lightning_source._lightning import MisconfigurationException
+from lightning_source.report.examples import query_example
 
 pytest.importorskip("jinja2")
 pytest.importorskip("PIL")
@@ -159,3 +160,40 @@ def test_every_control_in_a_browser(hostile):
         assert [url for url in urls if not url.startswith(("file:", "data:"))] == []
     finally:
         driver.quit()
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ([torch.arange(6).view(3, 2), torch.tensor([7, 8, 9])], [[2, 3], 8]),
+        ([["a", "b", "c"], torch.tensor([7, 8, 9])], ["b", 8]),
+        (
+            {"text": ["a", "b", "c"], "ids": torch.tensor([7, 8, 9]), "name": "all"},
+            {"text": "b", "ids": 8, "name": "all"},
+        ),
+        ([{"x": torch.arange(3)}, torch.tensor([7, 8, 9])], [{"x": 1}, 8]),
+        ([{"text": "a"}, {"text": "b"}, {"text": "c"}], {"text": "b"}),
+        (["a", "b", "c"], "b"),
+        (torch.arange(3), 1),
+    ],
+)
+def test_the_second_of_three_queries(batch, expected):
+    def plain(value):
+        if isinstance(value, torch.Tensor):
+            return value.tolist()
+        if isinstance(value, dict):
+            return {key: plain(part) for key, part in value.items()}
+        return [plain(part) for part in value] if isinstance(value, list) else value
+
+    assert plain(query_example(batch, torch.arange(3), 1)) == expected
+
+
+class Indexed:
+    """No torch dataset, and no batch."""
+
+    def __getitem__(self, index):
+        return {"text": "abc"[index]}
+
+
+def test_whatever_can_be_indexed_is_a_dataset():
+    assert query_example(Indexed(), torch.tensor([2, 0]), 0) == {"text": "c"}
