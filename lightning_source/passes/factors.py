@@ -26,6 +26,8 @@ from lightning_source.curvature.ekfac import (
 )
 from lightning_source.passes.workspace import State, Workspace, require_finite
 
+FEWEST = 256  # factor examples that a snapshot visits at least, where there are so many
+
 
 def factor_ids(total: int, limit: int | None, seed: int) -> Tensor:
     """The examples that factor passes visit: all, or ``limit`` drawn without replacement, in ascending order.
@@ -37,6 +39,28 @@ def factor_ids(total: int, limit: int | None, seed: int) -> Tensor:
     if limit is None or limit >= total:
         return torch.arange(total)
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
+
+
+def dealt_ids(ids: Tensor, place: int, count: int, seed: int) -> Tensor:
+    """The part of a segment's factor examples that one of its snapshots visits, in ascending order.
+
+    Curvature is averaged over the snapshots, so each sees other examples, and together they see all; the same part at
+    every snapshot would lose some. No part is smaller than :data:`FEWEST`, and then they overlap.
+
+    Args:
+        ids: the segment's factor examples.
+        place: of the snapshot among the segment's.
+        count: how many snapshots the segment has.
+        seed: of the order in which they are dealt.
+
+    Example:
+        >>> dealt_ids(torch.arange(4), place=1, count=6, seed=0).tolist()  # too few to deal
+        [0, 1, 2, 3]
+    """
+    size = max(-(-len(ids) // count), min(len(ids), FEWEST))
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    start = place * len(ids) // count
+    return ids[order.roll(-start)[:size].sort().values]
 
 
 @dataclass(frozen=True)
@@ -61,7 +85,7 @@ def fit_factors(
     Args:
         workspace: the model.
         data: training examples.
-        ids: the factor examples.
+        ids: the factor examples, which are dealt over the snapshots.
         states: the snapshots.
         curvature: ``"ekfac"``, ``"kfac"`` (Kronecker eigenvalues, one pass fewer) or ``"diagonal"`` (no eigenbasis).
         samples: label draws per example for the eigenvalues.
@@ -70,20 +94,21 @@ def fit_factors(
         The factors by block, and the covariance sums of each snapshot (empty for ``"diagonal"``).
     """
     names = [block.name for block in workspace.blocks]
+    dealt = [dealt_ids(ids, place, len(states), workspace.seed) for place in range(len(states))]
     eigenvalues: dict[str, Tensor] = {}
     if curvature == "diagonal":
         sums: list[dict[str, CovarianceSums]] = []
         bases = dict.fromkeys(names, IDENTITY)
     else:
         sums = [
-            covariances_of(workspace, state.load(), data, ids) if state.covariances is None else state.covariances
-            for state in states
+            covariances_of(workspace, state.load(), data, own) if state.covariances is None else state.covariances
+            for state, own in zip(states, dealt, strict=True)
         ]
         bases, eigenvalues = _eigenbases(workspace, sums, [state.weight for state in states])
     if curvature != "kfac":
         eigenvalues = {}
-        for state in states:
-            for name, values in eigenvalues_of(workspace, state.load(), data, ids, bases, samples).items():
+        for state, own in zip(states, dealt, strict=True):
+            for name, values in eigenvalues_of(workspace, state.load(), data, own, bases, samples).items():
                 weighted = state.weight * values
                 eigenvalues[name] = eigenvalues[name] + weighted if name in eigenvalues else weighted
     return {name: BlockFactors(bases[name], eigenvalues[name]) for name in names}, sums

@@ -25,7 +25,7 @@ from lightning_source.curvature.ekfac import BlockFactors, CovarianceSums, Facto
 from lightning_source.curvature.unroll import SegmentCurvature
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.layers import Block
-from lightning_source.passes.factors import WeightedState, factor_ids, fit_factors, squared_traces
+from lightning_source.passes.factors import WeightedState, dealt_ids, factor_ids, fit_factors, squared_traces
 from lightning_source.passes.preparation import Preparation
 from lightning_source.passes.states import State, StateAt, moment_of
 from lightning_source.passes.workspace import Workspace
@@ -341,12 +341,11 @@ class Run:
             limit = min(COUPLING_EXAMPLES, self.settings.factor_examples or COUPLING_EXAMPLES)
             ids = factor_ids(len(stage.data), limit, self.settings.seed)
             bases = {name: factor.basis for name, factor in factors.items()}
+            count, seed = len(segment.snapshots), self.settings.seed
+            dealt = [dealt_ids(ids, place, count, seed) for place in range(count)]
             traces = [
-                [
-                    weight * trace
-                    for trace in squared_traces(stage.workspace, self.state(s, which), stage.data, ids, bases)
-                ]
-                for s, weight in zip(segment.snapshots, segment.weights, strict=True)
+                [weight * t for t in squared_traces(stage.workspace, self.state(s, which), stage.data, own, bases)]
+                for s, weight, own in zip(segment.snapshots, segment.weights, dealt, strict=True)
             ]
             full, blocks = map(sum, zip(*traces, strict=True))
             known[key] = max(1.0, full / blocks) if blocks > 0 else 1.0
