@@ -48,7 +48,8 @@ class SourceCallback(AttributingCallback):
         snapshots: what a snapshot stands for: ``"mean"``, the running mean of the parameters over its steps, or
             ``"point"``, the parameters at one step in its middle.
         curvature: ``"ekfac"``, ``"kfac"`` (cheaper, coarser eigenvalues) or ``"diagonal"`` (no eigenbasis).
-        factor_examples: training examples that each factor pass visits; ``None`` for all.
+        factor_examples: training examples that the factor passes of a segment visit, dealt over its snapshots, each of
+            which visits at least 512; ``None`` for all.
         label_samples: label draws per example for the eigenvalues.
         measurement: default measurement of ``trainer.attribute``: ``"loss"``, ``"margin"`` or ``"log-prob"``.
         include: glob patterns of module names to attribute; all by default.

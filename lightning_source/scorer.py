@@ -121,7 +121,7 @@ class SourceScorer:
             dirpath: where the run is kept, for :meth:`from_run`; by default a directory that vanishes with the scorer.
             overwrite: replace the run that ``dirpath`` holds.
             curvature: ``"ekfac"``, ``"kfac"`` or ``"diagonal"``.
-            factor_examples: training examples that each factor pass visits; ``None`` for all.
+            factor_examples: training examples that the factor passes visit; ``None`` for all.
             label_samples: label draws per example for the eigenvalues.
             include: glob patterns of module names to attribute; all by default.
             exclude: glob patterns of module names not to attribute.

@@ -26,7 +26,7 @@ from lightning_source.curvature.ekfac import (
 )
 from lightning_source.passes.workspace import State, Workspace, require_finite
 
-FEWEST = 256  # factor examples that a snapshot visits at least, where there are so many
+FEWEST = 512  # factor examples that a snapshot visits at least, where there are so many
 
 
 def factor_ids(total: int, limit: int | None, seed: int) -> Tensor:

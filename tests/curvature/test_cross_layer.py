@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
 from lightning_source.curvature.block_gradients import BlockGradients, gram
-from lightning_source.passes.factors import eigenvalues_of, squared_traces
+from lightning_source.passes.factors import dealt_ids, eigenvalues_of, squared_traces
 
 
 def gauss_newton(module, state, inputs):
@@ -73,3 +73,18 @@ def test_inner_products_of_all_pairs(positions):
     rows = BlockGradients(torch.randint(7, (1, 5, positions)), torch.randn(1, 5, positions, 3), 7)
     flat = rows.per_example().transpose(0, 1).flatten(1)
     torch.testing.assert_close(gram(rows), flat @ flat.T)
+
+
+def test_factor_examples_are_dealt():
+    """Together the snapshots see all, each as many, and each the same ones again; few examples are not dealt."""
+    ids = torch.arange(0, 12_000, 2)
+    parts = [dealt_ids(ids, place, 6, seed=3) for place in range(6)]
+    assert all(len(part) == 1000 for part in parts)
+    assert torch.equal(torch.cat(parts).sort().values, ids)
+    assert torch.equal(dealt_ids(ids, 2, 6, seed=3), parts[2])
+    assert not torch.equal(dealt_ids(ids, 2, 6, seed=4), parts[2])
+    few = [dealt_ids(ids[:900], place, 6, seed=3) for place in range(6)]
+    assert all(len(part) == 512 for part in few)
+    assert torch.equal(torch.cat(few).unique(), ids[:900])
+    assert torch.equal(dealt_ids(ids[:100], 1, 6, seed=3), ids[:100])
+    assert torch.equal(dealt_ids(ids, 0, 1, seed=3), ids)
