@@ -28,6 +28,10 @@ class AttributingCallback(Callback):
     Args:
         dirpath: the run directory, if the user named one.
         measurement: what a query is measured by where the question does not say.
+
+    Attributes:
+        trainer: the Trainer that last used the callback, where a library makes it and keeps it to itself:
+            ``source.trainer.attribute(query)``. A copy of the callback has none.
     """
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
@@ -39,17 +43,19 @@ class AttributingCallback(Callback):
         kind = next(
             kind for kind in type(self).__mro__ if sys.modules[kind.__module__].__dict__.get(kind.__name__) is kind
         )
-        return copyreg.__newobj__, (kind,), self.__dict__  # type: ignore[attr-defined]
+        return copyreg.__newobj__, (kind,), {**self.__dict__, "trainer": None}  # type: ignore[attr-defined]
 
     def __init__(self, dirpath: str | None, measurement: str | Measurement) -> None:
         super().__init__()
         self.dirpath = dirpath
         self.measurement = measurement
+        self.trainer: Trainer | None = None
         self._path: Path | None = None  # of the run that was recorded here
         self._stage_data: dict[int, tuple[LightningModule, Examples | None]] = {}  # by stage
 
     def _bind(self, trainer: Trainer) -> None:
         """Make it ``trainer.attribute``."""
+        self.trainer = trainer
         if getattr(trainer, "attribute", None) is None:
             trainer.attribute = _Attribute(trainer, self)  # type: ignore[attr-defined]
 

@@ -79,11 +79,19 @@ def _close(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _alone(workspace: Workspace, data: Examples, index: Tensor) -> Tensor | None:
-    """One example's gradient, ``[1, scalars]``; ``None`` where its own loss is not finite, a mean over nothing, say."""
+    """One example's gradient, ``[1, scalars]``; ``None`` where its own loss is not finite, a mean over nothing, say.
+
+    A step that does not run on a batch of one, which it squeezes, say, is given the example twice.
+    """
     try:
         return _flat(workspace, data, index)
     except FloatingPointError:
         return None
+    except Exception:
+        twice = _flat(workspace, data.in_batches_of(2), index.repeat(2))
+        if not _close(twice[:1], twice[1:]).all():
+            raise
+        return twice[:1]
 
 
 def _flat(workspace: Workspace, data: Examples, ids: Tensor) -> Tensor:

@@ -53,6 +53,27 @@ def test_learnt_weights_of_losses_are_named_as_left_out(tmp_path):
     assert "weighs the losses" in stage.coverage.left_out[0][2]
 
 
+class Squeezes(Classifier):
+    """What it computes beside the loss fails on a batch of one."""
+
+    def training_step(self, batch, batch_idx):
+        outputs = self.net(batch[0])
+        self.correct = (outputs.squeeze().argmax(1) == batch[1]).float().mean()
+        return F.cross_entropy(outputs, batch[1])
+
+
+def test_a_step_that_cannot_run_on_a_batch_of_one(tmp_path, recwarn):
+    module = Squeezes(mlp())
+    trainer = fit(tmp_path, module)
+    scores = trainer.attribute(list(classes().tensors), method="grad-dot").values
+    torch.testing.assert_close(scores, 0.9 / 24 * plain_products(module), rtol=1e-4, atol=1e-6)
+    assert not [w for w in recwarn if "one at a time" in str(w.message)]
+
+
+def plain_products(module) -> Tensor:
+    return products(Classifier(module.net))
+
+
 class ByPlace(Classifier):
     """The second batch of an epoch counts double, or nothing."""
 

@@ -487,7 +487,7 @@ def test_training_is_bit_identical_however_it_is_done_and_whatever_the_step_does
     ("guard", "make", "changed"),
     [
         ("isolated_rng", lambda: Busy(*ACTS["global noise"]), {"rng"}),
-        ("_attributes_kept", lambda: Busy(*ACTS["counter"]), {"watched"}),
+        ("_attributes_kept", lambda: Busy(*ACTS["nested lists"]), {"watched"}),
     ],
     ids=["rng", "attributes"],
 )

@@ -1,0 +1,46 @@
+"""What a set-up of a library gives: its training, as the library's own documentation writes it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Callbacks = list[Any]  # of either of Lightning's names
+
+
+@dataclass(frozen=True)
+class SetUp:
+    """A library's training with a place for callbacks; nothing in it knows of attribution.
+
+    Attributes:
+        module: the LightningModule, where the library leaves the Trainer to its user.
+        loader: the training loader or DataModule; ``None`` where the module has its own.
+        options: arguments of the Trainer.
+        fit: where the library makes its Trainer: trains with these callbacks, from the same seed each time.
+        noisy: whether the step draws noise of its own, so that single gradients are known up to that noise only.
+    """
+
+    module: Any = None
+    loader: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    fit: Callable[[Callbacks], Any] | None = None
+    noisy: bool = False
+
+    def train(self, callbacks: Callbacks) -> None:
+        """Train anew."""
+        if self.fit is not None:
+            self.fit(callbacks)
+            return
+        import lightning.pytorch as L
+
+        torch.manual_seed(1)
+        quiet = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+        trainer = L.Trainer(
+            **({"max_epochs": 2, "accelerator": "cpu", "logger": False} | quiet | dict(self.options)),
+            callbacks=callbacks,
+        )
+        trainer.fit(copy.deepcopy(self.module), self.loader)
