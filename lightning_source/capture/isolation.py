@@ -301,7 +301,8 @@ class _SavedState:
             module._buffers.clear()
             module._buffers.update(saved)
 
-        self.contents.append(restore)
+        if isinstance(module._buffers, dict):  # a scripted module rebinds none
+            self.contents.append(restore)
         for buffer in saved.values():
             if buffer is not None:  # of any size
                 self._keep_values(buffer)

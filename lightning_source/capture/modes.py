@@ -79,6 +79,8 @@ def choose_mode(module: nn.Module, evaluate: Callable[[], Seen], evaluating: tup
     Raises:
         Exception: what the step raises, where it raises in training mode, too.
     """
+    if any(isinstance(child, torch.jit.ScriptModule) for child in module.modules()):
+        return "eval"  # no function of theirs can be kept quiet in training mode
 
     def seen(kind: Mode, seed: int = 0) -> Seen:
         devices = [parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"][:1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from lightning_source.layers.contract import Block, LayerForm
@@ -30,6 +31,8 @@ class FreeForm(LayerForm[nn.Module]):
     def attempts(self, block: Block, network: nn.Module) -> list[Block]:
         """To run the parameter's own module again is cheaper, unless the module is most of the network."""
         owner = named_modules(network)[block.module]
+        if isinstance(owner, torch.jit.ScriptModule):  # which takes no hooks
+            return [block]
         if 2 * sum(p.numel() for p in owner.parameters()) > sum(p.numel() for p in network.parameters()):
             return [block]
         return [*super().attempts(replace(block, form=LocalForm.__name__), network), block]

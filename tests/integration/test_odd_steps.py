@@ -74,6 +74,16 @@ def plain_products(module) -> Tensor:
     return products(Classifier(module.net))
 
 
+def test_a_scripted_network_is_scored_from_the_losses_of_examples(tmp_path):
+    """It takes no hooks, and its buffers cannot be rebound."""
+    module = Classifier(torch.jit.script(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))))
+    trainer = fit(tmp_path, module)
+    scores = trainer.attribute(list(classes().tensors), method="grad-dot")
+    assert scores.metadata["coverage"] == 1.0
+    module.eval()
+    torch.testing.assert_close(scores.values, 0.9 / 24 * products(module), rtol=1e-4, atol=1e-6)
+
+
 class ByPlace(Classifier):
     """The second batch of an epoch counts double, or nothing."""
 
