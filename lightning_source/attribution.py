@@ -16,7 +16,8 @@ from lightning_source._lightning import Callback, LightningModule, Misconfigurat
 from lightning_source._trainer import ranks_of, scoring_device
 from lightning_source.capture.data import Examples
 from lightning_source.capture.objective import Measurement
-from lightning_source.recording.store import SharedStore, holds_run, open_to_score
+from lightning_source.recording.scoring_store import ScoringStore, SharedStore, open_to_score
+from lightning_source.recording.store import RunStore, holds_run
 from lightning_source.runs.run import Run
 from lightning_source.scorer import SourceScorer
 from lightning_source.scores import InfluenceScores
@@ -51,6 +52,7 @@ class AttributingCallback(Callback):
         self.measurement = measurement
         self.trainer: Trainer | None = None
         self._path: Path | None = None  # of the run that was recorded here
+        self._in_memory: ScoringStore | None = None  # the run, where the disk does not take what is made of it
         self._stage_data: dict[int, tuple[LightningModule, Examples | None]] = {}  # by stage
 
     def _bind(self, trainer: Trainer) -> None:
@@ -68,7 +70,13 @@ class AttributingCallback(Callback):
                 "there is no finished segment: no optimizer step was recorded. HINT: call `fit` first, for at least one"
                 " step."
             )
-        store = open_to_score(path) if ranks.world_size == 1 else SharedStore(path, ranks)
+        store: RunStore
+        if ranks.world_size > 1:
+            store = SharedStore(path, ranks)
+        elif self._in_memory is not None and self._in_memory.fails:
+            store = self._in_memory
+        else:
+            store = self._in_memory = open_to_score(path)
         count = len(store.manifest.stages)
         modules = [self._stage_data.get(index, (pl_module, None))[0] for index in range(count)]
         data = {index: examples for index, (_, examples) in self._stage_data.items()}

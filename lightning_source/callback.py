@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+import weakref
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,7 +29,7 @@ from lightning_source.capture.data import same_data, training_examples
 from lightning_source.names import has_uninitialized
 from lightning_source.recording.manifest import Settings, check_choice
 from lightning_source.recording.session import RecordingSession, SessionState
-from lightning_source.recording.store import RunStore, holds_run
+from lightning_source.recording.store import holds_run
 from lightning_source.scorer import MEASUREMENTS
 
 
@@ -134,7 +136,14 @@ class SourceCallback(AttributingCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._bind(trainer)
         if stage == "fit":
-            self._session.restored = None  # a state that `test(ckpt_path=…)` loaded says nothing about the next fit
+            # A state that `test(ckpt_path=…)` loaded says nothing about the next fit.
+            self._session.restored, self._session.offered = None, []
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        states = checkpoint.get("callbacks", {}).values()
+        own = [state for state in states if isinstance(state, dict) and {"run_id", "dirpath", "steps"} <= state.keys()]
+        self._session.offered = [cast(SessionState, state) for state in own]
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -154,13 +163,18 @@ class SourceCallback(AttributingCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_trainer(trainer, pl_module, self.optimizer)
         if self._session.active and loads_tuner_checkpoint(trainer):
-            self._session.restored = None
+            self._session.restored, self._session.offered = None, []
         self._session.prepare(pl_module, TrainerLoop(trainer, pl_module))
+        self._in_memory = None
+        if self._path is not None:
+            ranks_of(trainer).on_rank_zero(self._session.claim)
+            return
         path = run_directory(trainer, self.dirpath, holds_run)
-        if self._path is None:
-            self._path = ranks_of(trainer).on_rank_zero(lambda: self._open_run(trainer, path))
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            weakref.finalize(self, shutil.rmtree, path, ignore_errors=True)
+        self._path = ranks_of(trainer).on_rank_zero(lambda: self._open_run(trainer, path))
 
-    def _open_run(self, trainer: Trainer, path: Path) -> Path:
+    def _open_run(self, trainer: Trainer, path: Path) -> Path | None:
         for other in other_callbacks(trainer, self):
             if other.dirpath is not None and Path(other.dirpath).resolve() == path:
                 raise MisconfigurationException(f"two SourceCallbacks write to `{path}`. HINT: give each its own.")
@@ -237,26 +251,32 @@ class SourceCallback(AttributingCallback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ranks = ranks_of(trainer)
-        recorded = ranks.on_rank_zero(lambda: self._session.close("finished"))
         index = max(self._stage_data, default=0)
-        if not recorded or self.mode == "deferred" or self._stage_data[index][1] is None:
+        waits = self.mode == "deferred" or self._stage_data.get(index, (None, None))[1] is None
+        recorded = ranks.on_rank_zero(lambda: self._session.close("finished", factors=not waits))
+        if not recorded or waits:
             return
         start = time.perf_counter()
         try:
             run = self._open(trainer, pl_module)
             for segment in run.segments():
                 run.cross_layer_factors(segment, self.settings.snapshots)  # and what they are made of
+            ranks.on_rank_zero(self._session.factors_made)
         except Exception as error:  # training has succeeded, and nothing of ours may take that away
             rank_zero_warn(
                 f"SourceCallback could not fit its factors: {error} Training and its snapshots are safe in"
                 f" `{self._path}`; the factors are tried again when scores are asked for."
             )
         self._factor_seconds += time.perf_counter() - start
-        if ranks.is_global_zero and self._session.store is not None:
-            self._session.store = RunStore.open(self._session.store.path)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._trains and self._session.restored is not None:
+            # Resumed where nothing was left to train; what the checkpoint knows of the last steps is recorded all the
+            # same, since the process that trained them may have died before it could.
+            with self._session.guarded():
+                self._begin(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
         trained, self._trains = self._trains, False
         if trained:
             self._session.replace_final(pl_module)
@@ -268,4 +288,5 @@ class SourceCallback(AttributingCallback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._session.detach()
+        self._session.release()
         self._loader = None

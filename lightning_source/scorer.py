@@ -21,7 +21,7 @@ from lightning_source.estimators.registry import Estimator, Options
 from lightning_source.estimators.source import self_influence
 from lightning_source.estimators.spread import Spread
 from lightning_source.recording.manifest import Curvature, Settings
-from lightning_source.recording.store import open_to_score
+from lightning_source.recording.scoring_store import open_to_score
 from lightning_source.runs.final_model import FurtherTraining, open_final_model, set_rate
 from lightning_source.runs.run import Run
 from lightning_source.scores import SIGN, InfluenceScores

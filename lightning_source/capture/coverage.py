@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
+from lightning_source._lightning import MisconfigurationException
+from lightning_source.capture.isolation import thawed
 from lightning_source.layers import Block, blocks_of
 from lightning_source.layers.free import free_block
 from lightning_source.layers.functional import tied_block
-from lightning_source.names import clean_name, parameter_names
+from lightning_source.names import clean_name, named_parameters, parameter_names
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,34 @@ def find_blocks(
                 blocks.append(block)
     left = [(names[key], trainable[key].numel(), reason) for key, reason in reasons.items()]
     return Coverage(tuple(blocks), tuple(left), sum(p.numel() for p in trainable.values()))
+
+
+def find_trained_blocks(
+    module: nn.Module,
+    columns: Sequence[Sequence[str]],
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> Coverage:
+    """:func:`find_blocks` of parameters that were trained once, whether or not they are frozen by now.
+
+    Args:
+        module: the LightningModule.
+        columns: names of the trained parameters.
+        include: see :func:`find_blocks`.
+        exclude: see :func:`find_blocks`.
+
+    Raises:
+        MisconfigurationException: there is nothing to attribute, whatever the examples are.
+    """
+    own = named_parameters(module)
+    groups = [[own[name] for name in column] for column in columns]
+    with thawed(p for group in groups for p in group):
+        coverage = find_blocks(module, groups, include, exclude)
+    if not coverage.blocks:
+        raise MisconfigurationException(
+            f"`{type(module).__name__}` has no layer whose gradients can be attributed.\n  {coverage.summary()}"
+        )
+    return coverage
 
 
 def _only(keys: Set[int], group_of: Mapping[int, int]) -> Callable[[nn.Parameter], int | None]:

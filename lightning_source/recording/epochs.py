@@ -57,3 +57,11 @@ def moment_at(marks: Sequence[EpochMark], step: int) -> Moment | None:
         mark.global_step + done * (following[0].global_step - mark.global_step) // length,
         mark.epoch + done * (following[0].epoch - mark.epoch) // length,
     )
+
+
+def with_end(marks: Sequence[EpochMark], step: int, global_step: int) -> tuple[EpochMark, ...]:
+    """Marks and one at the end of training, where the Trainer's steps cannot be told from those that were recorded."""
+    moment = moment_at(marks, step)
+    if moment is None or moment.global_step == global_step:
+        return tuple(marks)
+    return (*marks, EpochMark(step, moment.current_epoch, global_step))

@@ -279,9 +279,8 @@ class SegmentRecord(StepInterval):
 class ResumePoint:
     """What a recording needs to go on from a checkpoint; the numbers of :class:`Recorder` at that moment."""
 
-    file: str | None  # of the sums and coefficients of the open bin
+    file: str | None  # of the sums, steps and gradient norms of the open bin
     bins: list[StepInterval]
-    open: list[StepRecord]  # the steps of the open bin
     summed: int
     bin_steps: int
     limit: int
@@ -291,6 +290,7 @@ class ResumePoint:
     trained: list[str]
     stage: Progress
     planned: list[int] = field(default_factory=list)  # steps at which bins are to end
+    open: list[StepRecord] = field(default_factory=list)  # steps of the open bin, in directories of the first version
     unfinished: bool = False  # the sums hold the parameters of a step that was not made yet
 
 

@@ -15,6 +15,7 @@ from lightning_source.recording.gradient_factors import BinLog, column_of_each, 
 from lightning_source.recording.intervals import StepInterval, merge_all, pairs_to_merge
 from lightning_source.recording.manifest import ResumePoint, StageRecord
 from lightning_source.recording.parameter_groups import phase_at
+from lightning_source.recording.resume_points import rewind, steps_of, table_of, unused_files
 from lightning_source.recording.step_log import StepLog, StepRecord
 from lightning_source.recording.store import RunStore
 
@@ -195,7 +196,7 @@ class Recorder:
         self._read_attributes()
         self._enter_bins()
         self._follow_what_moves()
-        self.store.commit(remove=self._unused())
+        self.store.commit(remove=unused_files(self.store.manifest, self.bins))
 
     def _log_open_steps(self) -> BinLog:
         norms = self._stacked_norms()
@@ -281,15 +282,15 @@ class Recorder:
         Local files only, no collective: checkpoints are also taken on one rank, and in the middle of a step.
         """
         points = self.store.manifest.resume
-        sums = {f"sum/{i}": total for i, total in enumerate(self._sums)}
         norms = self._stacked_norms()
-        tensors = sums if norms is None else sums | {"norms": norms}
+        tensors = {f"sum/{i}": total for i, total in enumerate(self._sums)}
+        tensors |= {"open": table_of(self._open)} if self._open else {}
+        tensors |= {} if norms is None else {"norms": norms}
         name = f"resume/step={self.steps:06d}.safetensors"
         points.pop(self.steps, None)  # the newest comes last
         points[self.steps] = ResumePoint(
             file=self.store.write(name, tensors) if tensors else None,
             bins=list(self.bins),
-            open=list(self._open),
             summed=self._summed,
             bin_steps=self.bin_steps,
             limit=self.limit,
@@ -303,7 +304,7 @@ class Recorder:
         )
         for old in list(points)[:-RESUME_POINTS]:
             del points[old]
-        self.store.commit(remove=self._unused())
+        self.store.commit(remove=unused_files(self.store.manifest, self.bins))
 
     def _resume(self, point: ResumePoint) -> None:
         """Drop what was recorded after the point and go on from it."""
@@ -312,8 +313,8 @@ class Recorder:
         devices = [value.device for value in self._averaged.values()]
         self._sums = [tensors[f"sum/{i}"].to(d) for i, d in enumerate(devices)] if point.summed else []
         self._summed = point.summed
-        self._unfinished = point.unfinished or point.summed > len(point.open)  # the first version took every step
-        self._open = list(point.open)
+        self._open = steps_of(point, tensors)
+        self._unfinished = point.unfinished or point.summed > len(self._open)  # the first version took every step
         self._norms = self._kept_norms(tensors, point)
         self.bins = list(point.bins)
         planned = [end - self.start + point.start for end in self.planned]
@@ -326,27 +327,19 @@ class Recorder:
         manifest.resume = {step: later for step, later in manifest.resume.items() if step <= self.steps}
         self._record.restore(point.stage)
         self._record.attributes = tuple(r for r in self._record.attributes if r.step <= self.steps)
+        ended = rewind(self.store, self.stage, self.start)  # where training had ended, and was asked for again
         self._enter_bins()
         self._without_unfinished()  # saved in the middle of a step, which begins anew
-        self.store.commit(remove=self._unused())
+        self.store.commit(remove=(*ended, *unused_files(manifest, self.bins)))
 
-    @staticmethod
-    def _kept_norms(tensors: Mapping[str, Tensor], point: ResumePoint) -> list[Tensor | None]:
+    def _kept_norms(self, tensors: Mapping[str, Tensor], point: ResumePoint) -> list[Tensor | None]:
         """Gradient norms of a point's open steps; the first version kept one coefficient for each."""
         if "norms" in tensors:
             return [*tensors["norms"]]
         if "clip/0" not in tensors:
-            return [None] * len(point.open)
+            return [None] * len(self._open)
         alike = torch.ones(len(column_of_each(point.stage.phases[-1].columns)))
         return [torch.stack([alike, alike * tensors[f"clip/{i}"].cpu()]) for i in range(len(point.open))]
-
-    def _unused(self) -> tuple[str, ...]:
-        """Bin and resume files that neither the present bins nor a resume point refer to."""
-        points = self.store.manifest.resume.values()
-        used = {b.file for b in self.bins} | {b.file for point in points for b in point.bins}
-        used |= {point.file for point in points if point.file}
-        used |= {end_name(bins[-1].last) for bins in (self.bins, *(point.bins for point in points)) if bins}
-        return tuple(n for n in self.store.manifest.files if n.startswith(("bins/", "resume/")) and n not in used)
 
     def _add_bin(
         self,

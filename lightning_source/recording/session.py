@@ -7,43 +7,40 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal
 
-from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from lightning_source._files import DirectoryError
 from lightning_source._lightning import LightningModule, MisconfigurationException, rank_zero_info, rank_zero_warn
 from lightning_source._provenance import versions
 from lightning_source.capture.batch_sizes import BatchSizes
-from lightning_source.capture.coverage import find_blocks
+from lightning_source.capture.coverage import find_trained_blocks
 from lightning_source.capture.data import Examples
-from lightning_source.capture.inert_optimizers import kind_of, numbers_of
-from lightning_source.capture.isolation import thawed
 from lightning_source.capture.objective import Objective
-from lightning_source.capture.trainer_view import TrainerFacts
-from lightning_source.names import named_modules, named_parameters
+from lightning_source.names import named_modules
+from lightning_source.recording.claim import ClaimedError
 from lightning_source.recording.drawn import write_drawn
-from lightning_source.recording.epochs import EpochMark, moment_at, with_mark
-from lightning_source.recording.manifest import ManualRecord, ResumePoint, Seen, Settings, StageRecord
+from lightning_source.recording.epochs import EpochMark, with_end, with_mark
+from lightning_source.recording.manifest import ResumePoint, Seen, Settings, StageRecord
 from lightning_source.recording.optimizer_hooks import OptimizerObserver, TrainingLoop
 from lightning_source.recording.recorder import Recorder
-from lightning_source.recording.snapshots import assemble, changed_between_stages, reopen, replace_final
+from lightning_source.recording.resume_points import unused_files
+from lightning_source.recording.resuming import (
+    SessionState,
+    give_up_points,
+    new_run,
+    new_stage,
+    resume_point,
+    run_to_go_on_with,
+)
+from lightning_source.recording.snapshots import assemble, replace_final
 from lightning_source.recording.store import RunStore, holds_run
 
 # Bins kept while training, per snapshot: enough to cut a run of any length into nearly equal snapshots.
 BINS_PER_SNAPSHOT = 2  # at most, while training lasts; where its length is unknown they merge
-
-
-class SessionState(TypedDict):
-    """What a checkpoint keeps of a session, in primitives; it stands for a resume point in the run directory."""
-
-    schema: int
-    run_id: str
-    dirpath: str
-    stage: int
-    steps: int
 
 
 class RecordingSession:
@@ -92,9 +89,11 @@ class RecordingSession:
         self.optimizer = optimizer
         self.seconds = 0.0  # spent on recording
         self.restored: SessionState | None = None  # what a checkpoint said of its recording
+        self.offered: list[SessionState] = []  # what it said of all recordings, whatever their directories' names were
         self.store: RunStore | None = None
         self._bins = BINS_PER_SNAPSHOT * settings.segment_count * settings.snapshots_per_segment
         self._recorder: Recorder | None = None
+        self._begun = False
         self._observer: OptimizerObserver | None = None
         self._seen = Seen(0, 0)
         self._first_batch = True
@@ -124,14 +123,9 @@ class RecordingSession:
     def _stop(self, error: Exception) -> None:
         """End the recording in the middle of training, with one word on what happened and what is left."""
         self.detach()
+        self.release()
         self._recorder = None
-        path = None if self.store is None else self.store.path
-        disk = isinstance(error, (OSError, SafetensorError))
-        reason = f"since it cannot write to `{path}`: {error}" if disk else f"{type(error).__name__}: {error}"
-        rank_zero_warn(
-            f"SourceCallback stops recording, {reason} Training goes on as it would without it. Scores can be had for"
-            f" the steps that are on disk in `{path}`."
-        )
+        rank_zero_warn(_why_stopped(error, None if self.store is None else self.store.path))
 
     # ---------------------------------------------------------------- a stage begins
 
@@ -146,23 +140,39 @@ class RecordingSession:
         self._module, self._loop = module, loop
         self._observer = OptimizerObserver(loop, module, self.optimizer, self.guarded)
 
-    def open(self, path: str | Path, overwrite: bool = False, anywhere: bool = False) -> Path:
+    def open(self, path: str | Path, overwrite: bool = False, anywhere: bool = False) -> Path | None:
         """The directory of a new run, or that of the run which the checkpoint belongs to; gives back its path.
+
+        ``None`` if it cannot be read or written, which a warning has said: training goes on without a record.
 
         Args:
             path: the directory of a new run. An existing run is refused now; nothing is written until training starts.
             overwrite: replace the run that ``path`` holds.
             anywhere: a run to go on with is looked for where the checkpoint says, not in ``path``.
+
+        Raises:
+            MisconfigurationException: ``path`` holds another run, or another process writes to it.
         """
-        if self.restored is not None:
-            earlier = Path(self.restored["dirpath"] if anywhere else path)
-            if holds_run(earlier):
-                store = RunStore.open(earlier)
-                if store.manifest.run_id == self.restored["run_id"]:
-                    self.store = store
-                    return earlier
-        self.store = RunStore.create(path, overwrite)
+        try:
+            found = run_to_go_on_with(Path(path), anywhere, self.restored, self.offered)
+            self.store, self.restored = found or (new_run(Path(path), overwrite), self.restored)
+        except ClaimedError:
+            raise
+        except DirectoryError as error:
+            self._stop(error)
+            return None
         return self.store.path
+
+    def claim(self) -> None:
+        """Become the directory's writer again, for a further stage."""
+        if self.store is not None:
+            with self.guarded():
+                self.store.claim.take()
+
+    def release(self) -> None:
+        """Let others write to the directory."""
+        if self.store is not None:
+            self.store.claim.release()
 
     def begin(
         self, examples: Examples | None, name: str | None = None, loader: DataLoader[object] | None = None
@@ -179,28 +189,35 @@ class RecordingSession:
         Raises:
             MisconfigurationException: the run has a stage of this name already, or nothing can be attributed.
         """
+        if self.store is None:
+            return None
         try:
             return self._begin(examples, name, loader)
+        except DirectoryError as error:
+            self._stop(error)
         except MisconfigurationException:
+            self.release()
             raise
         except Exception as error:
             self._stop(error)
-            return None
+        return None
 
     def _begin(self, examples: Examples | None, name: str | None, loader: DataLoader[object] | None) -> int:
         assert self.store is not None
         assert self._observer is not None
-        if self._recorder is not None and holds_run(self.store.path):
-            self.store = RunStore.open(self.store.path)  # scorers may have added to it
+        if self._begun and holds_run(self.store.path):
+            self._reload()  # scorers may have added to it
+        self._begun = True
         manifest = self.store.manifest
         point = self._resume_point()
         if point is None:
-            self._assemble()  # if the stage before was interrupted
-            while manifest.stages and self._stage.final is None:  # a fit that failed before its first step
-                del manifest.stages[-1]
+            give_up_points(self.store, self.settings)
             manifest.versions, manifest.settings = versions(), self.settings
             manifest.flags.history_incomplete |= bool(self._loop.steps and not manifest.stages)
-            manifest.stages.append(self._new_stage(examples, name))
+            maximize = any(rule.maximize for rule in self._observer.rules)
+            manifest.stages.append(
+                new_stage(self.store, self._module, self._loop, self.optimizer, examples, name, maximize)
+            )
             if examples is not None and examples.keys is not None:
                 self._stage.drawn = write_drawn(self.store, len(manifest.stages) - 1, examples)
         index = len(manifest.stages) - 1
@@ -224,59 +241,33 @@ class RecordingSession:
         self._begin_phase()
         return index
 
+    def _reload(self) -> None:
+        """Read the run anew."""
+        assert self.store is not None
+        claim = self.store.claim
+        self.store = RunStore.open(self.store.path)
+        self.store.claim = claim
+
     def load_from(self, loader: DataLoader[object] | None) -> None:
         """Batches come from this loader now, which may be another in each epoch."""
         self._sizes = BatchSizes(loader)
-
-    def _new_stage(self, examples: Examples | None, name: str | None) -> StageRecord:
-        assert self.store is not None
-        assert self._observer is not None
-        stages, optimizers = self.store.manifest.stages, self._loop.optimizers
-        name = name or (f"fit-{len(stages)}" if stages else "fit")
-        if name in {stage.name for stage in stages}:
-            raise MisconfigurationException(f'the run has a stage "{name}" already. HINT: name the next one otherwise.')
-        manual = ManualRecord(
-            optimizers=len(optimizers),
-            schedulers=self._loop.schedulers,
-            attributed=self.optimizer,
-            groups=[numbers_of(optimizer) for optimizer in optimizers],
-            kinds=[kind_of(optimizer) for optimizer in optimizers],
-        )
-        return StageRecord.begin(
-            name,
-            self._module,
-            examples,
-            maximize=any(rule.maximize for rule in self._observer.rules),
-            manual=manual,
-            reset=changed_between_stages(self.store, self._module) if stages else [],
-            trainer=None if self._loop.facts is None else TrainerFacts(**self._loop.facts),
-        )
 
     def _resume_point(self) -> ResumePoint | None:
         """Where the recording goes on after a checkpoint was loaded; says so if there is no such point."""
         if not self._loop.steps or (self._recorder is not None and self.restored is None):
             return None
         assert self.store is not None
-        manifest = self.store.manifest
-        if self.restored is not None and manifest.run_id == self.restored["run_id"]:
-            point = manifest.resume.get(self.restored["steps"])
-            if point is None and self._is_the_end(self.restored):
-                return reopen(self.store, self._bins, self.settings.boundaries)
-            if point is not None:
-                manifest.flags.resumed_mid_epoch |= self._loop.within_epoch
-                return point
-        rank_zero_warn(
-            f"Training resumes at step {self._loop.steps}, of which `{self.store.path}` keeps no record to go on"
-            " from: scores attribute the steps from here on, as a stage of their own."
-        )
-        return None
-
-    def _is_the_end(self, state: SessionState) -> bool:
-        """Whether a checkpoint's recording is the whole of a finished run."""
-        assert self.store is not None
-        manifest = self.store.manifest
-        finished = not manifest.bins and self._stage.final is not None
-        return finished and (state["stage"], state["steps"]) == (len(manifest.stages) - 1, manifest.steps)
+        point = None
+        if self.restored is not None:
+            point = resume_point(self.store, self.restored, self._bins, self.settings.boundaries)
+        if point is None:
+            rank_zero_warn(
+                f"Training resumes at step {self._loop.steps}, of which `{self.store.path}` keeps no record to go on"
+                " from: scores attribute the steps from here on, as a stage of their own."
+            )
+        elif point.steps != self.store.manifest.steps or self.store.manifest.status != "finished":
+            self.store.manifest.flags.resumed_mid_epoch |= self._loop.within_epoch
+        return point
 
     def _begin_phase(self) -> None:
         """Record the optimizer's steps from now on, under the groups that it has now."""
@@ -296,20 +287,8 @@ class RecordingSession:
         self._find_blocks()
 
     def _find_blocks(self) -> None:
-        """What can be attributed by the kinds of layers alone; real examples tell the rest when training has ended.
-
-        Raises:
-            MisconfigurationException: there is nothing, whatever the examples are.
-        """
-        own = named_parameters(self._module)
-        groups = [[own[name] for name in column] for column in self._stage.phases[-1].columns]
-        with thawed(p for group in groups for p in group):  # those that are frozen again by now, too
-            coverage = find_blocks(self._module, groups, self.include, self.exclude)
-        if not coverage.blocks:
-            name = type(self._module).__name__
-            raise MisconfigurationException(
-                f"`{name}` has no layer whose gradients can be attributed.\n  {coverage.summary()}"
-            )
+        """What can be attributed by the kinds of layers alone; real examples tell the rest when training has ended."""
+        coverage = find_trained_blocks(self._module, self._stage.phases[-1].columns, self.include, self.exclude)
         rank_zero_info(f"SourceCallback: {coverage.summary()}")
         self._stage.coverage, self._stage.objective = coverage, None
 
@@ -342,14 +321,6 @@ class RecordingSession:
         stage, loop = self._stage, self._loop
         if stage.trainer is not None and (not stage.epochs or stage.epochs[-1].epoch != loop.epoch):
             stage.epochs = with_mark(stage.epochs, EpochMark(self._recorder.steps, loop.epoch, loop.steps))
-
-    def _mark_end(self) -> None:
-        """The same at the end of training, where the Trainer's steps cannot be told from those that were recorded."""
-        assert self._recorder is not None
-        steps, epochs = self._recorder.steps, self._stage.epochs
-        moment = moment_at(epochs, steps)
-        if moment is not None and moment.global_step != self._loop.steps:
-            self._stage.epochs = (*epochs, EpochMark(steps, moment.current_epoch, self._loop.steps))
 
     def on_zero_grad(self) -> None:
         """Gradients were zeroed: a window of micro-batches begins."""
@@ -411,14 +382,17 @@ class RecordingSession:
             with suppress(Exception):
                 self._observer.detach()
 
-    def close(self, status: Literal["finished", "interrupted"]) -> bool:
+    def close(self, status: Literal["finished", "interrupted"], factors: bool = False) -> bool:
         """End the recording; gives back whether there is anything to score.
 
         Args:
             status: ``"finished"``, or ``"interrupted"``: such a run may be resumed, which needs its bins.
+            factors: whether factors are made now. Until :meth:`factors_made` says that they are on disk, and that the
+                claim to the directory may go, the run can be resumed from its checkpoints as if it had been killed.
         """
         self.detach()
         if self._recorder is None or self.store is None:
+            self.release()
             return False
         manifest = self.store.manifest
         with self.guarded():
@@ -428,20 +402,44 @@ class RecordingSession:
             if status == "finished" and (size := self._sizes.settled()) is not None:
                 self._stage.examples_per_batch = size
             self.load_from(None)
-            self._mark_end()
+            self._stage.epochs = with_end(self._stage.epochs, self._recorder.steps, self._loop.steps)
             self._recorder.finish()
             if self._recorder.steps > self._recorder.start:
                 self.store.commit()
             if status == "finished":
-                self._assemble()
+                self._assemble(keep_points=factors)
+        if not factors:
+            self.release()
         return self._recorder is not None and bool(manifest.segments)
 
-    def _assemble(self) -> None:
+    def factors_made(self) -> None:
+        """Whatever comes now, nobody has to train again for these snapshots: the points of checkpoints go."""
         assert self.store is not None
-        assemble(self.store, self.settings.segments, self.settings.snapshots_per_segment)
+        with self.guarded():
+            self._reload()
+            if self.store.manifest.resume:
+                self.store.manifest.resume = {}
+                self.store.commit(remove=unused_files(self.store.manifest, self.store.manifest.bins))
+        self.release()
+
+    def _assemble(self, keep_points: bool = False) -> None:
+        assert self.store is not None
+        assemble(self.store, self.settings.segments, self.settings.snapshots_per_segment, keep_points)
 
     def replace_final(self, module: nn.Module) -> None:
         """Queries are asked of the model that the user ends up with, which may be an average of the trained weights."""
         if self._recorder is not None and self.store is not None and self.store.manifest.segments:
             with self.guarded():
                 replace_final(self.store, module)
+
+
+def _why_stopped(error: Exception, path: Path | None) -> str:
+    """One word to the user on what ended the recording and what is left of it."""
+    if isinstance(error, DirectoryError):
+        return f"SourceCallback stops recording. {error} Training goes on as it would without it."
+    disk = isinstance(error, OSError)
+    reason = f"since it cannot write to `{path}`: {error}" if disk else f"{type(error).__name__}: {error}"
+    return (
+        f"SourceCallback stops recording, {reason} Training goes on as it would without it. Scores can be had for the"
+        f" steps that are on disk in `{path}`."
+    )

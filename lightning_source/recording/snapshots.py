@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +13,6 @@ from lightning_source.recording.bins import (
     AVERAGED,
     FINAL,
     STEPS,
-    bin_name,
     end_name,
     in_stage,
     inverse,
@@ -25,18 +23,28 @@ from lightning_source.recording.bins import (
 )
 from lightning_source.recording.gradient_factors import BinLog, FinerColumns
 from lightning_source.recording.intervals import StepInterval, cut, cut_evenly, merge_all, normalized_weights
-from lightning_source.recording.manifest import ResumePoint, SegmentRecord
+from lightning_source.recording.manifest import SegmentRecord
 from lightning_source.recording.parameter_groups import Phase, phase_at
+from lightning_source.recording.resume_points import unused_files
 from lightning_source.recording.step_log import StepLog
 from lightning_source.recording.store import RunStore
 
 
-def assemble(store: RunStore, segments: int | Sequence[int], snapshots_per_segment: int) -> None:
+def assemble(
+    store: RunStore, segments: int | Sequence[int], snapshots_per_segment: int, keep_points: bool = False
+) -> None:
     """Turn the last stage's bins into snapshots and segments on disk. Works on a finished run and on a killed one.
 
     A snapshot holds ``mean/…``, the running mean of the parameters over its steps, and ``scale/…``, the inverse of the
     optimizer's diagonal preconditioner averaged over its bins; in a run of points also ``point/…``, the parameters at
     the bin end nearest to its middle.
+
+    Args:
+        store: the run.
+        segments: how many, or the steps at which inner ones begin.
+        snapshots_per_segment: how many snapshots each has.
+        keep_points: whether the points of checkpoints stay, and with them the bins that they need, so that the run can
+            still be resumed from any of them.
     """
     manifest = store.manifest
     bins = manifest.bins
@@ -62,8 +70,8 @@ def assemble(store: RunStore, segments: int | Sequence[int], snapshots_per_segme
     record.final = store.write(in_stage(bins[0].stage, FINAL), _end_of(store, last))
     record.phases, record.coverage = phases, coverage
     manifest.snapshots, manifest.segments = snapshots, [*manifest.segments, *cuts]
-    manifest.bins, manifest.resume = [], {}
-    store.commit(remove=tuple(n for n in manifest.files if n.startswith(("bins/", "resume/"))))
+    manifest.bins, manifest.resume = [], manifest.resume if keep_points else {}
+    store.commit(remove=unused_files(manifest, []))
 
 
 @torch.no_grad()
@@ -84,74 +92,6 @@ def replace_final(store: RunStore, module: nn.Module) -> None:
 def _in_final_columns(log: StepLog, phases: Sequence[Phase], interval: StepInterval) -> StepLog:
     """A bin's steps with one column for each that there is in the end."""
     return log.with_columns(phase_at(phases, interval.first).parents(phases[-1].columns))
-
-
-def reopen(store: RunStore, limit: int, boundaries: Sequence[int]) -> ResumePoint:
-    """Take the last stage's snapshots for bins again, so that a finished run can go on; gives the point at its end.
-
-    Bins are then as long as the snapshots were, and a point snapshot made of several has its parameters from the middle
-    of one of them.
-
-    Args:
-        store: the run.
-        limit: the most bins kept.
-        boundaries: steps of the stage at which a segment begins.
-    """
-    manifest, record = store.manifest, store.manifest.stages[-1]
-    stage = len(manifest.stages) - 1
-    assert record.final is not None
-    assert record.log is not None
-    own = [s for s in manifest.snapshots if s.stage == stage]
-    start, final, log = own[0].first, store.read(record.final), StepLog(store.read(record.log)["steps"])
-    bins = []
-    for snapshot in own:
-        file = store.read(snapshot.file)
-        tensors = {name: value for name, value in file.items() if not name.startswith("point/")}
-        end = under("point", file) if manifest.settings.snapshots == "point" else {}
-        if snapshot is own[-1]:
-            store.write(end_name(snapshot.last), final)
-            end = final if end else {}
-        phase = phase_at(record.phases, snapshot.first)
-        parents = phase.parents(record.phases[-1].columns)
-        rows = log.between(snapshot.first - start, snapshot.last - start)
-        steps = rows.with_columns([parents.index(column) for column in range(len(phase.columns))])
-        name = bin_name(snapshot)
-        store.write(name, tensors | prefixed("end", end) | {"steps": steps.table})
-        bins.append(snapshot.at(name))
-    manifest.snapshots = [s for s in manifest.snapshots if s.stage != stage]
-    manifest.segments = [s for s in manifest.segments if s.stage != stage]
-    manifest.bins, manifest.couplings = bins, {}
-    gone = [name for name in manifest.files if _belongs_to_end(name, len(manifest.segments), start)]
-    point = ResumePoint(
-        file=None,
-        bins=list(bins),
-        open=[],
-        summed=0,
-        bin_steps=max(s.steps for s in own),
-        limit=limit,
-        start=start,
-        steps=own[-1].last,
-        boundaries=sorted({*(start + b for b in boundaries), *(phase.first for phase in record.phases)}),
-        trained=[name for name in final if name in record.module.parameters],
-        stage=record.progress(),
-    )
-    manifest.resume = {point.steps: point}
-    ended, record.log, record.final = (record.final, record.log), None, None
-    store.commit(remove=(*ended, *gone))
-    return point
-
-
-def _belongs_to_end(name: str, segments: int, start: int) -> bool:
-    """Whether a file was made of the snapshots after a step, or of the segments from a number on."""
-    folder, _, rest = name.partition("/")
-    if folder == "snapshots":
-        return int(rest[5:11]) > start
-    if folder != "segments":
-        return False
-    stem = rest.split(".")[0]
-    if stem.isdigit():
-        return int(stem) >= segments
-    return stem.startswith("final") or max(map(int, re.findall(r"\d+", stem))) > start
 
 
 @torch.no_grad()

@@ -1,12 +1,12 @@
 """The run directory: safetensors files and one JSON manifest, written so that a kill at any moment leaves a valid run.
 
 A file is written under a temporary name, flushed to disk and moved into place; the manifest, which alone says what
-belongs to the run, comes last. Reading checks the schema and each file's sha256.
+belongs to the run, comes last. Reading checks the schema and each file's sha256. One process writes at a time
+(:mod:`claim`), and whoever writes makes sure that the manifest on disk is still the run's own.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import shutil
@@ -20,13 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_source._files import inside, sha256_of, write_tensors, write_text
+from lightning_source._files import SCRATCH, DirectoryError, inside, sha256_of, write_tensors, write_text
 from lightning_source._lightning import MisconfigurationException
-from lightning_source.distributed import Ranks
+from lightning_source.recording.claim import Claim
 from lightning_source.recording.manifest import (
     MANIFEST,
     Manifest,
-    PartialOf,
     Record,
     files_named_by,
     manifest_text,
@@ -35,9 +34,14 @@ from lightning_source.recording.manifest import (
 from lightning_source.recording.typed_json import FieldError
 from lightning_source.recording.validation import validate
 
-PARTIAL = "partial"
 # What recordings, runs and sweeps of further training call their files.
 OWN_NAMES = re.compile(r"(stage=\d+/)?([a-z]+|(bins|blocks|resume|snapshots|segments)/[\w=+-]+|[\w=-]+)\.safetensors")
+# Files that whoever asks a run adds to it: they follow from the rest, so that several may make them.
+DERIVED = re.compile(r"(segments|snapshots)/.*")
+# Those whose names nobody else would choose.
+_BY_NUMBER = re.compile(
+    r"(bins/(steps|end)|resume/step|snapshots/step)=\d[\w-]*\.safetensors|segments/[\d+\w-]*\d\.safetensors"
+)
 R = TypeVar("R", bound=Record)
 
 
@@ -48,6 +52,7 @@ class TensorStore(Generic[R]):
         record: the class of the manifest.
         path: the directory.
         manifest: what the directory says of itself; :meth:`commit` writes it.
+        claim: the right to write to the directory; whoever writes for long takes it.
     """
 
     record: type[R]
@@ -55,7 +60,9 @@ class TensorStore(Generic[R]):
     def __init__(self, path: Path, manifest: R) -> None:
         self.path = path
         self.manifest = manifest
+        self.claim = Claim(path)
         self._replaces = False
+        self._seen: tuple[int, ...] | None = None  # the manifest on disk as it was read or written last
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], overwrite: bool = False) -> Self:
@@ -66,7 +73,8 @@ class TensorStore(Generic[R]):
             overwrite: instead of refusing, delete the run that is there when the first file is written.
 
         Raises:
-            MisconfigurationException: the directory holds a run, or cannot be written.
+            MisconfigurationException: the directory holds a run, or is a file.
+            DirectoryError: it cannot be made.
         """
         path = Path(path)
         if holds_run(path) and not overwrite:
@@ -76,8 +84,10 @@ class TensorStore(Generic[R]):
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except (FileExistsError, NotADirectoryError) as error:
             raise MisconfigurationException(f"`{path}` cannot be a run directory: {error}.") from None
+        except OSError as error:
+            raise DirectoryError(f"`{path}` cannot be a run directory: {error}.") from None
         store = cls(path, cls.record())
         store._replaces = True
         return store
@@ -91,20 +101,27 @@ class TensorStore(Generic[R]):
         """
         path = Path(path)
         if not holds_run(path):
-            raise MisconfigurationException(
+            raise DirectoryError(
                 f"`{path}` holds no run: `{MANIFEST}` is missing. HINT: pass the `dirpath` of the SourceCallback that"
                 " trained it."
             )
-        manifest = read_manifest(cls.record, path / MANIFEST)
-        for name in manifest.files:
-            inside(path, name)
+        seen = _signature(path)
+        store = cls(path, cls._read(path))
+        store._seen = seen
+        return store
+
+    @classmethod
+    def _read(cls, path: Path) -> R:
         try:
+            manifest = read_manifest(cls.record, path / MANIFEST)
+            for name in manifest.files:
+                inside(path, name)
             cls.check(manifest)
         except FieldError as error:
-            raise MisconfigurationException(
-                f"`{path / MANIFEST}`: {error}. The file is damaged or was changed."
-            ) from None
-        return cls(path, manifest)
+            raise DirectoryError(f"`{path / MANIFEST}`: {error}. The file is damaged or was changed.") from None
+        except OSError as error:
+            raise DirectoryError(f"`{path / MANIFEST}` cannot be read: {error}.") from None
+        return manifest
 
     @classmethod
     def check(cls, manifest: R) -> None:
@@ -114,40 +131,68 @@ class TensorStore(Generic[R]):
             FieldError: names the field.
         """
 
-    def _clear(self) -> None:
-        """Before a new run's first write, what it replaces goes."""
-        if self._replaces and holds_run(self.path):
-            _delete_run(self.path)
-        self._replaces = False
+    def _prepare(self) -> None:
+        """Before a write: what a new run replaces goes, and what is on disk must be this one."""
+        if self._replaces:
+            if holds_run(self.path):
+                delete_run(self.path)
+            self._replaces = False
+        elif self._seen is not None and (now := _signature(self.path)) != self._seen:
+            if now is None:
+                raise DirectoryError(f"`{self.path}` was removed while it was written to.")
+            self._follow(self._read(self.path))
+            self._seen = now
+
+    def _follow(self, on_disk: R) -> None:
+        """Somebody else wrote the manifest: take over what was added to this run.
+
+        Raises:
+            DirectoryError: another run is there now.
+        """
+        if on_disk.run_id != self.manifest.run_id:
+            raise DirectoryError(f"`{self.path}` holds another run by now, which is left as it is.")
+        for name, digest in on_disk.files.items():
+            if DERIVED.fullmatch(name):
+                self.manifest.files.setdefault(name, digest)
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> str:
-        """Write tensors under a name relative to the directory and enter them in the manifest; gives back the name."""
-        self._clear()
+        """Write tensors under a name relative to the directory and enter them in the manifest; gives back the name.
+
+        Raises:
+            DirectoryError: the directory was removed or holds another run by now.
+            OSError: the disk is full or cannot be written.
+        """
+        self._prepare()
         target = inside(self.path, name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.manifest.files[name] = write_tensors(target, tensors)
+        self.manifest.files[name] = write_tensors(target, tensors, scratch=self.path / SCRATCH)
         return name
 
     def read(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Tensors of a file of this run.
 
         Raises:
-            MisconfigurationException: the file is missing or not what the manifest says.
+            DirectoryError: the file is missing or not what the manifest says.
         """
         path = inside(self.path, name)
         if name not in self.manifest.files or not path.exists():
-            raise MisconfigurationException(f"`{path}` is missing from the run.")
-        if sha256_of(path) != self.manifest.files[name]:
-            raise MisconfigurationException(
-                f"`{path}` does not match the sha256 in `{MANIFEST}`: it is damaged or from another run."
-            )
+            raise DirectoryError(f"`{path}` is missing from the run.")
         try:
+            if sha256_of(path) != self.manifest.files[name]:
+                raise DirectoryError(
+                    f"`{path}` does not match the sha256 in `{MANIFEST}`: it is damaged or from another run."
+                )
             return load_file(path, device=str(device))
+        except DirectoryError:
+            raise
+        except OSError as error:
+            raise DirectoryError(f"`{path}` cannot be read: {error}.") from error
         except Exception as error:  # safetensors has no one class for what can be wrong with a file
-            raise MisconfigurationException(f"`{path}` is no safetensors file: {error}.") from error
+            raise DirectoryError(f"`{path}` is no safetensors file: {error}.") from error
 
     def link(self, name: str, new: str) -> str:
         """Enter a file of the run under another name, too, without a copy where the disk can; gives back the name."""
+        self._prepare()
         target = inside(self.path, new)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
@@ -162,13 +207,28 @@ class TensorStore(Generic[R]):
         return self.path / name
 
     def commit(self, remove: tuple[str, ...] = ()) -> None:
-        """Write the manifest; then delete the files in ``remove``, which it no longer names."""
-        self._clear()
+        """Write the manifest; then delete the files in ``remove``, which it no longer names.
+
+        Raises:
+            DirectoryError: the directory was removed or holds another run by now.
+            OSError: the disk is full or cannot be written.
+        """
+        self._prepare()
         for name in remove:
             self.manifest.files.pop(name, None)
-        write_text(self.path / MANIFEST, manifest_text(self.manifest))
+        write_text(self.path / MANIFEST, manifest_text(self.manifest), self.path / SCRATCH)
+        self._seen = _signature(self.path)
         for name in remove:
             _delete(self.path, name)
+
+    def sweep(self) -> None:
+        """Delete files that a killed recording wrote and no manifest came to name; for the holder of the claim."""
+        for folder, _, files in os.walk(self.path):
+            for file in files:
+                name = (Path(folder) / file).relative_to(self.path).as_posix()
+                if name not in self.manifest.files and _BY_NUMBER.fullmatch(name):
+                    with suppress(OSError, DirectoryError):
+                        _delete(self.path, name)
 
 
 class RunStore(TensorStore[Manifest]):
@@ -181,96 +241,9 @@ class RunStore(TensorStore[Manifest]):
         """See :meth:`TensorStore.check`."""
         validate(manifest)
 
-
-class PartialStore(RunStore):
-    """A run that has not ended, as a scorer may complete it: what is made of it goes into a folder of its own.
-
-    Whoever records the run, or resumes it one day, finds it as it was.
-
-    Args:
-        base: the run.
-    """
-
-    def __init__(self, base: RunStore) -> None:
-        manifest = copy.deepcopy(base.manifest)
-        manifest.partial_of = PartialOf(run_id=manifest.run_id, bins=list(manifest.bins))
-        super().__init__(base.path / PARTIAL, manifest)
-        self.base = base.path
-        if holds_run(self.path):
-            earlier = read_manifest(Manifest, self.path / MANIFEST)
-            if earlier.partial_of == manifest.partial_of:
-                self.manifest = earlier
-            else:
-                _delete_run(self.path)
-        self.path.mkdir(exist_ok=True)
-
-    def read(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """See :meth:`RunStore.read`."""
-        if (self.path / name).exists():
-            return super().read(name, device)
-        return RunStore(self.base, self.manifest).read(name, device)
-
-    def _place_of(self, name: str) -> Path:
-        own = self.path / name
-        return own if own.exists() else self.base / name
-
-
-def open_to_score(path: str | os.PathLike[str]) -> RunStore:
-    """An existing run, finished or not; see :meth:`RunStore.open`."""
-    store = RunStore.open(path)
-    return PartialStore(store) if store.manifest.bins else store
-
-
-class SharedStore(RunStore):
-    """A run that several ranks work on together: rank 0 reads and writes, and all see the same. Calls are collective.
-
-    Args:
-        path: the directory as rank 0 sees it.
-        ranks: who works together.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], ranks: Ranks) -> None:
-        self._own: RunStore | None = None
-
-        def open_it() -> tuple[Path, Manifest]:
-            self._own = open_to_score(path)
-            return self._own.path, self._own.manifest
-
-        super().__init__(*ranks.on_rank_zero(open_it))
-        self.ranks = ranks
-
-    @property
-    def own(self) -> RunStore:
-        """Rank 0's store, under the manifest that all share."""
-        assert self._own is not None
-        self._own.manifest = self.manifest
-        return self._own
-
-    def write(self, name: str, tensors: Mapping[str, Tensor]) -> str:
-        """See :meth:`RunStore.write`."""
-
-        def write() -> str:
-            self.own.write(name, tensors)
-            return self.manifest.files[name]
-
-        self.manifest.files[name] = self.ranks.on_rank_zero(write)
-        return name
-
-    def read(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """See :meth:`RunStore.read`."""
-        tensors = self.ranks.on_rank_zero(lambda: self.own.read(name))
-        return {key: value.to(device) for key, value in tensors.items()}
-
-    def link(self, name: str, new: str) -> str:
-        """See :meth:`RunStore.link`."""
-        self.manifest.files[new] = self.manifest.files[name]
-        return self.ranks.on_rank_zero(lambda: self.own.link(name, new))
-
-    def commit(self, remove: tuple[str, ...] = ()) -> None:
-        """See :meth:`RunStore.commit`."""
-        for name in remove:
-            self.manifest.files.pop(name, None)
-        self.ranks.on_rank_zero(lambda: self.own.commit(remove))
+    def _follow(self, on_disk: Manifest) -> None:
+        super()._follow(on_disk)
+        self.manifest.couplings = on_disk.couplings | self.manifest.couplings
 
 
 def holds_run(path: Path) -> bool:
@@ -278,12 +251,21 @@ def holds_run(path: Path) -> bool:
     return (path / MANIFEST).exists()
 
 
-def _delete_run(path: Path) -> None:
+def _signature(path: Path) -> tuple[int, ...] | None:
+    """Tells a manifest on disk from one that replaced it; ``None`` if there is none."""
+    try:
+        stat = (path / MANIFEST).stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def delete_run(path: Path) -> None:
     """Delete a run's own files, and nothing else that lies in the directory."""
     names = files_named_by(path / MANIFEST)
     (path / MANIFEST).unlink()
     for name in names:
-        with suppress(MisconfigurationException):  # a name that no recording gives stays where it is
+        with suppress(DirectoryError):  # a name that no recording gives stays where it is
             _delete(path, name)
 
 

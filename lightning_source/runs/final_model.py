@@ -30,8 +30,8 @@ from lightning_source.optimizers import Rule, StepRule, has_own_step, known_clas
 from lightning_source.recording.manifest import Flags, Settings, StageRecord
 from lightning_source.recording.parameter_groups import Phase
 from lightning_source.recording.recorder import Recorder
+from lightning_source.recording.scoring_store import ScoringStore
 from lightning_source.recording.snapshots import assemble
-from lightning_source.recording.store import RunStore
 from lightning_source.runs.run import Run
 
 STAGE = "further training"
@@ -95,7 +95,7 @@ def open_final_model(
     coverage = _covered(model, examples, groups, further)
 
     temporary = None if dirpath is not None else tempfile.TemporaryDirectory(prefix="source-final-model-")
-    store = RunStore.create(temporary.name if temporary else str(dirpath), overwrite)
+    store = ScoringStore.create(temporary.name if temporary else str(dirpath), overwrite)
     stage = StageRecord.begin(STAGE, model, examples, maximize=any(step.maximize for step in steps))
     stage.examples_per_batch, stage.coverage = per_batch, coverage
     stage.phases = (Phase.after(None, 0, kind, named, decoupled),)

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_source._files import SCRATCH
 from lightning_source.recording.manifest import MANIFEST, SEAL, Settings, StageRecord
 from lightning_source.recording.parameter_groups import Phase
 from lightning_source.recording.recorder import Recorder
@@ -139,7 +140,8 @@ def test_overwriting_deletes_the_runs_files_and_no_others(tmp_path, torn):
 def test_commit_deletes_what_it_no_longer_names(tmp_path):
     store = written(tmp_path, x=TENSORS["tied"], y=TENSORS["scalars"])
     store.commit(remove=("x.safetensors",))
-    assert sorted(os.listdir(tmp_path)) == [MANIFEST, "y.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != SCRATCH) == [MANIFEST, "y.safetensors"]
+    assert not list((tmp_path / SCRATCH).iterdir())
     assert list(RunStore.open(tmp_path).manifest.files) == ["y.safetensors"]
 
 
