@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_source._files import write_tensors
+from lightning_source._files import DirectoryError
 from lightning_source._lightning import MisconfigurationException
+from lightning_source._sealed import read_sealed, write_sealed
 from lightning_source._student import student_quantile
 from lightning_source.report import write_report
 
@@ -150,9 +149,13 @@ class InfluenceScores:
         return self.metadata.get("measurement") not in HIGHER_IS_BETTER
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to one safetensors file, metadata included."""
+        """Write to one safetensors file, metadata and a digest of all of it included.
+
+        Raises:
+            OSError: it cannot be written; an earlier file of that name is there still.
+        """
         tensors = {name: getattr(self, name) for name in _SHAPES if getattr(self, name) is not None}
-        write_tensors(path, tensors, {_METADATA: json.dumps(self.metadata)})
+        write_sealed(path, tensors, _METADATA, self.metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InfluenceScores:
@@ -163,19 +166,16 @@ class InfluenceScores:
             MisconfigurationException: the file is damaged or holds something else; the message says what is wrong.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                text = (file.metadata() or {}).get(_METADATA)
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-            metadata = json.loads(text or "null")
+            tensors, metadata = read_sealed(path, _METADATA)
             if isinstance(metadata, dict) and metadata.get("method") == "trak" and "weights" in metadata:
                 # Where earlier versions kept them.
                 tensors["kernel_weights"] = torch.tensor(metadata.pop("weights"), dtype=torch.float64)
-        except (FileNotFoundError, PermissionError):
-            raise
-        except (SafetensorError, OSError, TypeError, ValueError) as error:
-            raise _refused(path, f"it is damaged or no file of tensors ({error})") from error
+        except DirectoryError as error:
+            raise _refused(path, str(error)) from error
+        except (TypeError, ValueError) as error:
+            raise _refused(path, f"it is damaged ({error})") from error
         if not isinstance(metadata, dict):
-            raise _refused(path, f"its metadata has no `{_METADATA}`")
+            raise _refused(path, f"its `{_METADATA}` is no object")
         complaint = _complaint(tensors)
         if complaint is None and "stderr" in tensors and not _is_error_bar(metadata.get("error_bar")):
             complaint = "its metadata does not say what `stderr` is taken over"
@@ -267,6 +267,8 @@ def _complaint(tensors: Mapping[str, Tensor]) -> str | None:
             return f"`{name}` has the shape {list(shape)}, which is not [{', '.join(letters)}] of the others"
         if not (dtype == torch.int64 if name.endswith("_ids") else dtype.is_floating_point):
             return f"`{name}` is of {dtype}"
+        if not tensors[name].isfinite().all():
+            return f"`{name}` is not finite"
     return None
 
 

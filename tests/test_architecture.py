@@ -22,6 +22,7 @@ ORDER = (
     "_lightning",
     "_trainer",
     "_files",
+    "_sealed",
     "_provenance",
     "random_streams",
     "_student",

@@ -31,7 +31,7 @@ FILES = {
     "a folder": (lambda path: path.mkdir(), "damaged"),
     "other tensors": (lambda path: save_file({"weight": torch.ones(2)}, path), "has no `influence_scores`"),
     "metadata that is no JSON": (lambda path: written(path, tensors(), "{"), "damaged"),
-    "metadata that is a list": (lambda path: written(path, tensors(), "[1]"), "has no `influence_scores`"),
+    "metadata that is a list": (lambda path: written(path, tensors(), "[1]"), "its `influence_scores` is no object"),
     "no tensors": (lambda path: written(path, {}), "its tensors are none"),
     "no values": (lambda path: written(path, tensors(values=None)), "its tensors are `query_ids`, `train_ids`"),
     "a wrong key": (lambda path: written(path, tensors(value=torch.ones(1))), "`value`, `values`"),

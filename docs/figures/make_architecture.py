@@ -20,8 +20,8 @@ FLOORS = [
     ("layers/", "one kind of layer in each file"),
     ("curvature/", "mathematics: torch alone"),
     (
-        "optimizers · scores · report · _student · random_streams · _files · _provenance · _lightning · _trainer"
-        " · distributed · names",
+        "optimizers · scores · report · _student · random_streams · _files · _sealed · _provenance · _lightning"
+        " · _trainer · distributed · names",
         "",
     ),
 ]

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
-from lightning_source._files import write_tensors, write_text
+from lightning_source._files import SCRATCH, DirectoryError, require_regular, write_text
 from lightning_source._lightning import MisconfigurationException
+from lightning_source._sealed import read_sealed, write_sealed
 from lightning_source.evaluation._same_sweep import require_same_sweep
 
 SCHEMA = 1
@@ -43,7 +43,7 @@ class RetrainingDirectory:
         """The sweep that the directory holds, or a new one in an empty directory.
 
         Args:
-            dirpath: made if absent.
+            dirpath: the directory, which exists.
             masks: ``[M, N]``, bool: its subsets.
             settings: what else tells it from others, as JSON.
 
@@ -55,17 +55,19 @@ class RetrainingDirectory:
         asked = {"schema": SCHEMA, "subsets": f"{tuple(masks.shape)}, sha256 {digest}", **settings}
         asked = json.loads(json.dumps(asked))  # as it comes back from the file
         manifest = path / MANIFEST
-        if manifest.exists():
-            recorded = json.loads(manifest.read_text())
-            require_same_sweep(path, {k: value for k, value in recorded.items() if k != "sweep"}, asked)
-            return cls(path, recorded["sweep"])
-        if path.exists() and any(path.glob("*.safetensors")):
-            raise MisconfigurationException(
-                f"`{path}` holds safetensors files but no `{MANIFEST}`: it is not a sweep's directory."
-            )
-        path.mkdir(parents=True, exist_ok=True)
-        directory = cls(path, uuid.uuid4().hex)
-        write_text(manifest, json.dumps({"sweep": directory.id} | asked, indent=1) + "\n")
+        try:
+            if manifest.exists():
+                recorded = _read(manifest)
+                require_same_sweep(path, {k: value for k, value in recorded.items() if k != "sweep"}, asked)
+                return cls(path, str(recorded["sweep"]))
+            if path.exists() and any(path.glob("*.safetensors")):
+                raise MisconfigurationException(
+                    f"`{path}` holds safetensors files but no `{MANIFEST}`: it is not a sweep's directory."
+                )
+            directory = cls(path, uuid.uuid4().hex)
+            write_text(manifest, json.dumps({"sweep": directory.id} | asked, indent=1) + "\n", path / SCRATCH)
+        except OSError as error:
+            raise MisconfigurationException(f"`{path}` cannot hold the sweep: {error}") from error
         return directory
 
     def holds(self, subset: int, seed: int) -> bool:
@@ -81,15 +83,14 @@ class RetrainingDirectory:
             measurements: ``[Q]``.
 
         Raises:
-            MisconfigurationException: the directory does not exist where the run was.
+            OSError: the directory cannot be written, or does not exist where the run was.
         """
-        target = self._file(subset, seed)
         if not self.path.exists():
-            raise MisconfigurationException(
+            raise FileNotFoundError(
                 f"`{self.path}` does not exist where a run finished. HINT: on a cluster `dirpath` must be on a file"
                 " system that all workers share."
             )
-        write_tensors(target, {"measurements": measurements}, {"sweep": self.id})
+        write_sealed(self._file(subset, seed), {"measurements": measurements}, "sweep", self.id, self.path / SCRATCH)
 
     def load(self, subset: int, seed: int) -> Tensor:
         """A finished run's measurements, ``[Q]``.
@@ -99,10 +100,10 @@ class RetrainingDirectory:
         """
         path = self._file(subset, seed)
         try:
-            with safe_open(path, framework="pt") as file:
-                owner = (file.metadata() or {}).get("sweep")
-                values: Tensor = file.get_tensor("measurements")
-        except Exception as error:  # safetensors has no one class for what can be wrong with a file
+            tensors, owner = read_sealed(path, "sweep")
+            if tensors.keys() != {"measurements"} or tensors["measurements"].dim() != 1:
+                raise DirectoryError("it does not hold one value for each query")
+        except (OSError, DirectoryError) as error:
             raise MisconfigurationException(
                 f"`{path}` is not a finished run: {error}. HINT: delete it to have the run repeated."
             ) from error
@@ -110,7 +111,23 @@ class RetrainingDirectory:
             raise MisconfigurationException(
                 f"`{path}` belongs to another sweep. HINT: delete it to have the run repeated."
             )
-        return values
+        return tensors["measurements"]
 
     def _file(self, subset: int, seed: int) -> Path:
         return self.path / f"subset={subset:05d}-seed={seed}.safetensors"
+
+
+def _read(manifest: Path) -> dict[str, object]:
+    """What a sweep's manifest says.
+
+    Raises:
+        MisconfigurationException: it is damaged.
+    """
+    require_regular(manifest)
+    try:
+        recorded: object = json.loads(manifest.read_text())
+    except (ValueError, RecursionError) as error:
+        raise MisconfigurationException(f"`{manifest}` is not valid JSON: {error}.") from None
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("sweep"), str):
+        raise MisconfigurationException(f"`{manifest}` does not say which sweep it is of: it is damaged.")
+    return recorded

@@ -8,7 +8,6 @@ needs no history: any model or checkpoint will do.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +15,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_source._files import write_tensors
+from lightning_source._files import DirectoryError
 from lightning_source._lightning import LightningDataModule, LightningModule, MisconfigurationException, rank_zero_info
 from lightning_source._provenance import name_of, versions
+from lightning_source._sealed import read_sealed, write_sealed
 from lightning_source.capture.data import Examples, examples_of, query_of
 from lightning_source.capture.isolation import isolated_rng
 from lightning_source.capture.objective import Measurement
@@ -125,26 +124,55 @@ class FurtherTraining:
         return CosineCurve(chosen, mean, error)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to one safetensors file, metadata included."""
+        """Write to one safetensors file, metadata and a digest of all of it included.
+
+        Raises:
+            OSError: it cannot be written; an earlier file of that name is there still.
+        """
         tensors = {name: getattr(self, name) for name in _TENSORS}
         record = {"leave_out": self.leave_out, "seeds": self.seeds, "metadata": self.metadata}
-        write_tensors(path, tensors, {"further_training": json.dumps(record)})
+        write_sealed(path, tensors, _RECORD, record)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FurtherTraining:
         """The inverse of :meth:`save`.
 
         Raises:
-            MisconfigurationException: the file holds something else.
+            FileNotFoundError: there is no such file.
+            MisconfigurationException: the file is damaged or holds something else; the message says what is wrong.
         """
-        with safe_open(path, framework="pt") as file:
-            record = (file.metadata() or {}).get("further_training")
-            if record is None:
-                raise MisconfigurationException(f"`{path}` holds no further training.")
-            return cls(*(file.get_tensor(name) for name in _TENSORS), **json.loads(record))
+        try:
+            tensors, record = read_sealed(path, _RECORD)
+            _require_result(tensors, record)
+        except DirectoryError as error:
+            raise MisconfigurationException(
+                f"`{path}` holds no further training: {error}. HINT: `FurtherTraining.save` writes it."
+            ) from error
+        fields: dict[str, Any] = {**tensors, **record}
+        return cls(**fields)
 
 
+_RECORD = "further_training"
 _TENSORS = ("left_out", "full", "start", "distances", "full_distances")
+
+
+def _require_result(tensors: Mapping[str, Tensor], record: object) -> None:
+    """Tensors and record must be those of :meth:`FurtherTraining.save`, with one length for each axis."""
+    if not isinstance(record, dict) or record.keys() != {"leave_out", "seeds", "metadata"}:
+        raise DirectoryError(f"its `{_RECORD}` is not what it should be")
+    if tensors.keys() != set(_TENSORS):
+        raise DirectoryError(f"its tensors are {', '.join(f'`{name}`' for name in sorted(tensors)) or 'none'}")
+    epochs, queries, points, seeds = [*tensors["left_out"].shape, -1, -1, -1, -1][:4]
+    expected = {
+        "left_out": [epochs, queries, len(record["leave_out"]), len(record["seeds"])],
+        "full": [epochs, queries, seeds],
+        "start": [queries],
+        "distances": [epochs, points, seeds],
+        "full_distances": [epochs, seeds],
+    }
+    for name, shape in expected.items():
+        if list(tensors[name].shape) != shape or not tensors[name].is_floating_point():
+            raise DirectoryError(f"`{name}` is {tensors[name].dtype} {list(tensors[name].shape)}, not {shape}")
 
 
 def further_training(
@@ -244,17 +272,17 @@ def further_training(
                 ) from None
             rank_zero_info(f"further_training makes its runs one after the other: {error}.")
     described = _describe(recipe, points)
-    directory = FurtherTrainingDirectory(dirpath, described)
     pairs: list[Pair] = [(point, seed) for seed in chosen for point in (None, *points)]
-    todo = [pair for pair in pairs if pair not in directory.runs]
     size = 1 if runs is plain else at_once
-    for first in range(0, len(todo), size):
-        block = todo[first : first + size]
-        trace = runs.run(block)
-        _require_finite(trace, block)
-        directory.add(block, trace)
-        if progress is not None:
-            progress(len(pairs) - len(todo) + first + len(block), len(pairs))
+    with FurtherTrainingDirectory(dirpath, described) as directory:
+        todo = [pair for pair in pairs if pair not in directory.runs]
+        for first in range(0, len(todo), size):
+            block = todo[first : first + size]
+            trace = runs.run(block)
+            _require_finite(trace, block)
+            directory.add(block, trace)
+            if progress is not None:
+                progress(len(pairs) - len(todo) + first + len(block), len(pairs))
     return _result(directory.runs, points, chosen, plain.start, described)
 
 

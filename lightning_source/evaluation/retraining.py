@@ -1,18 +1,24 @@
 """Ground truth by retraining: subsets by seeds, in parallel, each finished run on disk at once."""
 
+from __future__ import annotations
+
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lightning_source._files import DirectoryError
 from lightning_source._lightning import (
     FABRICS,
     NAMESPACE,
@@ -25,6 +31,7 @@ from lightning_source._lightning import (
 )
 from lightning_source.evaluation._inputs import kept_masks
 from lightning_source.evaluation._retraining_directory import RetrainingDirectory
+from lightning_source.recording.claim import Claim
 
 Build = Callable[[list[int], int], tuple[LightningModule, Any, Trainer]]
 Measure = Callable[[LightningModule], Tensor]
@@ -83,14 +90,25 @@ def retrain(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"`seeds` must be different integers, at least one; got {seeds}.")
     settings = {"build": _name(build), "measure": _name(measure), "recipe": dict(recipe or {})}
-    directory = RetrainingDirectory.open(dirpath, masks, settings)
-    runs = [(row, seed) for seed in seeds for row in range(len(masks))]
-    missing = [run for run in runs if not directory.holds(*run)]
-    runner = _Runner(build, measure, directory, threads)
-    with tqdm(total=len(runs), initial=len(runs) - len(missing), unit="run", disable=not progress) as bar:
-        for _ in _spread(runner, masks, missing, n_jobs):
-            bar.update()
-    return _gather(directory, seeds, len(masks))
+    path = Path(dirpath).absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MisconfigurationException(f"`{path}` cannot hold the sweep: {error}") from error
+    with Claim(path):
+        directory = RetrainingDirectory.open(path, masks, settings)
+        runs = [(row, seed) for seed in seeds for row in range(len(masks))]
+        missing = [run for run in runs if not directory.holds(*run)]
+        runner = _Runner(build, measure, directory, threads, os.getpid())
+        unsaved: dict[tuple[int, int], Tensor] = {}
+        with tqdm(total=len(runs), initial=len(runs) - len(missing), unit="run", disable=not progress) as bar:
+            for outcome in _spread(runner, masks, missing, n_jobs):
+                bar.update()
+                if outcome is not None:
+                    if not unsaved:
+                        rank_zero_warn(f"{outcome.problem} Its measurements are in the result and not on disk.")
+                    unsaved[outcome.row, outcome.seed] = outcome.values
+        return _gather(directory, unsaved, seeds, len(masks))
 
 
 def random_subsets(count: int, examples: int, *, fraction: float = 0.5, seed: int = 0) -> Tensor:
@@ -111,6 +129,15 @@ def random_subsets(count: int, examples: int, *, fraction: float = 0.5, seed: in
     return ranks < size
 
 
+class _Unsaved(NamedTuple):
+    """A finished run that is not on disk."""
+
+    row: int
+    seed: int
+    values: Tensor
+    problem: str
+
+
 @dataclass(frozen=True)
 class _Runner:
     """Makes single runs; it travels to the workers with each of them."""
@@ -119,8 +146,12 @@ class _Runner:
     measure: Measure
     directory: RetrainingDirectory
     threads: int
+    owner: int  # the process that asked for them
 
-    def run(self, kept: list[int], row: int, seed: int) -> None:
+    def run(self, kept: list[int], row: int, seed: int) -> _Unsaved | None:
+        """Make one; gives back its measurements where the disk does not take them."""
+        if os.getppid() == self.owner:
+            _end_with(self.owner)
         with _ONE_RUN_PER_PROCESS, _seeded(seed, self.threads), _quiet():
             module, data, trainer = self.build(kept, seed)
             trainer.fit(module, data)
@@ -132,10 +163,28 @@ class _Runner:
                 f"`measure` gave a tensor of shape {tuple(values.shape)} for subset {row}; expected one value for each"
                 " query, [queries]."
             )
-        self.directory.save(row, seed, values)
+        try:
+            self.directory.save(row, seed, values)
+        except (OSError, DirectoryError) as error:
+            return _Unsaved(row, seed, values, str(error))
+        return None
 
 
-def _spread(runner: _Runner, masks: Tensor, runs: Sequence[tuple[int, int]], n_jobs: int | None) -> Iterator[None]:
+@cache
+def _end_with(parent: int) -> None:
+    """A worker whose parent was killed would wait minutes for further work, and finish its present run for nobody."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _spread(
+    runner: _Runner, masks: Tensor, runs: Sequence[tuple[int, int]], n_jobs: int | None
+) -> Iterator[_Unsaved | None]:
     """Do the runs; an item for each that is finished, as it is where the backend can tell."""
     try:
         from joblib import Parallel, delayed
@@ -184,8 +233,13 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _gather(directory: RetrainingDirectory, seeds: Sequence[int], rows: int) -> Tensor:
-    runs = [[directory.load(row, seed) for row in range(rows)] for seed in seeds]
+def _gather(
+    directory: RetrainingDirectory, unsaved: Mapping[tuple[int, int], Tensor], seeds: Sequence[int], rows: int
+) -> Tensor:
+    runs = [
+        [unsaved[row, seed] if (row, seed) in unsaved else directory.load(row, seed) for row in range(rows)]
+        for seed in seeds
+    ]
     lengths = {len(values) for row in runs for values in row}
     if len(lengths) > 1:
         raise MisconfigurationException(

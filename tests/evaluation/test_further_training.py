@@ -355,7 +355,7 @@ def test_a_killed_sweep_resumes_and_refuses_another(tmp_path):
         module.net[0].bias += 1
     with pytest.raises(MisconfigurationException, match="its parameters is"):
         further_training(module, train, query, seeds=2, dirpath=tmp_path / "s", **options)
-    assert {p.suffix for p in (tmp_path / "s").rglob("*") if p.is_file()} == {".json", ".safetensors"}
+    assert {p.suffix or p.name for p in (tmp_path / "s").rglob("*") if p.is_file()} == {".json", ".safetensors", "lock"}
 
 
 # ---------------------------------------------------------------- the result
