@@ -38,7 +38,7 @@ def write_sealed(
         OSError: it cannot be written; the earlier file is there still.
     """
     text = json.dumps(record)
-    write_tensors(path, tensors, {key: text, SEAL: _digest(tensors, text)}, scratch)
+    write_tensors(path, tensors, {key: text, SEAL: digest_of(tensors, text)}, scratch)
 
 
 def read_sealed(path: str | os.PathLike[str], key: str) -> tuple[dict[str, Tensor], Any]:
@@ -61,13 +61,13 @@ def read_sealed(path: str | os.PathLike[str], key: str) -> tuple[dict[str, Tenso
         raise DirectoryError(f"it is damaged or no file of tensors ({error})") from error
     if record is None:
         raise DirectoryError(f"its metadata has no `{key}`")
-    if SEAL in said and said[SEAL] != _digest(tensors, str(text)):
+    if SEAL in said and said[SEAL] != digest_of(tensors, str(text)):
         raise DirectoryError(f"it does not match its `{SEAL}`, so it was damaged or changed")
     return tensors, record
 
 
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    """The sha256 of the record and of each tensor's name, type, shape and bytes."""
+def digest_of(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """The sha256 of a text and of each tensor's name, type, shape and bytes."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -7,12 +7,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from typing_extensions import Self
 
-from lightning_source._lightning import Callback, LightningModule, MisconfigurationException, Trainer, in_all_namespaces
+from lightning_source._lightning import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    in_all_namespaces,
+    rank_zero_warn,
+)
 from lightning_source._trainer import ranks_of, scoring_device
 from lightning_source.capture.data import Examples
 from lightning_source.capture.objective import Measurement
@@ -21,6 +28,8 @@ from lightning_source.recording.store import RunStore, holds_run
 from lightning_source.runs.run import Run
 from lightning_source.scorer import SourceScorer
 from lightning_source.scores import InfluenceScores
+
+Weights = Literal["record", "module"]
 
 
 class AttributingCallback(Callback):
@@ -91,15 +100,20 @@ class AttributingCallback(Callback):
         measurement: str | Measurement | None = None,
         method: str = "source",
         stage: int | str | None = None,
+        weights: Weights | None = None,
         **options: Any,
     ) -> InfluenceScores:
         """See :func:`lightning_source.attribute`."""
-        with self.scorer(trainer, measurement, stage) as scorer:
+        with self.scorer(trainer, measurement, stage, weights) as scorer:
             return scorer.score(query, train, method=method, **options)
 
     @contextmanager
     def scorer(
-        self, trainer: Trainer, measurement: str | Measurement | None = None, stage: int | str | None = None
+        self,
+        trainer: Trainer,
+        measurement: str | Measurement | None = None,
+        stage: int | str | None = None,
+        weights: Weights | None = None,
     ) -> Iterator[SourceScorer]:
         """A scorer of this run, on the device that training ran on while the ``with`` lasts.
 
@@ -107,12 +121,25 @@ class AttributingCallback(Callback):
             trainer: the Trainer that ``fit``.
             measurement: what a query is measured by; the callback's own by default.
             stage: the stage whose examples are asked about, by index or name; the last by default.
+            weights: see :func:`lightning_source.attribute`.
         """
+        if weights not in (None, "record", "module"):
+            raise MisconfigurationException(f'`weights="{weights}"` is not known. HINT: "record" or "module".')
         module = trainer.lightning_module
         if module is None:
             raise MisconfigurationException("there is nothing to attribute before `fit`.")
         with torch.inference_mode(False):  # else what is read and moved here could not be differentiated
             run = self._open(trainer, module, stage)
+            if weights == "module":
+                run.ask_at(module)
+            elif weights is None and (differing := run.differing(module)):
+                names = ", ".join(f"`{name}`" for name in differing[:3]) + (" …" if len(differing) > 3 else "")
+                rank_zero_warn(
+                    f"{len(differing)} of {len(list(module.parameters()))} parameters of `{type(module).__name__}`"
+                    f" ({names}) are not what the record of its training ends with, at step {run.snapshots[-1].last}:"
+                    ' scores are those of the recorded model. HINT: `weights="module"` asks about the model as it is'
+                    ' now, a checkpoint that was put back say; `weights="record"` says that this is meant.'
+                )
             home = module.device
             module.to(scoring_device(trainer))
             try:
@@ -141,6 +168,7 @@ def attribute(
     measurement: str | Measurement | None = None,
     method: str = "source",
     stage: int | str | None = None,
+    weights: Weights | None = None,
     **options: Any,
 ) -> InfluenceScores:
     """Which training examples made the model do this? Also bound as ``trainer.attribute``.
@@ -157,6 +185,9 @@ def attribute(
             ``"influence-lissa"``, ``"astra"``, ``"datainf"``, ``"trak"``, ``"tracin"``, ``"grad-dot"``, ``"grad-cos"``
             or ``"repsim"``.
         stage: the stage (``fit``) whose examples are asked about, by index or name; the last by default.
+        weights: at which weights queries are asked: ``"record"``, those that training ended with, or ``"module"``, the
+            module's present ones, of the best checkpoint put back say. By default the first, with a warning where the
+            two differ.
         **options: further arguments of :meth:`SourceScorer.score`, such as ``per_segment=True`` or ``damping=``.
 
     Returns:
@@ -171,5 +202,5 @@ def attribute(
             "the Trainer has no SourceCallback. HINT: `Trainer(callbacks=[SourceCallback()])`."
         )
     return callbacks[0].attribute(
-        trainer, query, train=train, measurement=measurement, method=method, stage=stage, **options
+        trainer, query, train=train, measurement=measurement, method=method, stage=stage, weights=weights, **options
     )

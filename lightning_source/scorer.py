@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_source._lightning import LightningDataModule, LightningModule, MisconfigurationException
+from lightning_source._lightning import LightningDataModule, LightningModule, MisconfigurationException, rank_zero_warn
 from lightning_source._provenance import name_of, versions
 from lightning_source.capture.data import Examples, GivenBatches, examples_of, query_of
 from lightning_source.capture.objective import Measurement
@@ -24,6 +24,7 @@ from lightning_source.recording.manifest import Curvature, Settings
 from lightning_source.recording.scoring_store import open_to_score
 from lightning_source.runs.final_model import FurtherTraining, open_final_model, set_rate
 from lightning_source.runs.run import Run
+from lightning_source.runs.stage import index_of
 from lightning_source.scores import SIGN, InfluenceScores
 
 MEASUREMENTS = ("loss", "margin", "log-prob")
@@ -59,6 +60,7 @@ class SourceScorer:
         datamodule: LightningDataModule | None = None,
         stage: int | str | None = None,
         stage_models: Sequence[LightningModule] | None = None,
+        stage_data: Mapping[int | str, object] | None = None,
         memory: float = 4e9,
     ) -> SourceScorer:
         """Open a run in any process, on any day; scores are bit-equal to those of the training process.
@@ -70,14 +72,25 @@ class SourceScorer:
             datamodule: the LightningDataModule, if it transforms batches on their way to the device.
             stage: the stage (``fit``) whose examples are asked about, by index or name; the last by default.
             stage_models: the LightningModule of each stage, where stages had models of different shapes.
+            stage_data: training datasets, or loaders over them, of stages by index or name; for an earlier stage, those
+                of the later ones are needed where these have no factors yet.
             memory: bytes that query vectors may take.
 
         Raises:
             MisconfigurationException: no run, a damaged file, no finished segment, or a model that does not match.
         """
-        return cls(
-            Run(open_to_score(dirpath), stage_models or [model], hooks=datamodule, stage=stage), measurement, memory
-        )
+        store = open_to_score(dirpath)
+        stages = store.manifest.stages
+        data: dict[int, Examples | None] = {}
+        for key, train in (stage_data or {}).items():
+            index = index_of(key, [record.name for record in stages])
+            data[index] = examples_of(train, stages[index].batch_size)
+        run = Run(store, stage_models or [model], data, hooks=datamodule, stage=stage)
+        if store.manifest.status != "finished":
+            rank_zero_warn(
+                f"`{dirpath}` has not ended: it is scored as the training of its first {store.manifest.steps} steps."
+            )
+        return cls(run, measurement, memory)
 
     @classmethod
     def from_model(

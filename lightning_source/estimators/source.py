@@ -64,7 +64,7 @@ def source(
     if adaptive not in ("hybrid", "symmetric"):
         raise MisconfigurationException(f'`adaptive="{adaptive}"` is not known. HINT: "hybrid" or "symmetric".')
     many = _removes_many(run, removal)
-    trajectory = _along_trajectory(query_at, many)
+    trajectory = _along_trajectory(run, query_at, many)
     parts = run.segments(segments)
     chain = [*parts, *run.later_segments()]
     coupled = many if cross_layer is None else cross_layer
@@ -93,7 +93,7 @@ def fast_source(
         adaptive: see :func:`source`.
     """
     run = query.run
-    trajectory = _along_trajectory(query_at, _removes_many(run, removal))
+    trajectory = _along_trajectory(run, query_at, _removes_many(run, removal))
     parts = run.segments(segments)
     chain = [*parts, *run.later_segments()]
     factors = [run.mean_factors(segment) for segment in chain]
@@ -108,10 +108,14 @@ def _removes_many(run: Run, removal: Removal | None) -> bool:
     return not run.store.manifest.flags.final_model_only if removal is None else removal == "many"
 
 
-def _along_trajectory(query_at: QueryAt | None, many: bool) -> bool:
+def _along_trajectory(run: Run, query_at: QueryAt | None, many: bool) -> bool:
     if query_at not in (None, "trajectory", "final"):
         raise MisconfigurationException(f'`query_at="{query_at}"` is not known. HINT: "trajectory" or "final".')
-    return many if query_at is None else query_at == "trajectory"
+    if query_at == "trajectory" and run.asked_at is not None:
+        raise MisconfigurationException(
+            '`query_at="trajectory"` asks at the snapshots of the run, and `weights="module"` at the model as it is.'
+        )
+    return many and run.asked_at is None if query_at is None else query_at == "trajectory"
 
 
 def _mean_gradients(

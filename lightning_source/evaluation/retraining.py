@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import threading
 import time
@@ -150,7 +151,7 @@ class _Runner:
 
     def run(self, kept: list[int], row: int, seed: int) -> _Unsaved | None:
         """Make one; gives back its measurements where the disk does not take them."""
-        if os.getppid() == self.owner:
+        if multiprocessing.current_process().name.startswith("LokyProcess"):  # a worker on the owner's machine
             _end_with(self.owner)
         with _ONE_RUN_PER_PROCESS, _seeded(seed, self.threads), _quiet():
             module, data, trainer = self.build(kept, seed)

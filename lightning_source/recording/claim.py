@@ -38,13 +38,13 @@ class Claim:
         self.path = path
         self._key: tuple[int, Path] | None = None
 
-    def take(self, patience: float = PATIENCE) -> None:
+    def take(self, patience: float | None = None) -> None:
         """Become the directory's writer, and delete the temporary files that an earlier one left.
 
         On a disk without locks this does nothing.
 
         Args:
-            patience: seconds to wait for another process.
+            patience: seconds to wait for another process, by default :data:`PATIENCE`.
 
         Raises:
             ClaimedError: another process is the writer.
@@ -54,7 +54,7 @@ class Claim:
         key = (os.getpid(), self.path.resolve())
         lock, count = _held.get(key, (None, 0))
         if lock is None:
-            lock = self._locked(patience)
+            lock = self._locked(PATIENCE if patience is None else patience)
         if lock is not None:
             _held[key] = (lock, count + 1)
             self._key = key

@@ -9,13 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_source._lightning import (
-    LightningDataModule,
-    LightningModule,
-    MisconfigurationException,
-    rank_zero_info,
-    rank_zero_warn,
-)
+from lightning_source._lightning import LightningDataModule, LightningModule, MisconfigurationException
+from lightning_source._sealed import digest_of
 from lightning_source.capture.coverage import Coverage
 from lightning_source.capture.data import Examples, GivenBatches, to_module
 from lightning_source.capture.modes import Mode
@@ -25,6 +20,7 @@ from lightning_source.curvature.ekfac import BlockFactors, CovarianceSums, Facto
 from lightning_source.curvature.unroll import SegmentCurvature
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.layers import Block
+from lightning_source.names import named_parameters, named_tensors
 from lightning_source.passes.factors import WeightedState, dealt_ids, factor_ids, fit_factors, squared_traces
 from lightning_source.passes.preparation import Preparation
 from lightning_source.passes.states import State, StateAt, moment_of
@@ -39,7 +35,7 @@ from lightning_source.recording.snapshots import (
     snapshot_parameters,
 )
 from lightning_source.recording.store import RunStore
-from lightning_source.runs.stage import Segment, Stage
+from lightning_source.runs.stage import Segment, Stage, index_of, report_preparation
 
 # Examples whose pairs are enough to tell one number.
 COUPLING_EXAMPLES = 1024
@@ -80,6 +76,7 @@ class Run:
                 f"`{store.path}` holds no finished segment: no optimizer step was recorded. HINT: train for at least"
                 " one step."
             )
+        self.asked_at: State | None = None  # in place of the parameters that training ended with; see :meth:`ask_at`
         self.stages: list[Stage] = []
         for index, record in enumerate(r for r in store.manifest.stages if r.final is not None):
             module = modules[min(index, len(modules) - 1)]
@@ -87,7 +84,7 @@ class Run:
             self.stages.append(Stage(index, record, self.settings.seed, module, examples, hooks, ranks, drawn))
             last = max((s.last for s in self.snapshots if s.stage == index), default=0)
             self.stages[-1].workspace.end = record.moment_at(last)
-        self.stage = self.stages[_index_of(stage, [s.name for s in self.stages])]
+        self.stage = self.stages[index_of(stage, [s.name for s in self.stages])]
 
     @property
     def coverage(self) -> Coverage:
@@ -264,8 +261,27 @@ class Run:
     # ---------------------------------------------------------------- parameters and factors
 
     def final(self) -> State:
-        """The parameters that training ended with."""
-        return final_parameters(self.store, self.stages[-1].index)
+        """The parameters that training ended with, or those that queries are to be asked at instead."""
+        return final_parameters(self.store, self.stages[-1].index) if self.asked_at is None else self.asked_at
+
+    def ask_at(self, module: LightningModule) -> None:
+        """Ask queries at a model's present weights, and not at those of the end of training.
+
+        Raises:
+            MisconfigurationException: the model is not the last stage's.
+        """
+        self.stages[-1].record.module.check(module)
+        present = {name: value.detach().cpu().clone() for name, value in named_tensors(module).items()}
+        self.asked_at = {**final_parameters(self.store, self.stages[-1].index), **present}
+
+    def differing(self, module: LightningModule) -> list[str]:
+        """Names of the parameters of a model that are not what training ended with."""
+        recorded, own = final_parameters(self.store, self.stages[-1].index), named_parameters(module)
+        return [
+            name
+            for name, value in own.items()
+            if name in recorded and not torch.equal(value.detach().cpu().to(recorded[name].dtype), recorded[name])
+        ]
 
     def final_of_stage(self) -> State:
         """The same for the asked stage's model: what later stages did not take over keeps its last value there."""
@@ -312,7 +328,7 @@ class Run:
             stage.workspace.mode = replace(stage.workspace.mode, kind=stage.record.mode)
             stage.enter(preparation)
             self.store.commit()
-            _report(stage, before)
+            report_preparation(stage, before)
 
     def snapshot_factors(self, segment: Segment, which: str = "mean") -> Factors:
         """A segment's factors, averaged over its snapshots; computed and kept on disk the first time."""
@@ -360,6 +376,8 @@ class Run:
     def final_factors(self) -> Factors:
         """Factors of the asked stage's objective and examples at the final parameters (influence functions)."""
         name = f"segments/final-of-{self.stage.index}-at-{len(self.stages) - 1}.safetensors"
+        if self.asked_at is not None:
+            name = name.replace(".safetensors", f"-{digest_of(self.asked_at)[:16]}.safetensors")
         return self._factors(self.stage, name, [self.final_of_stage], [1.0], [None])
 
     def _factors(
@@ -406,36 +424,6 @@ class Run:
             )
             for block in stage.coverage.blocks
         }
-
-
-def _report(stage: Stage, before: Coverage) -> None:
-    """Say what preparation found that differs from what was taken for granted, or costs more."""
-    spec, name = stage.workspace.spec, type(stage.workspace.module).__name__
-    assert spec is not None
-    if stage.coverage.left_out != before.left_out:
-        rank_zero_info(f"SourceCallback: {stage.coverage.summary()}")
-    if spec.one_at_a_time is not None:
-        rank_zero_warn(
-            f"A batch's rows are not its examples in `{name}` ({spec.one_at_a_time}): examples are run one at a time,"
-            " which is right for any code and slower, about a batch's forward and backward for each example."
-        )
-    if spec.origin == "whole":
-        rank_zero_warn(
-            f"No loss in `{name}.training_step` was recognised: the empirical Fisher stands in for the true one,"
-            " margins are unknown, and the loss is taken to be additive over examples. HINT: use torch's losses, or"
-            " define `attribution_distribution(batch)` on the module."
-        )
-
-
-def _index_of(stage: int | str | None, names: Sequence[str]) -> int:
-    if stage is None:
-        return len(names) - 1
-    if isinstance(stage, int) and -len(names) <= stage < len(names):
-        return stage % len(names)
-    if isinstance(stage, str) and names.count(stage) == 1:
-        return names.index(stage)
-    known = ", ".join(f'{i} "{name}"' for i, name in enumerate(names))
-    raise MisconfigurationException(f"`stage={stage!r}` is not one stage of this run. HINT: its stages are {known}.")
 
 
 def _covariance_tensors(sums: dict[str, CovarianceSums]) -> dict[str, Tensor]:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_source._lightning import LightningDataModule, LightningModule, MisconfigurationException
+from lightning_source._lightning import (
+    LightningDataModule,
+    LightningModule,
+    MisconfigurationException,
+    rank_zero_info,
+    rank_zero_warn,
+)
+from lightning_source.capture.coverage import Coverage
 from lightning_source.capture.data import Examples
 from lightning_source.capture.modes import PassMode
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
@@ -111,7 +119,8 @@ class Stage:
         if self.examples is None:
             raise MisconfigurationException(
                 f'the training examples of stage "{self.name}" are needed and not at hand. HINT: pass `train=` the'
-                " run's training dataset."
+                " run's training dataset; those of another stage than the one that is asked about,"
+                f' `SourceScorer.from_run(…, stage_data={{"{self.name}": its training dataset}})`.'
             )
         spec = self.workspace.spec
         return self.examples if spec is None or spec.one_at_a_time is None else self.examples.one_at_a_time()
@@ -133,3 +142,38 @@ class Stage:
         phase = phase_at(self.phases, step)
         parent = phase.parents(self.phases[-1].columns)[column]
         return parent is not None and phase.decoupled[parent]
+
+
+def report_preparation(stage: Stage, before: Coverage) -> None:
+    """Say what preparation found that differs from what was taken for granted, or costs more."""
+    spec, name = stage.workspace.spec, type(stage.workspace.module).__name__
+    assert spec is not None
+    if stage.coverage.left_out != before.left_out:
+        rank_zero_info(f"SourceCallback: {stage.coverage.summary()}")
+    if spec.one_at_a_time is not None:
+        rank_zero_warn(
+            f"A batch's rows are not its examples in `{name}` ({spec.one_at_a_time}): examples are run one at a time,"
+            " which is right for any code and slower, about a batch's forward and backward for each example."
+        )
+    if spec.origin == "whole":
+        rank_zero_warn(
+            f"No loss in `{name}.training_step` was recognised: the empirical Fisher stands in for the true one,"
+            " margins are unknown, and the loss is taken to be additive over examples. HINT: use torch's losses, or"
+            " define `attribution_distribution(batch)` on the module."
+        )
+
+
+def index_of(stage: int | str | None, names: Sequence[str]) -> int:
+    """Which stage is meant by an index or a name; the last by default.
+
+    Raises:
+        MisconfigurationException: none, or more than one.
+    """
+    if stage is None:
+        return len(names) - 1
+    if isinstance(stage, int) and -len(names) <= stage < len(names):
+        return stage % len(names)
+    if isinstance(stage, str) and names.count(stage) == 1:
+        return names.index(stage)
+    known = ", ".join(f'{i} "{name}"' for i, name in enumerate(names))
+    raise MisconfigurationException(f"`stage={stage!r}` is not one stage of this run. HINT: its stages are {known}.")

@@ -1,0 +1,34 @@
+"""Faults at disk events of fits: the same numbers or one clear error, and never anything else."""
+
+import pytest
+from faults.counts import verdicts_at
+from faults.events import KINDS
+from faults.scenarios import Stops, events_in
+
+NAMES = ["fit", "resumed fit"]
+
+
+@pytest.fixture(scope="module")
+def stops(tmp_path_factory):
+    return Stops(tmp_path_factory.mktemp("stops"))
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory, stops):
+    return {name: events_in(name, tmp_path_factory.mktemp("unharmed"), stops) for name in NAMES}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_some_events(tmp_path, stops, events, name, kind):
+    step = max(1, events[name] // 12)
+    counts, bad = verdicts_at(name, kind, tmp_path, stops, range(1 + step // 2, events[name] + 1, step))
+    assert not bad
+    assert counts.total() >= min(12, events[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_many_events(tmp_path, stops, events, name, kind):
+    assert not verdicts_at(name, kind, tmp_path, stops, range(1, events[name] + 1, 4))[1]
