@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.data import Dataset, Subset
 
 from lightning_source._lightning import LightningDataModule, LightningModule, MisconfigurationException, rank_zero_warn
 from lightning_source._provenance import name_of, versions
 from lightning_source.capture.data import Examples, GivenBatches, examples_of, query_of
 from lightning_source.capture.objective import Measurement
+from lightning_source.diagnosis import Diagnosis, Finding, diagnose
 from lightning_source.estimators import MatrixSink, Metadata, Query, ScoreSink, estimator_for
 from lightning_source.estimators.columns import Columns
 from lightning_source.estimators.registry import Estimator, Options
@@ -234,6 +236,7 @@ class SourceScorer:
         run = self.run
         queries = query_of(query, run.stage.examples, batch_size)
         run.calibrate()
+        self._require_trained()
         queries, data = run.queries(queries), run.data
         if batch_size is not None and data.batch_size > 1:
             data = replace(data, batch_size=batch_size)
@@ -244,6 +247,7 @@ class SourceScorer:
         errors = torch.zeros(len(queries), columns.count) if stderr else None
         if columns.count:
             extra_metadata = self._compute(estimator, options, queries, data, columns.ids, sink, errors)
+        _require_finite(sink.values, queries.positions, columns.positions)
         weights = extra_metadata.kernel_weights
         return InfluenceScores(
             columns.spread(sink.values),
@@ -306,11 +310,49 @@ class SourceScorer:
         """
         self._use(train)
         self.run.calibrate()
+        self._require_trained()
         columns = Columns.of(self.run.data, _ids(train_ids, self.run.data.positions_in_all))
         ids = torch.arange(columns.count) if columns.ids is None else columns.ids
-        return columns.spread(
-            self_influence(self.run, ids, self._queries_at_once()) if columns.count else torch.zeros(0)
-        )
+        values = self_influence(self.run, ids, self._queries_at_once()) if columns.count else torch.zeros(0)
+        _require_finite(values[None], torch.arange(1), columns.positions)
+        return columns.spread(values)
+
+    @torch.inference_mode(False)
+    def diagnose(self, train: object = None) -> Diagnosis:
+        """Look at whether this run's scores can be trusted.
+
+        Says what the record lacks, whether training diverged, which share of the parameters is attributed, where the
+        curvature has no rank, is zero or is saturated, and whether scores change with the size and order of batches, as
+        they do where examples see each other. Costs the run's factors, if it has none yet, and a few passes over 16
+        examples.
+
+        Args:
+            train: the run's training dataset or a loader over it; only omitted where the scorer already has it.
+
+        Returns:
+            The findings, which ``print`` shows; ``diagnosis.trustworthy`` is false where one of them is bad.
+        """
+        self._use(train)
+        try:
+            self.run.calibrate()
+        except FloatingPointError as error:
+            return Diagnosis((Finding("bad", f"{error}: training diverged, or an example is not finite."),), ())
+
+        def compare(ids: Tensor, batch_size: int | None) -> Tensor:
+            # What the gradients of single examples are is the same question for all methods, and here the cheapest.
+            dataset = cast(Dataset[object], self.run.data.dataset)
+            asked = Subset(dataset, self.run.data.positions[:4].tolist())
+            return self.score(asked, method="grad-dot", train_ids=ids, batch_size=batch_size).values
+
+        return diagnose(self.run, compare)
+
+    def _require_trained(self) -> None:
+        if self.run.store.manifest.flags.diverged:
+            raise FloatingPointError(
+                f"`{self.run.store.path}` is the record of a training that diverged: its loss ended more than a million"
+                " times above that of its first snapshot. Scores of its examples would be of the size of the loss, and"
+                " mean nothing. HINT: `scorer.diagnose()` shows the figures; train with a smaller learning rate."
+            )
 
     def _use(self, train: object) -> None:
         self.run.use(
@@ -343,6 +385,21 @@ class SourceScorer:
             "run_id": run.store.manifest.run_id,
             "versions": versions(),
         }
+
+
+def _require_finite(values: Tensor, queries: Tensor, examples: Tensor) -> None:
+    """Refuse scores of which some are NaN or infinite, by the ids of the first of them.
+
+    Raises:
+        FloatingPointError: some are.
+    """
+    if not values.isfinite().all():
+        query, example = (~values.isfinite()).nonzero()[0].tolist()
+        raise FloatingPointError(
+            f"{int((~values.isfinite()).sum())} of {values.numel()} scores are not finite, the first one of query"
+            f" {int(queries[query])} and example {int(examples[example])}. HINT: `scorer.diagnose()` says what is known"
+            " of the run."
+        )
 
 
 def _ids(ids: Sequence[int] | Tensor | None, total: int) -> Tensor | None:

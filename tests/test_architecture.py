@@ -37,6 +37,7 @@ ORDER = (
     "runs",
     "estimators",
     "ensembling",
+    "diagnosis",
     "scorer",
     "attribution",
     "callback",

@@ -14,7 +14,7 @@ from lightning_source.estimators.query import Query
 from lightning_source.estimators.registry import register_estimator
 from lightning_source.estimators.terms import DirectScores, Metadata
 from lightning_source.names import named_modules
-from lightning_source.passes.workspace import State, Workspace
+from lightning_source.passes.workspace import State, Workspace, shorten
 from lightning_source.scores import HIGHER_IS_BETTER
 
 
@@ -80,6 +80,10 @@ def _representations(
                     )
                 features = features.detach().float().movedim(first, 0)
                 features = features.flatten(1, -2).mean(1) if features.dim() > 2 else features.flatten(1)
+                if not (finite := features.isfinite().all(1).cpu()).all():
+                    raise FloatingPointError(
+                        f"non-finite input of `{name}` on examples {shorten(data.named(index)[~finite])}"
+                    )
                 rows.append(F.normalize(features, dim=1).cpu())
         finally:
             handle.remove()

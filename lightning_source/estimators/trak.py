@@ -16,7 +16,7 @@ from lightning_source.estimators.query import Query
 from lightning_source.estimators.registry import register_estimator
 from lightning_source.estimators.terms import DirectScores, Metadata
 from lightning_source.layers import Block
-from lightning_source.passes.workspace import State, Target, Workspace
+from lightning_source.passes.workspace import State, Target, Workspace, require_finite_gradients
 
 # The projection is drawn anew for this many examples, in pieces of about this many parameters.
 _EXAMPLES, _PARAMETERS = 512, 1 << 14
@@ -127,6 +127,8 @@ class _Projector:
         rows, waiting, sizes = [], [], []
         with workspace.at(state):
             for index, captured in workspace.captures(data, target):
+                for name, gradients in captured.items():
+                    require_finite_gradients(gradients, name, data.named(index))
                 waiting.append(captured)
                 sizes.append(len(index))
                 if sum(sizes) >= _EXAMPLES:

@@ -38,7 +38,7 @@ from lightning_source.layers import Block
 from lightning_source.names import named_parameters, named_tensors
 from lightning_source.passes.query_gradients import QueryGradients
 from lightning_source.passes.states import State as State
-from lightning_source.passes.states import moment_of
+from lightning_source.passes.states import moment_of, naming
 from lightning_source.random_streams import stream_seed
 
 # Batches that are looked at for one with a loss.
@@ -88,9 +88,10 @@ class Workspace:
         What ``training_step`` itself writes, a momentum encoder or a running centre, is back before its next call.
         """
         own = named_tensors(self.module)
-        for name, value in state.items():
-            if value.is_floating_point():
-                require_finite(value, name, "parameters")
+        with naming(state):
+            for name, value in state.items():
+                if value.is_floating_point():
+                    require_finite(value, name, "parameters")
         missing = [name for name in state if name not in own]
         if missing:
             raise MisconfigurationException(_does_not_match(self.module, missing))
@@ -98,6 +99,7 @@ class Workspace:
         parameters = named_parameters(self.module)
         trained = [parameters[n] for block in self.blocks for n in block.parameters]
         with (
+            naming(state),
             undisturbed(self.module, self.seed, self.mode),
             thawed(trained),
             training_seen(self.module, moment_of(state) or self.end, self.facts, self.hooks),
@@ -290,7 +292,12 @@ class Workspace:
             gradients[name] = values.new_zeros(len(queries), 1, values.shape[1], len(columns[name]))
             gradients[name][examples, 0, :, where] = values
         for name, vectors in gradients.items():
-            require_finite(vectors, name, "query gradients")
+            try:
+                require_finite(vectors, name, "query gradients")
+            except FloatingPointError as error:
+                bad = ~vectors.isfinite().flatten(1).all(1).cpu()
+                with naming(state):
+                    raise FloatingPointError(f"{error}, of queries {shorten(queries.positions[bad])}") from None
         return QueryGradients(gradients, columns)
 
     def inner_products(
@@ -353,8 +360,7 @@ class Workspace:
                 total += contract(rotated, vectors.values[name], vectors.columns.get(name))
         if not torch.isfinite(total).all():
             for name, one in captured.items():
-                seen = one.gradients if one.vocabulary else torch.stack([x.sum() for x in one[:2]])
-                require_finite(seen, name, f"gradients of examples {shorten(index)}")
+                require_finite_gradients(one, name, index)
             raise FloatingPointError(f"scores overflow on examples {shorten(index)}")
         return (total / norms.sqrt().clamp_min(1e-30) if normalize else total).cpu()
 
@@ -365,8 +371,9 @@ class Workspace:
         target = self.measured("loss") if query else self.trained()
         pieces: dict[str, list[BlockGradients]] = {}
         with self.at(state):
-            for _, captured in self.captures(data, target, ids):
+            for index, captured in self.captures(data, target, ids):
                 for name, gradients in captured.items():
+                    require_finite_gradients(gradients, name, data.named(index))
                     pieces.setdefault(name, []).append(bases[name].rotate(gradients) if bases else gradients)
         return {name: join(parts, dim=1) for name, parts in pieces.items()}
 
@@ -380,6 +387,14 @@ def require_finite(values: Tensor, name: str, what: str) -> None:
     lowest, highest = values.aminmax()  # NaN comes through, and one pass is enough
     if not (torch.isfinite(lowest) and torch.isfinite(highest)):
         raise FloatingPointError(f"non-finite {what} at `{name}`")
+
+
+def require_finite_gradients(gradients: BlockGradients, name: str, ids: Tensor) -> None:
+    """Raise ``FloatingPointError`` that names the block and the examples whose gradient there is NaN or infinite."""
+    seen = [gradients.gradients] if gradients.vocabulary else [gradients.activations, gradients.gradients]
+    bad = ~torch.stack([values.isfinite().transpose(0, 1).flatten(1).all(1) for values in seen]).all(0)
+    if bad.any():
+        raise FloatingPointError(f"non-finite gradients of examples {shorten(ids[bad.cpu()])} at `{name}`")
 
 
 def shorten(ids: Tensor) -> str:

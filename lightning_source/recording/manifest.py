@@ -117,6 +117,7 @@ class Flags:
     resumed_mid_epoch: bool = False  # so that some examples were seen twice in that epoch, others never
     final_model_only: bool = False  # made of a trained model, without a history
     rate_unknown: bool = False  # and without an amount of further training
+    diverged: bool = False  # its loss went beyond all bounds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,7 @@ from lightning_source.runs.stage import Segment, Stage, index_of, report_prepara
 
 # Examples whose pairs are enough to tell one number.
 COUPLING_EXAMPLES = 1024
+DIVERGED = 1e6  # times the loss of the first snapshot
 
 
 class Run:
@@ -262,7 +263,9 @@ class Run:
 
     def final(self) -> State:
         """The parameters that training ended with, or those that queries are to be asked at instead."""
-        return final_parameters(self.store, self.stages[-1].index) if self.asked_at is None else self.asked_at
+        if self.asked_at is not None:
+            return self.asked_at
+        return StateAt(final_parameters(self.store, self.stages[-1].index), None, "the end of training")
 
     def ask_at(self, module: LightningModule) -> None:
         """Ask queries at a model's present weights, and not at those of the end of training.
@@ -290,7 +293,7 @@ class Run:
     def for_query(self, state: State) -> State:
         """Parameters of the asked stage for the final model: what came only later has its final value."""
         moment = moment_of(state) if self.stage is self.stages[-1] else None  # the last stage does the asking
-        return StateAt(self._overlaid(self.final(), state), moment)
+        return StateAt(self._overlaid(self.final(), state), moment, getattr(state, "label", ""))
 
     def _overlaid(self, base: State, over: State) -> State:
         changed = self._changed()
@@ -299,11 +302,13 @@ class Run:
 
     def state(self, snapshot: StepInterval, which: str) -> State:
         """A snapshot's parameters: ``"mean"`` over its steps, or at the ``"point"`` in its middle."""
-        return StateAt(snapshot_parameters(self.store, snapshot, which), self._middle_of(snapshot))
+        values, label = snapshot_parameters(self.store, snapshot, which), _label("snapshot", snapshot)
+        return StateAt(values, self._middle_of(snapshot), label)
 
     def mean_state(self, segment: Segment) -> State:
         """The parameters averaged over a whole segment (Fast-SOURCE)."""
-        return StateAt(mean_parameters(self.store, segment.snapshots), self._middle_of(segment.stretch))
+        values, label = mean_parameters(self.store, segment.snapshots), _label("mean", segment.stretch)
+        return StateAt(values, self._middle_of(segment.stretch), label)
 
     def _middle_of(self, interval: StepInterval) -> Moment | None:
         """What a step that reads the Trainer is shown at parameters that stand for an interval."""
@@ -327,6 +332,10 @@ class Run:
             stage.record.mode, preparation = self.ranks.on_rank_zero(learn)
             stage.workspace.mode = replace(stage.workspace.mode, kind=stage.record.mode)
             stage.enter(preparation)
+            first = next((s for s in self.snapshots if s.stage == stage.index), None)
+            if first is not None:
+                losses = [stage.loss_at(self.state(first, self.settings.snapshots)), stage.loss_at(state)]
+                self.store.manifest.flags.diverged |= _diverged(*losses)
             self.store.commit()
             report_preparation(stage, before)
 
@@ -424,6 +433,15 @@ class Run:
             )
             for block in stage.coverage.blocks
         }
+
+
+def _diverged(first: float | None, last: float | None) -> bool:
+    """Whether a loss went beyond all bounds, whatever its unit."""
+    return first is not None and last is not None and not last <= DIVERGED * max(abs(first), 1e-3)
+
+
+def _label(what: str, interval: StepInterval) -> str:
+    return f"the {what} of the steps {interval.first} to {interval.last}"
 
 
 def _covariance_tensors(sums: dict[str, CovarianceSums]) -> dict[str, Tensor]:

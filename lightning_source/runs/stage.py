@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,9 @@ from lightning_source._lightning import (
 from lightning_source.capture.coverage import Coverage
 from lightning_source.capture.data import Examples
 from lightning_source.capture.modes import PassMode
+from lightning_source.capture.objective import NoLoss
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
+from lightning_source.passes.calibration import first_with_loss
 from lightning_source.passes.preparation import Preparation, prepare
 from lightning_source.passes.workspace import State, Workspace
 from lightning_source.recording.drawn import DatasetPart
@@ -130,6 +133,18 @@ class Stage:
         per_batch = self.record.examples_per_batch or self.data.batch_size
         with self.workspace.at(state):
             return prepare(self.workspace, self.coverage, self.data, per_batch, self.record.maximize)
+
+    def loss_at(self, state: State) -> float | None:
+        """The loss on the first training examples as the step gives it, NaN or not; ``None`` if it gives none."""
+        with self.workspace.at(state):
+            try:
+                return float(
+                    first_with_loss(self.workspace, self.data, min(len(self.data), self.data.batch_size))[1].loss
+                )
+            except FloatingPointError:
+                return math.nan
+            except NoLoss:
+                return None
 
     def enter(self, preparation: Preparation) -> None:
         """Keep what was learnt, in the stage's record as well."""
