@@ -6,7 +6,7 @@ optimizer without one is refused, never taken for SGD.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -154,7 +154,7 @@ def _sgd(group: Settings) -> StepRule:
     return StepRule(multiplier, float(group["weight_decay"]), maximize=group["maximize"])
 
 
-@register_optimizer(torch.optim.Adam, torch.optim.AdamW)
+@register_optimizer(torch.optim.Adam)
 def _adam(group: Settings) -> StepRule:
     """``P = 1 / (√v̂ + ε)`` with the bias-corrected second moment; the first moment averages and keeps the rate."""
     beta, eps = float(group["betas"][1]), float(group["eps"])
@@ -165,6 +165,12 @@ def _adam(group: Settings) -> StepRule:
 
     decoupled = bool(group.get("decoupled_weight_decay"))
     return StepRule(1.0, float(group["weight_decay"]), preconditioner, decoupled, group["maximize"])
+
+
+@register_optimizer(torch.optim.AdamW)
+def _adamw(group: Settings) -> StepRule:
+    """:func:`_adam`, whose decay is decoupled; before torch 2.7 its groups do not say so."""
+    return replace(_adam(group), decoupled=True)
 
 
 @register_optimizer(torch.optim.Adagrad)

@@ -11,6 +11,7 @@ FLOORS = [
     ("callback", "events of the Trainer"),
     ("attribution", "trainer.attribute"),
     ("scorer", "queries in, scores out"),
+    ("diagnosis", "whether scores can be trusted"),
     ("ensembling", "means over runs"),
     ("estimators/", "one method in each file"),
     ("runs/", "a recorded run, opened"),

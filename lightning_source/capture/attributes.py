@@ -162,3 +162,12 @@ def _decoded(text: str, present: object) -> object:
         return value
     device = present.device if isinstance(present, Tensor) else None
     return torch.tensor(value["values"], dtype=getattr(torch, value["dtype"]), device=device)
+
+
+def is_reading(text: str) -> bool:
+    """Whether a text is a value of a :class:`Reading`, and no larger than one may be."""
+    try:
+        value = json.loads(text)
+        return not isinstance(value, dict) or _decoded(text, None) is not None
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError):
+        return False

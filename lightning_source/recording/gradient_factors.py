@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_source._files import DirectoryError
 from lightning_source.capture.coverage import Coverage
 from lightning_source.layers import Block
 from lightning_source.recording.intervals import StepInterval
@@ -85,9 +86,18 @@ class BinLog:
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor]) -> BinLog:
-        """From a bin's file."""
+        """From a bin's file.
+
+        Raises:
+            DirectoryError: its tables are missing or of another form; the message says which, and not the path.
+        """
+        steps, rates, given = tensors.get("steps"), tensors.get("part_rates"), tensors.get("parts")
+        if not StepLog.is_table(steps):
+            raise DirectoryError("`steps` is missing, or no table of steps")
+        if (rates is None) != (given is None) or (rates is not None and not _fit(steps, rates, given)):
+            raise DirectoryError("`parts` and `part_rates` are not those of its steps")
         parts = tuple(tensors["parts"].tolist()) if "parts" in tensors else None
-        return cls(StepLog(tensors["steps"]), parts, tensors.get("part_rates"))
+        return cls(StepLog(tensors["steps"]), parts, rates)
 
     def tensors(self) -> dict[str, Tensor]:
         """For a bin's file."""
@@ -209,3 +219,11 @@ def _separated(block: Block) -> list[Block]:
         return [block]
     weight = replace(block, name=str(block.weight), bias=None, shape=shapes[0], sizes=sizes[:1])
     return [weight, replace(block, name=str(block.bias), weight=None, shape=shapes[1], sizes=sizes[1:])]
+
+
+def _fit(steps: Tensor | None, rates: Tensor, parts: Tensor | None) -> bool:
+    """Whether the rates of parts are a table beside that of the steps, with a column for each part."""
+    if steps is None or parts is None or parts.dtype != torch.int64 or parts.dim() != 1 or not len(parts):
+        return False
+    shape = [len(steps), 1 + int(parts.max())]
+    return int(parts.min()) >= 0 and list(rates.shape) == shape and bool(rates.isfinite().all())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_source._files import DirectoryError
 from lightning_source._lightning import MisconfigurationException
 from lightning_source.names import named_parameters, named_tensors
 from lightning_source.recording.bins import (
@@ -52,7 +53,7 @@ def assemble(
         return
     record, snapshots, cuts = manifest.stages[bins[0].stage], list(manifest.snapshots), []
     phases, coverage = record.phases, record.coverage
-    bin_logs = [BinLog.read(store.read(b.file)) for b in bins]
+    bin_logs = [bin_log(store, b) for b in bins]
     last = bins[-1]
     logs = [_in_final_columns(entry.log, record.phases, b) for b, entry in zip(bins, bin_logs, strict=True)]
     if any(entry.parts is not None for entry in bin_logs):
@@ -89,6 +90,22 @@ def replace_final(store: RunStore, module: nn.Module) -> None:
     store.commit(remove=(before,))
 
 
+def bin_log(store: RunStore, interval: StepInterval) -> BinLog:
+    """The steps of a bin.
+
+    Raises:
+        DirectoryError: its file does not hold as many, or something else.
+    """
+    try:
+        log = BinLog.read(store.read(interval.file))
+        if len(log.log) != interval.steps:
+            raise DirectoryError(f"`steps` has {len(log.log)} rows, and the bin {interval.steps}")
+    except DirectoryError as error:
+        place = f"{store.path / str(interval.file)}"
+        raise error if place in str(error) else DirectoryError(f"`{place}`: {error}.") from None
+    return log
+
+
 def _in_final_columns(log: StepLog, phases: Sequence[Phase], interval: StepInterval) -> StepLog:
     """A bin's steps with one column for each that there is in the end."""
     return log.with_columns(phase_at(phases, interval.first).parents(phases[-1].columns))
@@ -112,6 +129,15 @@ def _write_snapshot(store: RunStore, bins: Sequence[StepInterval]) -> StepInterv
     if len(bins) == 1 and store.manifest.settings.snapshots == "mean" and not under("end", store.read(bins[0].file)):
         return total.at(store.link(str(bins[0].file), name))
     files = [store.read(b.file) for b in bins]
+    shapes = store.manifest.stages[total.stage].module.parameters
+    for one, file in zip(bins, files, strict=True):
+        for key in ("mean", "scale", "end"):
+            for parameter, value in under(key, file).items():
+                if parameter in shapes and (list(value.shape) != shapes[parameter] or not value.is_floating_point()):
+                    raise DirectoryError(
+                        f"`{store.path / str(one.file)}` holds `{key}/{parameter}` as {value.dtype}"
+                        f" {list(value.shape)}, and the model has it as {shapes[parameter]}."
+                    )
     mean, scale = (mean_of(key, files, bins) for key in ("mean", "scale"))
     middle = min(range(len(bins)), key=lambda i: abs(bins[i].last - (total.first + total.last) / 2))
     # Buffers that have no mean (counters) come from the end.
@@ -170,7 +196,15 @@ def mean_preconditioner(store: RunStore, snapshots: Sequence[StepInterval]) -> d
     Its inverse is what is averaged, ``√v̂ + ε`` for Adam: in the mean of ``P`` itself a few moments near 0 outweigh all
     others. Where training never had a gradient the mean is 0, and so is ``P̄``: such entries carry nothing.
     """
-    scales = weighted_mean([under("scale", store.read(s.file)) for s in snapshots], normalized_weights(snapshots))
+    given = [under("scale", store.read(s.file)) for s in snapshots]
+    for snapshot, scale in zip(snapshots, given, strict=True):
+        shapes = store.manifest.stages[snapshot.stage].module.parameters
+        for name, value in scale.items():
+            if list(value.shape) != shapes.get(name) or not value.is_floating_point() or not value.isfinite().all():
+                raise DirectoryError(
+                    f"`{store.path / str(snapshot.file)}` holds a `scale/{name}` that is not the model's or not finite."
+                )
+    scales = weighted_mean(given, normalized_weights(snapshots))
     return {name: inverse(value) for name, value in scales.items()}
 
 

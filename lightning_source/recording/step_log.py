@@ -45,6 +45,13 @@ class StepLog:
 
     table: Tensor
 
+    @staticmethod
+    def is_table(table: Tensor | None) -> bool:
+        """Whether a tensor has the form of a log."""
+        if table is None or table.dim() != 2 or table.dtype != torch.float64:
+            return False
+        return len(table) > 0 and table.shape[1] >= 5 and table.shape[1] % 3 == 2 and bool(table.isfinite().all())
+
     @classmethod
     def of(
         cls,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from lightning_source.capture.attributes import is_reading
 from lightning_source.recording.intervals import StepInterval, merge_all
-from lightning_source.recording.manifest import Manifest
+from lightning_source.recording.manifest import Manifest, ManualRecord, StageRecord
 from lightning_source.recording.typed_json import FieldError
 
 MOST_SAMPLES = 10_000  # label draws for each example; beyond that a typing error is likelier than a wish
+MOST_SCHEDULERS = 1000
 TOLERANCE = 1e-6  # relative, of sums that were added in another order
 
 
@@ -40,6 +42,7 @@ def _problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
             yield f"{name}.examples_per_batch", f"is {stage.examples_per_batch}"
         for file in ("frozen", "drawn", "log", "final"):
             yield from _known(manifest, f"{name}.{file}", getattr(stage, file))
+        yield from _of_stage(manifest, name, index)
     for coupling, value in manifest.couplings.items():
         if not 0 < value < math.inf:
             yield f"couplings.{coupling}", f"is {value}"
@@ -48,6 +51,64 @@ def _problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield from _of_segments(manifest)
     for step, point in manifest.resume.items():
         yield from _known(manifest, f"resume.{step}.file", point.file)
+
+
+def _of_stage(manifest: Manifest, name: str, index: int) -> Iterator[tuple[str, str]]:
+    """What a stage says of its model and of how it was trained."""
+    stage = manifest.stages[index]
+    if stage.batch_size is not None and stage.batch_size < 1:
+        yield f"{name}.batch_size", f"is {stage.batch_size}"
+    if stage.manual is not None:
+        yield from _of_manual(f"{name}.manual", stage.manual)
+    for reading in stage.attributes:
+        for place, text in reading.values.items():
+            if not is_reading(text):
+                yield f"{name}.attributes", f"gives `{place}` the value {text[:40]!r}, which is none"
+    steps = [one.first for one in (*manifest.snapshots, *manifest.bins) if one.stage == index]
+    if any(one.stage == index for one in manifest.snapshots) and (stage.final is None or stage.log is None):
+        yield name, "has ended without its last parameters or the log of its steps"
+    yield from _of_phases(f"{name}.phases", stage, min(steps, default=None))
+    if stage.coverage is not None:
+        yield from _of_blocks(f"{name}.coverage.blocks", stage)
+
+
+def _of_manual(name: str, manual: ManualRecord) -> Iterator[tuple[str, str]]:
+    if manual.optimizers != len(manual.groups) or len(manual.kinds) not in (0, manual.optimizers):
+        yield f"{name}.optimizers", f"is {manual.optimizers}, of which there are {len(manual.groups)}"
+    if not 0 <= manual.attributed < max(1, manual.optimizers):
+        yield f"{name}.attributed", f"is {manual.attributed}, of {manual.optimizers} optimizers"
+    if not 0 <= manual.schedulers <= MOST_SCHEDULERS:
+        yield f"{name}.schedulers", f"is {manual.schedulers}"
+
+
+def _of_phases(name: str, stage: StageRecord, start: int | None) -> Iterator[tuple[str, str]]:
+    """Phases in order, each with its columns of parameters."""
+    if start is not None and (not stage.phases or stage.phases[0].first > start):
+        yield name, f"do not begin with the stage, at step {start}"
+    for index, phase in enumerate(stage.phases):
+        if not len(phase.columns) == len(phase.groups) == len(phase.decoupled) or not all(phase.columns):
+            yield f"{name}.{index}", "does not have one group and one kind of decay for each of its columns"
+        if index and phase.first < stage.phases[index - 1].first:
+            yield f"{name}.{index}.first", f"is {phase.first}, before the phase before it"
+
+
+def _of_blocks(name: str, stage: StageRecord) -> Iterator[tuple[str, str]]:
+    """Blocks of the stage's parameters, each in a column of its last phase."""
+    assert stage.coverage is not None
+    if not stage.coverage.blocks:
+        yield name, "are none"
+    sizes = {parameter: math.prod(shape) for parameter, shape in stage.module.parameters.items()}
+    columns = len(stage.phases[-1].columns) if stage.phases else 0
+    for index, block in enumerate(stage.coverage.blocks):
+        unknown = [parameter for parameter in block.parameters if parameter not in sizes]
+        if unknown or not block.parameters:
+            yield f"{name}.{index}", f"is of the parameters {block.parameters}, not those of the model"
+        elif tuple(sizes[parameter] for parameter in block.parameters) != tuple(block.sizes):
+            yield f"{name}.{index}.sizes", f"are {list(block.sizes)}, and its parameters have other numbers of scalars"
+        elif min(block.shape) < 1 or block.layout not in (0, 1):
+            yield f"{name}.{index}.shape", f"is {list(block.shape)}, with examples along dimension {block.layout}"
+        if not 0 <= block.group < max(1, columns):
+            yield f"{name}.{index}.group", f"is {block.group}, of {columns} columns"
 
 
 def _known(manifest: Manifest, name: str, file: str | None) -> Iterator[tuple[str, str]]:

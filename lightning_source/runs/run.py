@@ -35,6 +35,7 @@ from lightning_source.recording.snapshots import (
     snapshot_parameters,
 )
 from lightning_source.recording.store import RunStore
+from lightning_source.runs.factor_files import covariance_tensors, covariances_of_file, factor_tensors, factors_of
 from lightning_source.runs.stage import Segment, Stage, index_of, report_preparation
 
 # Examples whose pairs are enough to tell one number.
@@ -399,8 +400,7 @@ class Run:
     ) -> Factors:
         blocks, device = stage.coverage.blocks, stage.workspace.module.device
         if name in self.store.manifest.files:
-            tensors = self.store.read(name, device)
-            return {block.name: BlockFactors.from_tensors(block.name, tensors) for block in blocks}
+            return factors_of(self.store.path / name, self.store.read(name, device), blocks)
         self._calibrate(stage)
         known = [self._read_covariances(stage, file) if file else None for file in files]
         factors, sums = fit_factors(
@@ -413,11 +413,8 @@ class Run:
         )
         for file, before, after in zip(files, known, sums, strict=False):
             if file is not None and before is None:
-                self.store.write(file, _covariance_tensors(after))
-        merged: dict[str, Tensor] = {}
-        for key, factor in factors.items():
-            merged |= factor.to_tensors(key)
-        self.store.write(name, merged)
+                self.store.write(file, covariance_tensors(after))
+        self.store.write(name, factor_tensors(factors))
         self.store.commit()
         return factors
 
@@ -425,14 +422,7 @@ class Run:
         if file not in self.store.manifest.files:
             return None
         tensors = self.store.read(file, stage.workspace.module.device)
-        return {
-            block.name: CovarianceSums(
-                tensors[f"activations/{block.name}"],
-                tensors[f"gradients/{block.name}"],
-                int(tensors[f"examples/{block.name}"]),
-            )
-            for block in stage.coverage.blocks
-        }
+        return covariances_of_file(self.store.path / file, tensors, stage.coverage.blocks)
 
 
 def _diverged(first: float | None, last: float | None) -> bool:
@@ -442,12 +432,3 @@ def _diverged(first: float | None, last: float | None) -> bool:
 
 def _label(what: str, interval: StepInterval) -> str:
     return f"the {what} of the steps {interval.first} to {interval.last}"
-
-
-def _covariance_tensors(sums: dict[str, CovarianceSums]) -> dict[str, Tensor]:
-    tensors = {}
-    for name, covariances in sums.items():
-        tensors[f"activations/{name}"] = covariances.activations
-        tensors[f"gradients/{name}"] = covariances.gradients
-        tensors[f"examples/{name}"] = torch.tensor(covariances.examples)
-    return tensors

@@ -18,6 +18,8 @@ from lightning_source.capture.data import Examples
 from lightning_source.capture.modes import PassMode
 from lightning_source.capture.objective import NoLoss
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
+from lightning_source.layers.contract import forms_by_name
+from lightning_source.names import named_modules
 from lightning_source.passes.calibration import first_with_loss
 from lightning_source.passes.preparation import Preparation, prepare
 from lightning_source.passes.workspace import State, Workspace
@@ -78,6 +80,14 @@ class Stage:
             raise MisconfigurationException(
                 f'stage "{record.name}" cannot be attributed: `training_step` gave no loss for any batch of it.'
             )
+        known = named_modules(module)
+        for block in record.coverage.blocks:
+            if block.module not in known or block.form not in forms_by_name:
+                raise MisconfigurationException(
+                    f'stage "{record.name}" attributes `{block.name}`, a layer of the form `{block.form}` at'
+                    f" `{block.module}`, which this process or `{type(module).__name__}` does not have. HINT: import"
+                    " the file that registers the form (`lightning_source.layers.register_layer`) first."
+                )
         self.index = index
         self.record = record
         self.name = record.name

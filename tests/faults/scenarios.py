@@ -41,9 +41,13 @@ class StopAt(L.Callback):
             raise RuntimeError("stopped")
 
 
-def model() -> Classifier:
+def momentum(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def model(rule: Callable[[Any], torch.optim.Optimizer] = momentum) -> Classifier:
     torch.manual_seed(0)
-    return Classifier(mlp(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
+    return Classifier(mlp(), optimizer=rule)
 
 
 def fit(
@@ -51,10 +55,11 @@ def fit(
     *callbacks: L.Callback,
     checkpoint: Path | None = None,
     checkpoints: Path | None = None,
+    rule: Callable[[Any], torch.optim.Optimizer] = momentum,
     **options: Any,
 ) -> tuple[L.Trainer, Tensor]:
     """Train, recorded in ``where``; the Trainer and the weights."""
-    module = model()
+    module = model(rule)
     settings = {"segments": 2, "snapshots_per_segment": 2, "mode": "fit"} | options
     source = [] if where is None else [SourceCallback(str(where), **settings)]
     keep = (
