@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from lightning_source.capture.broadcasts import BroadcastTap
 from lightning_source.capture.masked_rows import by_owner, owners_of
 from lightning_source.curvature.batched_autograd import batched_gradients
 from lightning_source.curvature.block_gradients import BlockGradients
@@ -51,7 +52,9 @@ class GradientCapture:
         by_name = named_modules(module)
         self._modules = {block.module: by_name[block.module] for block in blocks}
         self._hooked = {
-            self.key(block): block for block in blocks if not block.layer_form.functional and not block.free
+            self.key(block): block
+            for block in blocks
+            if not (block.layer_form.functional or block.layer_form.broadcasts or block.free)
         }
         self._parameters = named_parameters(module)
         self._calls: dict[str, list[_Use]] = defaultdict(list)  # by key
@@ -59,18 +62,20 @@ class GradientCapture:
         self._clear: set[Node] = set()  # nodes of the graph behind which no mask picks rows
         self.without_gradient: set[str] = set()  # keys of what ran with gradients off, at least once
         self.half: set[str] = set()  # keys of what has outputs in half precision
+        self._escaped: dict[str, str] = {}  # by key of what enters elsewhere than by broadcasting: by which function
 
     @staticmethod
     def key(block: Block) -> str:
         """What a block's uses are kept under: its module, or its parameter where that is looked at by itself."""
         form = block.layer_form
-        return block.parameters[0] if form.functional or form.local else block.module
+        return block.parameters[0] if form.functional or form.local or form.broadcasts else block.module
 
     @contextmanager
     def listening(self, examples: int) -> Iterator[GradientCapture]:
         """Record every call of a tracked layer on a batch inside the ``with``; the hooks are gone afterwards."""
         self._calls.clear()
         self._clear = set()
+        self._escaped.clear()
         self._examples = examples
         functional = [block for block in self.blocks if block.layer_form.functional]
         names = {id(self._parameters[name]): name for block in functional for name in block.parameters}
@@ -80,6 +85,11 @@ class GradientCapture:
                 stack.callback(hook.remove)
             if names:
                 stack.enter_context(_FunctionTap(names, self))
+            if broadcast := {self.key(block): block.layout for block in self.blocks if block.layer_form.broadcasts}:
+                parameters = {name: self._parameters[name] for name in broadcast}
+                stack.enter_context(
+                    BroadcastTap(parameters, broadcast, examples, self._enter, self._escaped.setdefault)
+                )
             if any(isinstance(child, nn.RNNBase) for child in self.module.modules()):
                 # cuDNN's recurrent layers have no backward in eval mode.
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -89,6 +99,10 @@ class GradientCapture:
         key, form = self.key(block), block.layer_form
 
         def remember(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
+            if isinstance(output, Tensor) and output._is_view() and output.requires_grad:
+                # In-place additions to a view, `y = linear(x); y += other(x)`, cannot be differentiated to the view
+                # alone: torch breaks off. The same values that are no view can.
+                output = torch.ops.aten._unsafe_view(output, output.shape)
             outputs = form.outputs(output)
             if not outputs:
                 return output
@@ -111,6 +125,13 @@ class GradientCapture:
             self._calls[key].append(_Use(call, get_gradient_edge(output), examples, owners))
         else:
             self.without_gradient.add(key)
+
+    def _enter(self, name: str, value: Tensor, operand: Tensor, parameter: Tensor) -> None:
+        """A parameter enters with a value for each example."""
+        if value.requires_grad:
+            self._calls[name].append(_Use(Call((operand, parameter), _UNKNOWN), get_gradient_edge(value), None, None))
+        else:
+            self.without_gradient.add(name)
 
     def captured(
         self,
@@ -146,6 +167,9 @@ class GradientCapture:
         )
         gradients = dict(zip(map(id, uses), outputs, strict=True))
         for block in self.blocks:
+            if self.key(block) in self._escaped and block.layer_form.broadcasts:
+                _refuse(block, f"no layer form, and it is used by `{self._escaped[self.key(block)]}`", refused)
+                continue
             own = [(use, gradients[id(use)]) for use in self._calls.get(self.key(block), ())]
             reached = [(use, gradient) for use, gradient in own if gradient is not None]
             if reached and not block.free:

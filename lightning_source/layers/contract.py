@@ -44,6 +44,7 @@ class LayerForm(Generic[ModuleT]):
         functional: whether it is captured where torch's functions use its parameters, not by a hook on its module.
         free: whether its gradients are those of each example's own loss, from a backward through the whole network.
         local: whether its gradients come from its module run again; its calls are then laid out as the module had them.
+        broadcasts: whether it is captured where its parameter meets the batch in an elementwise function.
         repeats: whether its output must be repeated for each example to tell their gradients apart (:meth:`repeat`).
         weight_function: the torch function of whose one call on the weight its forward consists, if that is so. Such
             layers can share a weight with each other.
@@ -55,6 +56,7 @@ class LayerForm(Generic[ModuleT]):
     functional: bool = False
     free: bool = False
     local: bool = False
+    broadcasts: bool = False
     repeats: bool = False
     weight_function: Literal["linear", "embedding"] | None = None
     representation: bool = False
@@ -217,7 +219,7 @@ class Block:
             ValueError: an input is not laid out by example.
         """
         form = self.layer_form
-        if self.layout and not form.local:
+        if self.layout and not (form.local or form.broadcasts):
             calls = [
                 call._replace(
                     inputs=_examples_first(call.inputs, size), gradients=_examples_first(call.gradients, size)

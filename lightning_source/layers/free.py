@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from lightning_source.layers.broadcast import BroadcastForm
 from lightning_source.layers.contract import Block, LayerForm
 from lightning_source.layers.local import LocalForm
 from lightning_source.layers.registry import register_layer
@@ -29,13 +30,17 @@ class FreeForm(LayerForm[nn.Module]):
     joint = False
 
     def attempts(self, block: Block, network: nn.Module) -> list[Block]:
-        """To run the parameter's own module again is cheaper, unless the module is most of the network."""
+        """Where the parameter enters by broadcasting it costs nothing; to run its own module again is cheaper, too.
+
+        Not where the module is most of the network.
+        """
         owner = named_modules(network)[block.module]
         if isinstance(owner, torch.jit.ScriptModule):  # which takes no hooks
             return [block]
+        entering = super().attempts(replace(block, form=BroadcastForm.__name__), network)
         if 2 * sum(p.numel() for p in owner.parameters()) > sum(p.numel() for p in network.parameters()):
-            return [block]
-        return [*super().attempts(replace(block, form=LocalForm.__name__), network), block]
+            return [*entering, block]
+        return [*entering, *super().attempts(replace(block, form=LocalForm.__name__), network), block]
 
 
 def free_block(name: str, module: str, parameter: nn.Parameter, group: int) -> Block | None:

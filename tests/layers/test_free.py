@@ -5,6 +5,7 @@ import torch
 from layers.oracle import Apply, Net, compare, covered, floats
 from torch import nn
 
+from lightning_source.capture import broadcasts
 from lightning_source.capture import layer_gradients as capture
 from lightning_source.layers import free
 
@@ -31,6 +32,7 @@ class Patches(nn.Module):
 @pytest.mark.check("layer", "free parameters: class token, positions, scale", "gradients")
 @pytest.mark.parametrize("at_once", [1, 3, 16])
 def test_parameters_used_in_forward(monkeypatch, at_once):
+    monkeypatch.setattr(broadcasts.BroadcastTap, "_serves_all", lambda *_: False)
     monkeypatch.setattr(capture, "EXAMPLES_AT_ONCE", at_once)
     coverage = compare(Patches(), floats(3, 6))
     assert {b.name: b.shape for b in coverage.blocks if b.free} == {
@@ -52,7 +54,7 @@ def test_a_parameter_beside_a_layers_own():
             return super().forward(x) * self.gain
 
     coverage = compare(Apply(lambda m, x: m.one(x), one=Scaled()), floats(5))
-    assert blocks(coverage) == {"net.one": "FunctionalLinearForm", "net.one.gain": "FreeForm"}
+    assert blocks(coverage) == {"net.one": "FunctionalLinearForm", "net.one.gain": "BroadcastForm"}
 
 
 @pytest.mark.check("layer", "{kind}", "gradients")
@@ -96,10 +98,14 @@ class Whole(Net):
         return (self.net(inputs) - targets).square().sum()
 
 
-def test_a_loss_known_only_as_a_whole_has_no_gradients_of_single_examples():
-    coverage = covered(Whole(Patches()).eval(), (floats(3, 6), floats(1)))
-    assert blocks(coverage) == {"net.one": "LinearForm", "net.head": "LinearForm"}
-    reason = "no layer form, and the losses of single examples are not known"
-    assert [(name, why) for name, _, why in coverage.left_out] == [
-        (f"net.{name}", reason) for name in ("token", "positions", "scale")
+def test_a_loss_known_only_as_a_whole_has_no_gradients_of_single_examples(monkeypatch):
+    module, batch = Whole(Patches()).eval(), (floats(3, 6), floats(1))
+    known = dict.fromkeys(("net.one", "net.head"), "LinearForm")
+    entering = dict.fromkeys(("net.token", "net.positions", "net.scale"), "BroadcastForm")
+    assert blocks(covered(module, batch)) == known | entering
+    monkeypatch.setattr(broadcasts.BroadcastTap, "_serves_all", lambda *_: False)
+    coverage = covered(module, batch)
+    assert blocks(coverage) == known
+    assert [(name, why.partition(",")[0]) for name, _, why in coverage.left_out] == [
+        (f"net.{name}", "no layer form") for name in ("token", "positions", "scale")
     ]

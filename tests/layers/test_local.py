@@ -5,6 +5,8 @@ import torch
 from layers.oracle import Apply, compare, floats, tokens
 from torch import nn
 
+from lightning_source.capture import broadcasts
+
 
 def forms(coverage):
     return {block.name: block.form for block in coverage.blocks}
@@ -68,8 +70,15 @@ LOCAL = {
 }
 
 
+@pytest.fixture
+def _no_broadcasts(monkeypatch):
+    """As if it were never understood where a parameter enters."""
+    monkeypatch.setattr(broadcasts.BroadcastTap, "_serves_all", lambda *_: False)
+
+
 @pytest.mark.check("layer", "no form, {case}", "gradients")
 @pytest.mark.parametrize("case", LOCAL)
+@pytest.mark.usefixtures("_no_broadcasts")
 def test_a_module_run_again_on_single_examples(case):
     make, run = LOCAL[case]
     # So much behind it that it is not most of the network.
@@ -78,12 +87,14 @@ def test_a_module_run_again_on_single_examples(case):
     assert {form for name, form in found.items() if name.startswith("net.1")} == {"LocalForm"}
 
 
+@pytest.mark.usefixtures("_no_broadcasts")
 def test_a_module_that_is_most_of_the_network_is_not_run_again():
     found = forms(compare(Apply(lambda m, x: m.head(m.one(x)), one=Places(), head=nn.Linear(6, 2)), floats(3, 6)))
     assert found["net.one.places"] == "FreeForm"
 
 
 @pytest.mark.check("layer", "no form, given a mask", "gradients")
+@pytest.mark.usefixtures("_no_broadcasts")
 def test_a_module_that_is_given_a_second_tensor_costs_a_backward_an_example():
     """A mask with as many rows as there are examples could not be told from one row for each."""
 
@@ -112,4 +123,4 @@ def test_a_wrapped_module_is_found_by_its_own_name():
 
     children = {"one": nn.Embedding(11, 6), "two": Wrapper(nn.Embedding(3, 6)), "norm": Wrapper(Root())}
     found = forms(compare(Apply(run, **children, head=nn.Linear(6, 3)), tokens(3)))
-    assert (found["net.two"], found["net.norm.weight"]) == ("PositionsForm", "LocalForm")
+    assert (found["net.two"], found["net.norm.weight"]) == ("PositionsForm", "BroadcastForm")
