@@ -42,6 +42,7 @@ ORDER = (
     "attribution",
     "callback",
     "evaluation",
+    "command_line",
 )
 # The wings that work for a Trainer; the others serve a plain loop or Fabric as well.
 TRAINER_WINGS = ("capture", "attribution", "callback")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 # Top to bottom: a floor may import those below it. What is beside a name says what is done there.
 FLOORS = [
+    ("command_line/", "looks into runs and scores"),
     ("evaluation/", "is a score right?"),
     ("callback", "events of the Trainer"),
     ("attribution", "trainer.attribute"),
