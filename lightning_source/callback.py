@@ -12,7 +12,13 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_source._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_warn
+from lightning_source._lightning import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from lightning_source._trainer import (
     TrainerLoop,
     averages_weights,
@@ -27,6 +33,7 @@ from lightning_source._trainer import (
 from lightning_source.attribution import AttributingCallback
 from lightning_source.capture.data import same_data, training_examples
 from lightning_source.names import has_uninitialized
+from lightning_source.recording.footprint import taken
 from lightning_source.recording.manifest import Settings, check_choice
 from lightning_source.recording.session import RecordingSession, SessionState
 from lightning_source.recording.store import holds_run
@@ -62,6 +69,8 @@ class SourceCallback(AttributingCallback):
         passes: the mode that the module is called in after training: ``"eval"``, ``"train"`` (without dropout and
             statistics of the batch), or ``"auto"``: ``"eval"`` unless the module computes something else there.
         seed: seeds sampled labels and the choice of factor examples.
+        keep: ``"covariances"`` keeps those of each snapshot on disk, so that cutting the run into other segments
+            (``segments=`` of a question) needs no new pass for them; by default nothing but the factors is kept.
 
     Raises:
         MisconfigurationException: at the start of ``fit``, where the run could not be recorded rightly.
@@ -91,6 +100,7 @@ class SourceCallback(AttributingCallback):
         overwrite: bool = False,
         seed: int = 0,
         passes: Literal["auto", "eval", "train"] = "auto",
+        keep: Literal["covariances"] | None = None,
     ) -> None:
         super().__init__(dirpath, measurement)
         if isinstance(segments, str):
@@ -111,6 +121,7 @@ class SourceCallback(AttributingCallback):
             label_samples=label_samples,
             seed=seed,
             passes=passes,
+            keep=keep,
         )
         self._session = RecordingSession(self.settings, include, exclude, optimizer or 0)
         self._next_name: str | None = None
@@ -254,14 +265,26 @@ class SourceCallback(AttributingCallback):
         index = max(self._stage_data, default=0)
         waits = self.mode == "deferred" or self._stage_data.get(index, (None, None))[1] is None
         recorded = ranks.on_rank_zero(lambda: self._session.close("finished", factors=not waits))
-        if not recorded or waits:
-            return
+        if recorded and not waits:
+            self._make_factors(trainer, pl_module)
+        if recorded and ranks.is_global_zero:
+            self._report()
+
+    def _report(self) -> None:
+        store, seconds = self._session.store, self.seconds
+        if store is not None:
+            rank_zero_info(
+                f"SourceCallback: {taken(store)}; recording took {seconds['recording']:.1f} s, factors"
+                f" {seconds['factors']:.1f} s."
+            )
+
+    def _make_factors(self, trainer: Trainer, pl_module: LightningModule) -> None:
         start = time.perf_counter()
         try:
             run = self._open(trainer, pl_module)
             for segment in run.segments():
                 run.cross_layer_factors(segment, self.settings.snapshots)  # and what they are made of
-            ranks.on_rank_zero(self._session.factors_made)
+            ranks_of(trainer).on_rank_zero(self._session.factors_made)
         except Exception as error:  # training has succeeded, and nothing of ours may take that away
             rank_zero_warn(
                 f"SourceCallback could not fit its factors: {error} Training and its snapshots are safe in"

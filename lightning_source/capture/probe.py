@@ -53,7 +53,7 @@ def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: Ba
             elif reason == _NO_GRADIENT:  # no other way would see more
                 failed[block.name] = reason
                 waiting[block.name].clear()
-            else:
+            elif not (block.layer_form.broadcasts and waiting[block.name]):  # the next way knows why better
                 failed.setdefault(block.name, reason)
         waiting = {name: attempts for name, attempts in waiting.items() if attempts and name not in passed}
     checked = coverage.without({name: reason for name, reason in failed.items() if name not in passed})

@@ -63,6 +63,7 @@ class Settings:
     label_samples: int = 1
     seed: int = 0
     passes: Literal["auto", "eval", "train"] = "auto"  # the mode that passes call the module in
+    keep: Literal["covariances"] | None = None  # of what factors are made of
 
     @property
     def segment_count(self) -> int:
@@ -101,6 +102,8 @@ class Settings:
         check_choice("snapshots", self.snapshots, ("mean", "point"))
         check_choice("passes", self.passes, ("auto", "eval", "train"))
         check_choice("curvature", self.curvature, ("ekfac", "kfac", "diagonal"))
+        if self.keep is not None:
+            check_choice("keep", self.keep, ("covariances",))
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from lightning_source.names import named_modules
 from lightning_source.recording.claim import ClaimedError
 from lightning_source.recording.drawn import write_drawn
 from lightning_source.recording.epochs import EpochMark, with_end, with_mark
+from lightning_source.recording.footprint import foretold
 from lightning_source.recording.manifest import ResumePoint, Seen, Settings, StageRecord
 from lightning_source.recording.optimizer_hooks import OptimizerObserver, TrainingLoop
 from lightning_source.recording.recorder import Recorder
@@ -239,6 +240,7 @@ class RecordingSession:
         self._first_batch = True
         self.load_from(loader)
         self._begin_phase()
+        rank_zero_info(f"SourceCallback: {foretold(self.store, self._module, self._observer.rules)}")
         return index
 
     def _reload(self) -> None:

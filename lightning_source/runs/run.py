@@ -412,7 +412,7 @@ class Run:
             self.settings.label_samples,
         )
         for file, before, after in zip(files, known, sums, strict=False):
-            if file is not None and before is None:
+            if file is not None and before is None and self.settings.keep == "covariances":
                 self.store.write(file, covariance_tensors(after))
         self.store.write(name, factor_tensors(factors))
         self.store.commit()

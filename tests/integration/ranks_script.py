@@ -77,7 +77,7 @@ def train_all(folder: Path, devices: int) -> None:
     for form in ("mean", "sum", "adam", "norm", "without"):
         torch.manual_seed(3)
         module = Net("mean" if form == "without" else form)
-        source = SourceCallback(form, segments=2, snapshots_per_segment=2, factor_examples=20)
+        source = SourceCallback(form, segments=2, snapshots_per_segment=2, factor_examples=20, keep="covariances")
         callbacks = [] if form == "without" else [source]
         if form == "mean":
             saves = ModelCheckpoint(folder / "ckpt", every_n_epochs=1, save_top_k=-1, filename="{epoch}")

@@ -395,7 +395,7 @@ def test_training_and_scores(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in CASES if "LoRA" in name])
 def test_nothing_is_kept_of_a_frozen_base(name, tmp_path):
     case = CASES[name]
-    source = SourceCallback(str(tmp_path / "run"), snapshots_per_segment=1)
+    source = SourceCallback(str(tmp_path / "run"), snapshots_per_segment=1, keep="covariances")
     trainer, module = train(case, source, path=tmp_path)
     trainer.attribute(next(iter(loader(case, 2))))
     adapters = {n.removesuffix(".weight") for n, p in module.named_parameters() if p.requires_grad}
