@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from lightning_source._lightning import MisconfigurationException
 from lightning_source._sealed import read_sealed, write_sealed
 from lightning_source._student import student_quantile
 from lightning_source.report import write_report
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SIGN = "Positive: removing the training example raises the measurement. For a loss, a positive score is a proponent."
 HIGHER_IS_BETTER = ("margin", "log-prob")
@@ -30,6 +33,17 @@ _SHAPES = {
     "stderr": "QN",
 }
 _REQUIRED = {"values", "train_ids", "query_ids"}
+
+
+class ScoreRow(NamedTuple):
+    """One training example of one query."""
+
+    query: int
+    side: str  # "proponent" or "opponent"
+    rank: int  # from 1, the strongest
+    train: int
+    score: float
+    stderr: float | None
 
 
 @dataclass(frozen=True)
@@ -182,6 +196,48 @@ class InfluenceScores:
         if complaint:
             raise _refused(path, complaint)
         return cls(**tensors, metadata=metadata)
+
+    def rows(self, k: int) -> Iterator[ScoreRow]:
+        """For each query its ``k`` proponents, then its ``k`` opponents, the strongest first.
+
+        Args:
+            k: how many on each side; at most all.
+
+        Example:
+            >>> scores = InfluenceScores(torch.tensor([[1.0, -2.0]]), torch.arange(2), torch.arange(1))
+            >>> [(row.side, row.train, row.score) for row in scores.rows(1)]
+            [('proponent', 0, 1.0), ('opponent', 1, -2.0)]
+        """
+        k = min(k, self.values.shape[1])
+        columns = {int(train): column for column, train in enumerate(self.train_ids)}
+        sides = (("proponent", self.proponents(k)[1].tolist()), ("opponent", self.opponents(k)[1].tolist()))
+        for row, query in enumerate(self.query_ids.tolist()):
+            for side, ids in sides:
+                for rank, train in enumerate(ids[row], 1):
+                    column = columns[train]
+                    error = None if self.stderr is None else float(self.stderr[row, column])
+                    yield ScoreRow(query, side, rank, train, float(self.values[row, column]), error)
+
+    def to_pandas(self, k: int | None = None) -> DataFrame:
+        """As a table of pandas, which must be installed.
+
+        Args:
+            k: :meth:`rows` of so many examples on each side; by default the whole matrix, with queries as the index and
+                training examples as the columns.
+
+        Raises:
+            MisconfigurationException: pandas is missing.
+        """
+        try:
+            from pandas import DataFrame, Index
+        except ModuleNotFoundError:
+            raise MisconfigurationException(
+                "`to_pandas` needs pandas, which is not installed. HINT: `pip install pandas`."
+            ) from None
+        if k is not None:
+            return DataFrame(self.rows(k), columns=list(ScoreRow._fields))
+        queries, examples = Index(self.query_ids.numpy(), name="query"), Index(self.train_ids.numpy(), name="train")
+        return DataFrame(self.values.numpy(), queries, examples)
 
     def segment_shares(self) -> Tensor:
         """Each segment's share of the absolute score, ``[S, Q]``; shares of a query sum to 1.

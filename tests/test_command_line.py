@@ -113,3 +113,16 @@ def test_other_examples_are_not_compared(tmp_path, capsys):
     code, _, error = run(capsys, "diff", tmp_path / "3", tmp_path / "4")
     assert code == 2
     assert "other `train_ids`" in error
+
+
+def test_a_table_of_pandas(place):
+    pandas = pytest.importorskip("pandas")
+    scores = InfluenceScores.load(place / "one.safetensors")
+    whole = scores.to_pandas()
+    assert whole.shape == tuple(scores.values.shape)
+    assert torch.equal(torch.from_numpy(whole.to_numpy(copy=True)), scores.values)
+    rows = scores.to_pandas(2)
+    assert isinstance(rows, pandas.DataFrame)
+    assert len(rows) == 4 * 2 * 2
+    best = rows[(rows["rank"] == 1) & (rows["side"] == "proponent")]
+    assert best["score"].tolist() == scores.values.max(1).values.tolist()

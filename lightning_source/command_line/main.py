@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lightning_source._lightning import MisconfigurationException
 from lightning_source.command_line.comparing import compare_runs, compare_scores
-from lightning_source.command_line.exporting import COLUMNS, rows_of, write_csv
+from lightning_source.command_line.exporting import write_csv
 from lightning_source.command_line.inspecting import inspect, text_of
 from lightning_source.scores import InfluenceScores
 
@@ -85,7 +85,7 @@ def _export(asked: argparse.Namespace) -> int:
     out = sys.stdout if asked.out is None else open(asked.out, "w", newline="")  # noqa: SIM115 - closed below
     try:
         if asked.json:
-            json.dump([dict(zip(COLUMNS, row, strict=True)) for row in rows_of(scores, asked.k)], out, indent=1)
+            json.dump([row._asdict() for row in scores.rows(asked.k)], out, indent=1)
             out.write("\n")
         else:
             write_csv(scores, asked.k, out)
