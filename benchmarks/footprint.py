@@ -6,6 +6,7 @@ tenth. Six snapshots, one segment, float32.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -27,7 +28,7 @@ from lightning_source.recording.manifest import Settings
 
 def mlp() -> nn.Module:
     sides = (784, 512, 256, 128, 10)
-    layers = [nn.Linear(a, b) for a, b in zip(sides, sides[1:], strict=False)]
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sides)]
     return nn.Sequential(*layers)
 
 

@@ -14,7 +14,18 @@ import lightning as L
 import pytest
 import torch
 from faults.processes import in_child
-from faults.scenarios import EPOCHS, QUERY, StopAt, Stops, fit, last_checkpoint, model, score
+from faults.scenarios import (
+    EPOCHS,
+    QUERY,
+    StopAt,
+    Stops,
+    fit,
+    further,
+    last_checkpoint,
+    model,
+    retraining,
+    score,
+)
 from helpers import Classifier, classes, mlp, quiet_trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
@@ -287,6 +298,17 @@ def test_a_claim_is_held_until_the_last_holder_in_a_process_lets_go(tmp_path):
     assert in_child(lambda: Claim(tmp_path).take(patience=0.1)).value[0][0] == "ClaimedError"
     second.release()
     assert in_child(lambda: Claim(tmp_path).take(patience=0.1)).how == "done"
+
+
+@pytest.mark.parametrize("sweep", [retraining, further])
+def test_a_second_sweep_is_refused_while_the_first_one_lasts(tmp_path, stops, sweep, monkeypatch):
+    (tmp_path / "sweep").mkdir()
+    monkeypatch.setattr("lightning_source.recording.claim.PATIENCE", 0.2)
+    assert sweep(tmp_path, "fail", None, stops) == ["equal", "equal"]
+    with Claim(tmp_path / "sweep"):
+        # In another process than the one that holds the claim.
+        assert sweep(tmp_path, "fail", None, stops) == ["clear", "clear"]
+    assert sweep(tmp_path, "fail", None, stops) == ["equal", "equal"]
 
 
 def test_another_run_that_came_in_its_place_is_left_alone(tmp_path):
