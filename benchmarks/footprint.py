@@ -1,7 +1,7 @@
 """What a run takes on disk, by network and optimizer: ``python benchmarks/footprint.py`` prints the README's table.
 
-The figures are foretold by ``lightning_source.recording.footprint``, which a test holds to the bytes of real runs within a
-tenth. Six snapshots, one segment, float32.
+The figures are foretold by ``lightning_source.recording.footprint``, which a test holds to the bytes of real runs
+within a tenth. Six snapshots, one segment, float32.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from lightning_source._lightning import (
     is_overridden,
     rank_zero_warn,
 )
+from lightning_source._progress import NoProgress, Progress, RichProgress, TqdmProgress
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 
 C = TypeVar("C")
@@ -253,6 +254,14 @@ def other_callbacks(trainer: Trainer, callback: C) -> list[C]:
 def scoring_device(trainer: Trainer) -> torch.device:
     """The device that training ran on."""
     return trainer.strategy.root_device
+
+
+def progress_of(trainer: Trainer) -> Progress:
+    """Bars of the Trainer's own kind; none where the user turned them off, or on other ranks than the first."""
+    bar = getattr(trainer, "progress_bar_callback", None)
+    if bar is None or not getattr(bar, "is_enabled", True) or not ranks_of(trainer).is_global_zero:
+        return NoProgress()
+    return RichProgress(bar) if hasattr(bar, "progress") and hasattr(bar, "theme") else TqdmProgress()
 
 
 def loads_tuner_checkpoint(trainer: Trainer) -> bool:

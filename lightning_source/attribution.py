@@ -20,7 +20,7 @@ from lightning_source._lightning import (
     in_all_namespaces,
     rank_zero_warn,
 )
-from lightning_source._trainer import ranks_of, scoring_device
+from lightning_source._trainer import progress_of, ranks_of, scoring_device
 from lightning_source.capture.data import Examples
 from lightning_source.capture.objective import Measurement
 from lightning_source.recording.scoring_store import ScoringStore, SharedStore, open_to_score
@@ -89,7 +89,9 @@ class AttributingCallback(Callback):
         count = len(store.manifest.stages)
         modules = [self._stage_data.get(index, (pl_module, None))[0] for index in range(count)]
         data = {index: examples for index, (_, examples) in self._stage_data.items()}
-        return Run(store, modules, data, getattr(trainer, "datamodule", None), stage, ranks)
+        run = Run(store, modules, data, getattr(trainer, "datamodule", None), stage, ranks)
+        run.show(progress_of(trainer))
+        return run
 
     def attribute(
         self,

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, Subset
 
 from lightning_source._lightning import LightningDataModule, LightningModule, MisconfigurationException, rank_zero_warn
+from lightning_source._progress import progress_of_process
 from lightning_source._provenance import name_of, versions
 from lightning_source.capture.data import Examples, GivenBatches, examples_of, query_of
 from lightning_source.capture.objective import Measurement
@@ -88,6 +89,7 @@ class SourceScorer:
             index = index_of(key, [record.name for record in stages])
             data[index] = examples_of(train, stages[index].batch_size)
         run = Run(store, stage_models or [model], data, hooks=datamodule, stage=stage)
+        run.show(progress_of_process())
         if store.manifest.status != "finished":
             rank_zero_warn(
                 f"`{dirpath}` has not ended: it is scored as the training of its first {store.manifest.steps} steps."
@@ -170,6 +172,7 @@ class SourceScorer:
             dirpath,
             overwrite,
         )
+        run.show(progress_of_process())
         return cls(run, measurement, memory)
 
     def set_rate(self, rate: float | Sequence[float]) -> SourceScorer:

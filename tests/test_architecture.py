@@ -19,6 +19,7 @@ PACKAGE = REPOSITORY / "lightning_source"
 ORDER = (
     "names",
     "distributed",
+    "_progress",
     "_lightning",
     "_trainer",
     "_files",

@@ -23,7 +23,7 @@ FLOORS = [
     ("curvature/", "mathematics: torch alone"),
     (
         "optimizers · scores · report · _student · random_streams · _files · _sealed · _provenance · _lightning"
-        " · _trainer · distributed · names",
+        " · _trainer · _progress · distributed · names",
         "",
     ),
 ]

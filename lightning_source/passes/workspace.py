@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_source._lightning import LightningDataModule, LightningModule, MisconfigurationException
+from lightning_source._progress import NoProgress, Progress
 from lightning_source.capture.data import Examples, GivenBatches, to_module
 from lightning_source.capture.isolation import StateRestorer, thawed, undisturbed
 from lightning_source.capture.layer_gradients import GradientCapture
@@ -64,6 +65,8 @@ class Workspace:
             Trainer shows.
         facts: further numbers of the Trainer; ``None`` for the real one's.
         mode: the mode that passes call the module in.
+        progress: shows how far a pass over examples is.
+        doing: what passes are made for, as a bar says it.
     """
 
     module: LightningModule
@@ -76,6 +79,8 @@ class Workspace:
     end: Moment | None = None
     facts: TrainerFacts | None = None
     mode: PassMode = EVAL
+    progress: Progress = field(default_factory=NoProgress, repr=False, compare=False)
+    doing: str = "scores"
     _rewind: StateRestorer | None = field(default=None, init=False, repr=False)  # inside :meth:`at`
 
     # ---------------------------------------------------------------- parameters
@@ -164,7 +169,9 @@ class Workspace:
         Examples that the collate function drops, or for which the step gives no loss, have no gradient: no block.
         """
         recording = GradientCapture(self.module, self.blocks)
-        for index, batch in data.batches(ids):
+        count = -(-len(data if ids is None else ids) // max(1, data.batch_size)) if isinstance(data, Examples) else 0
+        batches = self.progress.over(data.batches(ids), count, self.doing) if count > 1 else data.batches(ids)
+        for index, batch in batches:
             if batch is None:  # its collate function dropped every example
                 yield index, {}
                 continue

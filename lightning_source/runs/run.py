@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_source._lightning import LightningDataModule, LightningModule, MisconfigurationException
+from lightning_source._progress import Progress
 from lightning_source._sealed import digest_of
 from lightning_source.capture.coverage import Coverage
 from lightning_source.capture.data import Examples, GivenBatches, to_module
@@ -87,6 +88,11 @@ class Run:
             last = max((s.last for s in self.snapshots if s.stage == index), default=0)
             self.stages[-1].workspace.end = record.moment_at(last)
         self.stage = self.stages[index_of(stage, [s.name for s in self.stages])]
+
+    def show(self, progress: Progress) -> None:
+        """Show how far passes are."""
+        for stage in self.stages:
+            stage.workspace.progress = progress
 
     @property
     def coverage(self) -> Coverage:
@@ -367,6 +373,7 @@ class Run:
             limit = min(COUPLING_EXAMPLES, self.settings.factor_examples or COUPLING_EXAMPLES)
             ids = factor_ids(len(stage.data), limit, self.settings.seed)
             bases = {name: factor.basis for name, factor in factors.items()}
+            stage.workspace.doing = "factors"
             count, seed = len(segment.snapshots), self.settings.seed
             dealt = [dealt_ids(ids, place, count, seed) for place in range(count)]
             traces = [
@@ -374,6 +381,7 @@ class Run:
                 for s, weight, own in zip(segment.snapshots, segment.weights, dealt, strict=True)
             ]
             full, blocks = map(sum, zip(*traces, strict=True))
+            stage.workspace.doing = "scores"
             known[key] = max(1.0, full / blocks) if blocks > 0 else 1.0
             self.store.commit()
         return {name: BlockFactors(f.basis, known[key] * f.eigenvalues) for name, f in factors.items()}
@@ -402,6 +410,7 @@ class Run:
         if name in self.store.manifest.files:
             return factors_of(self.store.path / name, self.store.read(name, device), blocks)
         self._calibrate(stage)
+        stage.workspace.doing = "factors"
         known = [self._read_covariances(stage, file) if file else None for file in files]
         factors, sums = fit_factors(
             stage.workspace,
@@ -414,6 +423,7 @@ class Run:
         for file, before, after in zip(files, known, sums, strict=False):
             if file is not None and before is None and self.settings.keep == "covariances":
                 self.store.write(file, covariance_tensors(after))
+        stage.workspace.doing = "scores"
         self.store.write(name, factor_tensors(factors))
         self.store.commit()
         return factors
