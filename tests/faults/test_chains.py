@@ -144,6 +144,34 @@ def test_a_run_that_did_not_end_says_so(tmp_path):
         SourceScorer.from_run(str(tmp_path / "run"), model())
 
 
+class SaveAt(L.Callback):
+    """A checkpoint in the middle of a bin."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("harm", ["resume", "bins"])
+def test_a_damaged_resume_point_is_named_and_the_steps_from_here_on_recorded(tmp_path, harm):
+    run, checkpoint = tmp_path / "run", tmp_path / "seven.ckpt"
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(run, SaveAt(7, checkpoint), StopAt(8))
+    file = min((run / harm).glob("step*"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.warns(UserWarning, match=f"{file.name}.*does not match the sha256") as said:
+        _, weights = fit(run, checkpoint=checkpoint)
+    assert any("keeps no record to go on from" in str(one.message) for one in said)
+    assert torch.equal(weights, fit(None, checkpoint=checkpoint)[1])
+    manifest = RunStore.open(run).manifest
+    # What cannot be read of the first stage is given up.
+    assert [stage.name for stage in manifest.stages] == {"resume": ["fit", "fit-1"], "bins": ["fit"]}[harm]
+    assert manifest.segments[-1].last - manifest.segments[-1].first > 0
+
+
 # ---------------------------------------------------------------- recognised by the run
 
 
