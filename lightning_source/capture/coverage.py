@@ -15,6 +15,8 @@ from lightning_source.layers.free import free_block
 from lightning_source.layers.functional import tied_block
 from lightning_source.names import clean_name, named_parameters, parameter_names
 
+LISTED = 12  # names in a line of the log
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -39,13 +41,13 @@ class Coverage:
         """A line for the log, then one for each reason why something is left out."""
         lines = [f"attributing {len(self.blocks)} blocks, {self.share:.2%} of {self.trainable:,} trainable parameters"]
         if free := [block.name for block in self.blocks if block.free]:
-            lines.append(f"a backward for each example, as they have no layer form: {', '.join(free)}")
+            lines.append(f"a backward for each example, as they have no layer form: {_listed(free)}")
         reasons: dict[str, list[tuple[str, int]]] = {}
         for name, size, reason in self.left_out:
             reasons.setdefault(reason, []).append((name, size))
         for reason, items in reasons.items():
             share = sum(size for _, size in items) / self.trainable
-            lines.append(f"not attributed, {share:.2%}: {', '.join(name for name, _ in items)} ({reason})")
+            lines.append(f"not attributed, {share:.2%}: {_listed([name for name, _ in items])} ({reason})")
         return "\n  ".join(lines)
 
     def without(self, reasons: Mapping[str, str]) -> Coverage:
@@ -67,6 +69,13 @@ class Coverage:
             "blocks": [asdict(block) for block in self.blocks],
             "left_out": [list(item) for item in self.left_out],
         }
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names in a line; of many, the first few and where to see them all."""
+    if len(names) <= LISTED:
+        return ", ".join(names)
+    return f"{', '.join(names[:LISTED])} and {len(names) - LISTED} more, which `lightning-source inspect` lists"
 
 
 def find_blocks(

@@ -53,6 +53,7 @@ def text_of(found: dict[str, object]) -> str:
             f" {stage['examples']} training examples"
         )
         lines.append(f"  attributed: {stage['coverage']:.2%} of the trained parameters in {stage['blocks']} blocks")
+        lines += [f"  a backward for each example: {name}" for name in _rows(stage["without_form"])]
         lines += [f"  not attributed: {name} ({why})" for name, why in _rows(stage["left_out"])]
     for index, segment in enumerate(_rows(found["segments"])):
         rates = ", ".join(f"{rate:.4g}" for rate in segment["rates"])
@@ -87,6 +88,7 @@ def _stage(manifest: Manifest, index: int, stage: StageRecord) -> dict[str, obje
         "optimizer": stage.phases[-1].optimizer if stage.phases else None,
         "coverage": 0.0 if coverage is None else coverage.share,
         "blocks": 0 if coverage is None else len(coverage.blocks),
+        "without_form": [] if coverage is None else [block.name for block in coverage.blocks if block.free],
         "left_out": [] if coverage is None else [[name, reason] for name, _, reason in coverage.left_out],
     }
 

@@ -45,3 +45,12 @@ def test_a_layer_that_no_example_reaches_counts_for_nothing(tmp_path):
 
     idle = scores("idle", lambda net: Skips(*net, nn.Linear(3, 3)))
     assert torch.equal(idle, scores("plain", lambda net: net))
+
+
+@pytest.mark.parametrize(("layers", "more"), [(6, 0), (20, 28)])
+def test_long_lists_of_layers_are_cut(layers, more):
+    net = nn.Sequential(*(nn.Linear(2, 2) for _ in range(layers)))
+    coverage = find_blocks(net, [list(net.parameters())], exclude=["*"])
+    line = coverage.summary().splitlines()[1]
+    assert line.count(".weight") + line.count(".bias") == 2 * layers - more
+    assert (f"and {more} more, which `lightning-source inspect` lists" in line) == (more > 0)

@@ -31,4 +31,4 @@ def test_some_events(tmp_path, stops, events, name, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_many_events(tmp_path, stops, events, name, kind):
-    assert not verdicts_at(name, kind, tmp_path, stops, range(1, events[name] + 1, 6))[1]
+    assert not verdicts_at(name, kind, tmp_path, stops, range(1, events[name] + 1, 10))[1]
