@@ -295,7 +295,8 @@ class Run:
 
     def final_of_stage(self) -> State:
         """The same for the asked stage's model: what later stages did not take over keeps its last value there."""
-        return self._overlaid(final_parameters(self.store, self.stage.index), self.final())
+        values = self._overlaid(final_parameters(self.store, self.stage.index), self.final())
+        return StateAt(values, None, "the end of training")
 
     def for_query(self, state: State) -> State:
         """Parameters of the asked stage for the final model: what came only later has its final value."""
