@@ -229,6 +229,19 @@ def test_in_brief(runs, place, what):
     fuzz(runs, place, what, BRIEF)
 
 
+@pytest.mark.parametrize("how", TENSOR_CHANGES)
+@pytest.mark.parametrize(
+    ("name", "file", "tensor"), [("stopped", "bins/steps", "steps"), ("adam", "snapshots/", "scale/")]
+)
+def test_tables_of_steps_and_scales(runs, place, name, file, tensor, how):
+    """They are few among all tensors, and seldom drawn."""
+    files = sorted(json.loads((runs[name][0] / MANIFEST).read_text())["files"])
+    number = next(i for i, one in enumerate(files) if one.startswith(file))
+    keys = sorted(load_file(runs[name][0] / files[number]))
+    which = next(i for i, key in enumerate(keys) if key.startswith(tensor))
+    tensors_check(runs, place / "table", name, number, which, how)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("what", CHECKS)
 def test_at_length(runs, place, what):
