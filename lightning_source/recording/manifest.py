@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, TypeVar
 from torch import nn
 
 from lightning_source._files import require_regular
-from lightning_source._lightning import LightningModule, MisconfigurationException
+from lightning_source._lightning import LightningModule, MisconfigurationException, rank_zero_info
 from lightning_source.capture.attributes import Reading, attributes_at
 from lightning_source.capture.coverage import Coverage
 from lightning_source.capture.data import Examples
@@ -369,8 +369,12 @@ def read_manifest(kind: type[R], path: Path) -> R:
         record = from_json(kind, values)
     except FieldError as error:
         raise MisconfigurationException(f"`{path}`: {error}. The file is damaged or was changed.") from None
-    # Files of the first version carry none; each commit adds it.
-    if seal is not None and seal != _seal_of(values):
+    if seal is None:
+        rank_zero_info(
+            f"`{path}` was written by an earlier version and carries no seal: its numbers must fit together, and damage"
+            " that leaves them so is not seen. The next time that something is added to the directory it is sealed."
+        )
+    elif seal != _seal_of(values):
         raise MisconfigurationException(f"`{path}` does not match its `{SEAL}`: the file is damaged or was changed.")
     return record
 

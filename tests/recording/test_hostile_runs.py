@@ -104,10 +104,14 @@ def test_a_seal_tells_a_manifest_that_was_changed(run):
     assert all(map(torch.equal, score(run), expected))
 
 
-def test_a_manifest_without_a_seal_opens(run):
+def test_a_manifest_without_a_seal_opens_with_a_note(run, monkeypatch):
+    notes = []
+    monkeypatch.setattr("lightning_source.recording.manifest.rank_zero_info", notes.append)
     expected = score(run)
+    assert not notes
     rewrite(run, lambda values: None)
     assert all(map(torch.equal, score(run), expected))
+    assert "carries no seal" in notes[0]
 
 
 def remove_last(name):
