@@ -19,6 +19,7 @@ from faults.events import Faults
 from faults.processes import Outcome, in_child
 from helpers import QUERY, Classifier, classes, mlp, quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -145,19 +146,19 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]), default=None)
 
 
+def fit_and_ask(run: Path, checkpoints: Path, checkpoint: Path | None = None) -> tuple[Tensor, Tensor | str]:
+    """Weights and scores, or the message of the package's that there are none."""
+    trainer, weights = fit(run, checkpoint=checkpoint, checkpoints=checkpoints)
+    try:
+        return weights, trainer.attribute(QUERY).values  # type: ignore[attr-defined]
+    except MisconfigurationException as error:
+        return weights, str(error)
+
+
 def fresh_fit(folder: Path, kind: str, at: int | None, stops: Stops) -> list[str]:
     """A fit with checkpoints; where it is killed, the record so far, and the fit that goes on from the last one."""
     run, checkpoints = folder / "run", folder / "checkpoints"
-
-    def work() -> Any:
-        trainer, weights = fit(run, checkpoints=checkpoints)
-        try:
-            scores = trainer.attribute(QUERY).values  # type: ignore[attr-defined]
-        except L.pytorch.utilities.exceptions.MisconfigurationException as error:
-            scores = str(error)
-        return weights, scores
-
-    outcome = under(Faults(run, kind, at), work)
+    outcome = under(Faults(run, kind, at), lambda: fit_and_ask(run, checkpoints))
     if outcome.how == "killed":
         verdicts = [record_verdict(run, stops)] if holds_run(run) else []
         return [*verdicts, resumed_verdict(run, checkpoints, stops)]
@@ -200,16 +201,7 @@ def resumed_fit(folder: Path, kind: str, at: int | None, stops: Stops) -> list[s
     with pytest.raises(RuntimeError, match="stopped"):
         fit(run, StopAt(8), checkpoints=checkpoints)
     last = last_checkpoint(checkpoints)
-
-    def work() -> Any:
-        trainer, weights = fit(run, checkpoint=last, checkpoints=checkpoints)
-        try:
-            scores = trainer.attribute(QUERY).values  # type: ignore[attr-defined]
-        except L.pytorch.utilities.exceptions.MisconfigurationException as error:
-            scores = str(error)
-        return weights, scores
-
-    outcome = under(Faults(run, kind, at), work)
+    outcome = under(Faults(run, kind, at), lambda: fit_and_ask(run, checkpoints, last))
     if outcome.how == "killed":
         return [record_verdict(run, stops), resumed_verdict(run, checkpoints, stops)]
     if outcome.how != "done":

@@ -18,7 +18,6 @@ from faults.scenarios import (
     EPOCHS,
     QUERY,
     StopAt,
-    Stops,
     fit,
     further,
     last_checkpoint,
@@ -40,11 +39,6 @@ from lightning_source.recording.store import RunStore
 from lightning_source.runs.run import Run
 
 WHOLE = EPOCHS * 3
-
-
-@pytest.fixture(scope="module")
-def stops(tmp_path_factory):
-    return Stops(tmp_path_factory.mktemp("stops"))
 
 
 def killed_at(place, name, run, checkpoints):

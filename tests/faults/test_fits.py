@@ -3,14 +3,9 @@
 import pytest
 from faults.counts import verdicts_at
 from faults.events import KINDS
-from faults.scenarios import Stops, events_in
+from faults.scenarios import events_in
 
 NAMES = ["fit", "resumed fit"]
-
-
-@pytest.fixture(scope="module")
-def stops(tmp_path_factory):
-    return Stops(tmp_path_factory.mktemp("stops"))
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,9 @@
 import pytest
 from faults.counts import verdicts_at
 from faults.events import KINDS
-from faults.scenarios import SCENARIOS, Stops, events_in
+from faults.scenarios import SCENARIOS, events_in
 
 NAMES = [name for name in SCENARIOS if "fit" not in name]
-
-
-@pytest.fixture(scope="module")
-def stops(tmp_path_factory):
-    return Stops(tmp_path_factory.mktemp("stops"))
 
 
 @pytest.fixture(scope="module")
