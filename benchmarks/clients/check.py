@@ -9,20 +9,23 @@ one example, by autograd, up to one common factor; scores are compared with thos
 
 from __future__ import annotations
 
-import copy
 import importlib
 import importlib.util
+import inspect
 import json
 import logging
+import os
 import sys
 import tempfile
 import time
+import traceback
 import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
 from lightning_source import SourceCallback, SourceScorer
 
@@ -51,10 +54,19 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.lightning_module.named_parameters()}
 
 
-def alone(module: Any, loader: Any, covered: list[str], count: int) -> torch.Tensor:
+def one_by_one(module: Any, mode: str) -> None:
+    """Put the module in the mode of the passes: training, perhaps, with its randomness and batch statistics off."""
+    module.train(mode == "train")
+    for part in module.modules():
+        if isinstance(part, (torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._DropoutNd)):
+            part.eval()
+    vars(module).update(log=lambda *args, **kwargs: None, log_dict=lambda *args, **kwargs: None)
+
+
+def alone(module: Any, loader: Any, covered: list[str], count: int, loss_of: Callable[..., Any]) -> torch.Tensor:
     """Gradients of single examples by the library's own step, ``[count, D]``, over the attributed parameters."""
     own = dict(module.named_parameters())
-    vars(module).update(log=lambda *args, **kwargs: None, log_dict=lambda *args, **kwargs: None)
+    state = {name: value.clone() for name, value in module.state_dict().items()}
     rows = []
     for index in range(count):
         loss = None
@@ -62,17 +74,57 @@ def alone(module: Any, loader: Any, covered: list[str], count: int) -> torch.Ten
             batch = loader.collate_fn([loader.dataset[index]] * copies)
             batch = module._apply_batch_transfer_handler(batch, module.device) if module._trainer else batch
             torch.manual_seed(0)
+            before = dict(vars(module))  # what a step keeps for the next one
             try:
-                loss = module.training_step(batch, 0)
+                with torch.enable_grad():
+                    loss = loss_of(module, batch)
                 break
             except Exception:
                 if copies == 2:
                     raise
-        loss = loss["loss"] if isinstance(loss, dict) else loss
+            finally:
+                vars(module).update(before)
+        loss = loss["loss"] if isinstance(loss, Mapping) else loss
+        loss = getattr(loss, "loss", loss)
         gradients = torch.autograd.grad(loss, [own[name] for name in covered], allow_unused=True)
         pairs = zip(gradients, covered, strict=True)
+        module.load_state_dict(state)  # steps may move a second network
         rows.append(torch.cat([(torch.zeros_like(own[n]) if g is None else g).flatten() for g, n in pairs]))
     return torch.stack(rows).double()
+
+
+def compared(setup: Any, trainer: Any, folder: str) -> Iterator[tuple[str, Any]]:
+    """What is asked after a training, each answer as a name and a value, in the order in which one may fail."""
+    source = next(c for c in trainer.callbacks if isinstance(c, SourceCallback))  # a library may have copied it
+    module = trainer.lightning_module
+    loader = setup.examples(trainer) if setup.examples else trainer.train_dataloader
+    train = {"train": loader} if setup.examples else {}
+    few = min(FEW, len(loader.dataset))
+    query = Subset(loader.dataset, range(few))
+    if setup.examples:
+        query = DataLoader(query, batch_size=few, collate_fn=loader.collate_fn)
+    start = time.perf_counter()
+    scores = trainer.attribute(query, **train)
+    yield "scoring_seconds", round(time.perf_counter() - start, 1)
+    yield "coverage", round(scores.metadata["coverage"], 4)
+    with source.scorer(trainer) as scorer:
+        record = scorer.run.stage.record
+        names = [name for block in scorer.run.coverage.blocks for name in block.parameters]
+        yield "one_at_a_time", record.objective.one_at_a_time
+    products = trainer.attribute(query, method="grad-dot", **train).values[:, :few].double()
+    again = SourceScorer.from_run(f"{folder}/run", module).score(query, loader)
+    yield "from_run", float((again.values - scores.values).abs().max()) / float(scores.values.abs().max())
+    one_by_one(module, record.mode)
+    gradients = alone(module, loader, names, few, setup.loss or (lambda module, batch: step(module, batch)))
+    expected = gradients @ gradients.T
+    factor = float((products * expected).sum() / expected.square().sum())
+    yield "products", float((products - factor * expected).norm() / products.norm())
+
+
+def step(module: Any, batch: Any) -> Any:
+    """The library's step on a batch, with as many arguments as it takes."""
+    takes = inspect.signature(module.training_step).parameters
+    return module.training_step(batch, 0) if len(takes) > 1 else module.training_step(batch)
 
 
 def check(path: Path) -> dict[str, Any]:
@@ -83,47 +135,27 @@ def check(path: Path) -> dict[str, Any]:
     library = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(library)
     setup = library.build(0)
-    found: dict[str, Any] = {"name": library.NAME, "requirements": library.REQUIREMENTS}
+    found: dict[str, Any] = {"noisy": setup.noisy}
     keeper = Keeper()
-    setup.train([keeper])
-    plain = weights(keeper.trainer)
+    start = time.perf_counter()
+    trainer = setup.train([keeper]) or keeper.trainer
+    found["plain_seconds"] = round(time.perf_counter() - start, 1)
+    plain = weights(trainer)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        source = SourceCallback(f"{folder}/run")
+        source = SourceCallback(f"{folder}/run", **getattr(library, "ARGUMENTS", {}))
         start = time.perf_counter()
-        keeper = Keeper()
-        setup.train([keeper, source])
-        trainer = keeper.trainer
+        trainer = setup.train([source]) or source.trainer
         found["seconds"] = round(time.perf_counter() - start, 1)
         recorded = weights(trainer)
         found["bit_identical"] = all(torch.equal(plain[name], recorded[name]) for name in plain)
         try:
-            loader = trainer.train_dataloader
-            query = Subset(loader.dataset, range(FEW))
-            scores = trainer.attribute(query)
-            found["coverage"] = round(scores.metadata["coverage"], 4)
-            products = trainer.attribute(query, method="grad-dot").values[:, :FEW].double()
-            module = trainer.lightning_module
-            try:
-                elsewhere = copy.deepcopy(module)
-            except Exception:  # it holds tensors of a graph
-                elsewhere = module
-            other = SourceScorer.from_run(f"{folder}/run", elsewhere)
-            again = other.score(query, loader)
-            scale = float(scores.values.abs().max())
-            found["from_run"] = float((again.values - scores.values).abs().max()) / scale
-            with source.scorer(trainer) as scorer:
-                blocks = scorer.run.coverage.blocks
-                mode = scorer.run.stage.record.mode
-            module.train(mode == "train")
-            gradients = alone(module, loader, [name for block in blocks for name in block.parameters], FEW)
-            expected = gradients @ gradients.T
-            factor = float((products * expected).sum() / expected.square().sum())
-            found["products"] = float((products - factor * expected).norm() / products.norm())
-            found["noisy"] = setup.noisy
+            found.update(compared(setup, trainer, folder))
         except Exception as error:
-            found["refused"] = f"{type(error).__name__}: {error}"[:400]
-        found["warnings"] = [str(w.message)[:200] for w in said if "lightning_source" in str(w.filename)][:4]
+            found["stopped"] = f"{type(error).__name__}: {error}"[:600]
+            if os.environ.get("TRACEBACK"):
+                traceback.print_exc()
+        found["warnings"] = [str(w.message)[:300] for w in said if "lightning_source" in str(w.filename)][:4]
     return found
 
 

@@ -41,13 +41,13 @@ class Coverage:
         """A line for the log, then one for each reason why something is left out."""
         lines = [f"attributing {len(self.blocks)} blocks, {self.share:.2%} of {self.trainable:,} trainable parameters"]
         if free := [block.name for block in self.blocks if block.free]:
-            lines.append(f"a backward for each example, as they have no layer form: {_listed(free)}")
+            lines.append(f"a backward for each example, as they have no layer form: {listed(free)}")
         reasons: dict[str, list[tuple[str, int]]] = {}
         for name, size, reason in self.left_out:
             reasons.setdefault(reason, []).append((name, size))
         for reason, items in reasons.items():
             share = sum(size for _, size in items) / self.trainable
-            lines.append(f"not attributed, {share:.2%}: {_listed([name for name, _ in items])} ({reason})")
+            lines.append(f"not attributed, {share:.2%}: {listed([name for name, _ in items])} ({reason})")
         return "\n  ".join(lines)
 
     def without(self, reasons: Mapping[str, str]) -> Coverage:
@@ -71,7 +71,7 @@ class Coverage:
         }
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """Names in a line; of many, the first few and where to see them all."""
     if len(names) <= LISTED:
         return ", ".join(names)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_source._lightning import MisconfigurationException, rank_zero_warn
-from lightning_source.capture.coverage import Coverage
+from lightning_source.capture.coverage import Coverage, listed
 from lightning_source.capture.data import Examples, to_module
 from lightning_source.capture.objective import CallScale, Kind, Losses, NoLoss, ObjectiveSpec
 from lightning_source.capture.probe import probe
@@ -75,8 +75,8 @@ def prepare(
         checked = _probe(workspace, coverage, data, probed)
         workspace.blocks = checked.blocks
         reason = rows_differ(workspace, data, ids)
-        if reason is None and spec.origin == "whole" and checked.left_out != coverage.left_out:
-            reason = "no loss was recognised, and some layers need those of single examples"
+        if reason is None and checked.left_out != coverage.left_out:
+            reason = _gained_alone(workspace, coverage, checked, data)
     except FloatingPointError:
         raise
     except Exception as error:  # of a layout that is not by example; the user's own errors come again below
@@ -89,11 +89,32 @@ def prepare(
         spec = replace(calibrate_alone(workspace, data, examples_per_batch, maximize), one_at_a_time=reason)
     except NoLoss as error:
         raise MisconfigurationException(f"there is no loss to attribute: {error}.") from None
-    checked = coverage
-    for example in _examples_with_loss(workspace, data)[0][:PROBED]:
-        checked = _probe(workspace, checked, data.one_at_a_time(), [example])
+    checked = _probed_alone(workspace, coverage, data)
     workspace.blocks, workspace.spec = checked.blocks, spec
     return Preparation(checked, spec)
+
+
+def _probed_alone(workspace: Workspace, coverage: Coverage, data: Examples) -> Coverage:
+    """The coverage that is left when a few examples are run alone."""
+    for example in _examples_with_loss(workspace, data)[0][:PROBED]:
+        coverage = _probe(workspace, coverage, data.one_at_a_time(), [example])
+    return coverage
+
+
+def _gained_alone(workspace: Workspace, coverage: Coverage, checked: Coverage, data: Examples) -> str | None:
+    """Why examples are better run alone: parameters that only their single gradients reach, in words; ``None`` if none.
+
+    Rows of an inner layer may belong to nodes, instances or segments although the batch's losses are by example.
+    """
+    workspace.blocks = coverage.blocks
+    try:
+        alone = {name for name, _, _ in _probed_alone(workspace, coverage, data).left_out}
+    except NoLoss:
+        return None
+    finally:
+        workspace.blocks = checked.blocks
+    gained = [name for name, _, _ in checked.left_out if name not in alone]
+    return f"{listed(gained)} can be followed by single examples only" if gained else None
 
 
 def _warn_of_batch_idx(workspace: Workspace, data: Examples, ids: Sequence[int]) -> None:

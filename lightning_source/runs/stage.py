@@ -148,9 +148,8 @@ class Stage:
         """The loss on the first training examples as the step gives it, NaN or not; ``None`` if it gives none."""
         with self.workspace.at(state):
             try:
-                return float(
-                    first_with_loss(self.workspace, self.data, min(len(self.data), self.data.batch_size))[1].loss
-                )
+                count = min(len(self.data), self.data.batch_size)
+                return float(first_with_loss(self.workspace, self.data, count)[1].loss.detach())
             except FloatingPointError:
                 return math.nan
             except NoLoss:

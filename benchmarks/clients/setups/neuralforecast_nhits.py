@@ -16,7 +16,7 @@ REQUIREMENTS = ["neuralforecast==3.3.0"]
 def build(seed: int) -> SetUp:
     """The model's training."""
 
-    def fit(callbacks: Callbacks) -> None:
+    def fit(callbacks: Callbacks) -> L.Trainer:
         L.seed_everything(seed, verbose=False)
         frame = table(series=16).rename(columns={"group": "unique_id", "value": "y"})
         frame["ds"] = pd.Timestamp("2020-01-01") + pd.to_timedelta(frame.pop("time"), unit="D")
@@ -33,6 +33,9 @@ def build(seed: int) -> SetUp:
             enable_progress_bar=False,
             callbacks=callbacks,
         )
-        NeuralForecast([model], freq="D").fit(frame)
+        forecast = NeuralForecast([model], freq="D")
+        forecast.fit(frame)
+        # The library copies its models and their callbacks, and keeps no Trainer: the copy of ours has it.
+        return next(c.trainer for c in forecast.models[0].trainer_kwargs["callbacks"] if hasattr(c, "trainer"))
 
     return SetUp(fit=fit)

@@ -1,0 +1,15 @@
+"""A text for the libraries that read."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def words() -> None:
+    """Put a text where Lightning's demos look for their own: this project's page on its method, in a folder of its own."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "method.md").read_text()
+    os.chdir(tempfile.mkdtemp())
+    Path("data").mkdir()
+    Path("data/wikitext-2.txt").write_text(text[:12_000])
