@@ -4,7 +4,8 @@
 
 The training is run with and without the callback and its weights compared. ``trainer.attribute`` is asked about a few
 training examples; products of gradients are compared with those of the library's own ``training_step`` on batches of
-one example, by autograd, up to one common factor; scores are compared with those of another scorer of the run.
+one example, by autograd, up to a factor for each parameter group; scores are compared with those of another scorer of
+the run.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from lightning_source import SourceCallback, SourceScorer
+from lightning_source.capture.trainer_view import training_seen
 
 FEW = 6  # examples that products are compared on
 
@@ -63,7 +65,9 @@ def one_by_one(module: Any, mode: str) -> None:
     vars(module).update(log=lambda *args, **kwargs: None, log_dict=lambda *args, **kwargs: None)
 
 
-def alone(module: Any, loader: Any, covered: list[str], count: int, loss_of: Callable[..., Any]) -> torch.Tensor:
+def alone(
+    module: Any, covered: list[str], count: int, batch_of: Callable[[list[int]], Any], loss_of: Callable[..., Any]
+) -> torch.Tensor:
     """Gradients of single examples by the library's own step, ``[count, D]``, over the attributed parameters."""
     own = dict(module.named_parameters())
     state = {name: value.clone() for name, value in module.state_dict().items()}
@@ -71,12 +75,14 @@ def alone(module: Any, loader: Any, covered: list[str], count: int, loss_of: Cal
     for index in range(count):
         loss = None
         for copies in (1, 2):  # a step that does not run on a batch of one is given the example twice
-            batch = loader.collate_fn([loader.dataset[index]] * copies)
-            batch = module._apply_batch_transfer_handler(batch, module.device) if module._trainer else batch
+            batch = batch_of([index] * copies)
+            batch = (
+                module._apply_batch_transfer_handler(batch, module.device) if vars(module).get("_trainer") else batch
+            )
             torch.manual_seed(0)
             before = dict(vars(module))  # what a step keeps for the next one
             try:
-                with torch.enable_grad():
+                with training_seen(module):  # the Trainer as it is while it trains
                     loss = loss_of(module, batch)
                 break
             except Exception:
@@ -115,10 +121,27 @@ def compared(setup: Any, trainer: Any, folder: str) -> Iterator[tuple[str, Any]]
     again = SourceScorer.from_run(f"{folder}/run", module).score(query, loader)
     yield "from_run", float((again.values - scores.values).abs().max()) / float(scores.values.abs().max())
     one_by_one(module, record.mode)
-    gradients = alone(module, loader, names, few, setup.loss or (lambda module, batch: step(module, batch)))
-    expected = gradients @ gradients.T
-    factor = float((products * expected).sum() / expected.square().sum())
-    yield "products", float((products - factor * expected).norm() / products.norm())
+    # Products carry the rates of their parameter groups: each group's own part is known up to a factor.
+    collated = setup.batch or (lambda loader, ids: loader.collate_fn([loader.dataset[i] for i in ids]))
+    gradients = alone(module, names, few, lambda ids: collated(loader, ids), setup.loss or step)
+    sizes = [dict(module.named_parameters())[name].numel() for name in names]
+    parts = dict(zip(names, gradients.split(sizes, 1), strict=True))
+    terms = []
+    for columns in groups(trainer, module, names):
+        own = torch.cat([parts[name] for name in columns], 1)
+        terms.append((own @ own.T).flatten())
+    design = torch.stack(terms, 1)
+    design = design / design.norm(dim=0).clamp_min(1e-300)
+    fitted = design @ torch.linalg.lstsq(design, products.flatten()[:, None]).solution
+    yield "products", float((products.flatten() - fitted[:, 0]).norm() / products.norm())
+
+
+def groups(trainer: Any, module: Any, names: list[str]) -> list[list[str]]:
+    """The attributed parameters of each of the optimizers' groups that has any."""
+    name_of = {id(p): name for name, p in module.named_parameters()}
+    held = [group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    found = [[name_of[id(p)] for p in own if name_of.get(id(p)) in names] for own in held]
+    return [own for own in found if own] or [names]
 
 
 def step(module: Any, batch: Any) -> Any:
@@ -135,7 +158,7 @@ def check(path: Path) -> dict[str, Any]:
     library = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(library)
     setup = library.build(0)
-    found: dict[str, Any] = {"noisy": setup.noisy}
+    found: dict[str, Any] = {"noisy": setup.noisy, "streamed": setup.examples is not None}
     keeper = Keeper()
     start = time.perf_counter()
     trainer = setup.train([keeper]) or keeper.trainer

@@ -22,6 +22,8 @@ def views(count: int, size: int = 32) -> list[tuple[tuple[torch.Tensor, torch.Te
     """Two views of each digit, its label and a file name, as lightly's data sets give them; drawn once."""
     rows = []
     for index, (image, label) in enumerate(digits(count, channels=3, size=size)):
-        pair = tuple((image + 0.1 * torch.randn_like(image)).roll(int(shift), -1) for shift in torch.randint(-3, 4, (2,)))
+        pair = tuple(
+            (image + 0.1 * torch.randn_like(image)).roll(int(shift), -1) for shift in torch.randint(-3, 4, (2,))
+        )
         rows.append((pair, int(label), f"{index}.png"))
     return rows

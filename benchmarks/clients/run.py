@@ -84,7 +84,9 @@ def right(row: Mapping[str, Any]) -> bool:
     if row.get("refused"):
         return bool(row["bit_identical"])
     exact = row.get("products", 1.0) <= EXACT or row.get("noisy", False)
-    return bool(row.get("bit_identical") and row.get("coverage", 0) >= 0.99 and row.get("from_run", 1) <= EXACT and exact)
+    return bool(
+        row.get("bit_identical") and row.get("coverage", 0) >= 0.99 and row.get("from_run", 1) <= EXACT and exact
+    )
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:

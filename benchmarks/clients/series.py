@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from torch.utils.data import DataLoader
 
 
 def table(series: int = 4, length: int = 40) -> pd.DataFrame:
@@ -15,6 +18,15 @@ def table(series: int = 4, length: int = 40) -> pd.DataFrame:
     group = np.repeat(np.arange(series), length)
     value = np.sin(2 * np.pi * (time / 8 + group / series)) + 3 + 0.2 * generator.standard_normal(len(time))
     return pd.DataFrame({"time": time, "group": group.astype(str), "value": value.astype(np.float32)})
+
+
+def one_epoch(trainer: Any) -> DataLoader:
+    """The windows of one epoch of a stream of batches, as examples."""
+    rows = []
+    for batch in trainer.train_dataloader:
+        tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        rows += [{name: value[i] for name, value in tensors.items()} for i in range(len(next(iter(tensors.values()))))]
+    return DataLoader(rows, batch_size=8)
 
 
 def forecasting_data(known: Sequence[str] = ("time",)) -> object:

@@ -31,6 +31,7 @@ class SetUp:
         own_callbacks: makes the callbacks that belong to the set-up itself, anew for each training.
         examples: for trainings whose loader is a stream: makes a loader of the training examples, which is given as
             ``train=``.
+        batch: the batch of these examples of a loader, where that is not what the loader's collate function makes.
         loss: the loss of a batch whose gradient is attributed, where the step does not return it.
         noisy: whether the step draws noise of its own, so that single gradients are known up to that noise only.
     """
@@ -41,6 +42,7 @@ class SetUp:
     fit: Callable[[Callbacks], Any] | None = None
     own_callbacks: Callable[[], Callbacks] = list
     examples: Callable[[Any], Any] | None = None
+    batch: Callable[[Any, list[int]], Any] | None = None
     loss: Callable[[Any, Any], Any] | None = None
     noisy: bool = False
 

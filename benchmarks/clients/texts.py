@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def words() -> None:
-    """Put a text where Lightning's demos look for their own: this project's page on its method, in a folder of its own."""
+    """Put this project's page on its method where Lightning's demos look for a text, in a folder of its own."""
     text = (Path(__file__).resolve().parents[2] / "docs" / "method.md").read_text()
     os.chdir(tempfile.mkdtemp())
     Path("data").mkdir()

@@ -17,9 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lightning_source._lightning import DummyLogger, training_state
+from lightning_source._lightning import DummyLogger, is_lightning_module, training_state
 from lightning_source._trainer import facts_of, trainer_of
 from lightning_source.capture.attributes import attributes_seen
+
+_MISSING = object()  # in place of an attribute that was not there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,10 +196,13 @@ def training_seen(
     if facts is None:
         facts = TrainerFacts() if real is None else TrainerFacts(**facts_of(real))
     view = TrainerView(moment, facts, real, module)
-    owners: list[tuple[object, str]] = [(child, "_trainer") for child in module.modules() if "_trainer" in vars(child)]
+    # A library may have taken the Trainer off its module, attribute and all, when training had ended.
+    owners: list[tuple[object, str]] = [
+        (child, "_trainer") for child in module.modules() if "_trainer" in vars(child) or is_lightning_module(child)
+    ]
     if datamodule is not None:
         owners.append((datamodule, "trainer"))
-    previous = [vars(owner).get(name) for owner, name in owners]
+    previous = [vars(owner).get(name, _MISSING) for owner, name in owners]
     try:
         for owner, name in owners:
             vars(owner)[name] = view
@@ -205,4 +210,7 @@ def training_seen(
             yield view
     finally:
         for (owner, name), trainer in zip(owners, previous, strict=True):
-            vars(owner)[name] = trainer
+            if trainer is _MISSING:
+                del vars(owner)[name]
+            else:
+                vars(owner)[name] = trainer

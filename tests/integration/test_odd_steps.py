@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import Classifier, classes, close, mlp, quiet_trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from lightning_source import SourceCallback
 from lightning_source.recording.gradient_watch import GradientWatch
@@ -155,3 +155,60 @@ def test_what_fails_when_the_hooks_have_gone_does_not_end_training(tmp_path, mon
     trainer = fit(tmp_path, Classifier(mlp()), mode="deferred")
     assert trainer.state.finished
     assert trainer.attribute([tensor[:2] for tensor in classes().tensors], method="grad-dot").values.shape == (2, 24)
+
+
+class Bags(Classifier):
+    """Classifies bags of instances: the first layer's rows are the batch's instances, the losses are by bag."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(mlp(4))
+        self.instance = nn.Linear(3, 4)
+
+    def training_step(self, batch, batch_idx):
+        instances, bag, label = batch
+        rows = self.instance(instances)
+        pooled = torch.zeros(len(label), rows.shape[1]).index_add(0, bag, torch.tanh(rows))
+        return F.cross_entropy(self.net(pooled), label)
+
+
+def collate_bags(bags):
+    sizes = torch.tensor([len(instances) for instances, _ in bags])
+    bag = torch.arange(len(bags)).repeat_interleave(sizes)
+    return torch.cat([instances for instances, _ in bags]), bag, torch.tensor([label for _, label in bags])
+
+
+def test_layers_whose_rows_are_parts_of_examples_are_followed_one_example_at_a_time(tmp_path, recwarn):
+    torch.manual_seed(1)
+    bags = [(torch.randn(2 + i % 3, 3), i % 3) for i in range(12)]
+    module = Bags()
+    trainer = quiet_trainer(tmp_path, SourceCallback(str(tmp_path / "run")), max_epochs=2)
+    trainer.fit(module, DataLoader(bags, batch_size=4, collate_fn=collate_bags))
+    scores = trainer.attribute(Subset(bags, range(5)), method="grad-dot")
+    assert scores.metadata["coverage"] == 1.0
+    assert any("one at a time" in str(w.message) and "instance.weight" in str(w.message) for w in recwarn)
+    gradients = []
+    for bag in bags:
+        loss = module.training_step(collate_bags([bag]), 0)
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))]))
+    expected = torch.stack(gradients[:5]) @ torch.stack(gradients).T
+    close(scores.values / scores.values.norm(), expected / expected.norm(), 1e-5)
+
+
+class Counts(Classifier):
+    """Reads its Trainer in the step, as libraries that log by hand do."""
+
+    def training_step(self, batch, batch_idx):
+        assert self.global_step >= 0
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_module_whose_trainer_was_taken_off_is_scored_as_before(tmp_path):
+    trainer = fit(tmp_path, Counts(mlp()))
+    module = trainer.lightning_module
+    query = [x[:4] for x in classes().tensors]
+    before = trainer.attribute(query).values
+    trainer_of_module = vars(module).pop("_trainer")
+    assert torch.equal(trainer.attribute(query).values, before)
+    assert "_trainer" not in vars(module)
+    assert trainer_of_module is trainer

@@ -6,7 +6,7 @@ import lightning.pytorch as L
 import pandas as pd
 from gluonts.dataset.common import ListDataset
 from gluonts.torch import SimpleFeedForwardEstimator
-from series import table
+from series import one_epoch, table
 from setup import Callbacks, SetUp
 
 NAME = "gluonts: feed-forward"
@@ -35,4 +35,4 @@ def build(seed: int) -> SetUp:
         )
         return estimator.train_model(data()).trainer
 
-    return SetUp(fit=fit)
+    return SetUp(fit=fit, examples=one_epoch)

@@ -1,4 +1,4 @@
-"""The module of lightning-hydra-template: a network with batch normalisation, metrics, partial optimizer and scheduler."""
+"""The module of lightning-hydra-template: batch normalisation, metrics, partial optimizer and scheduler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lightning's example of fine-tuning in computer vision: ``BackboneFinetuning`` thaws a torchvision network in mid-fit."""
+"""Lightning's example of fine-tuning: ``BackboneFinetuning`` thaws a torchvision network in mid-fit."""
 
 from __future__ import annotations
 

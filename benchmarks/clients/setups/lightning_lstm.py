@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lightning.pytorch.demos.lstm import LightningLSTM, SequenceSampler, SimpleLSTM
 from lightning.pytorch.demos.transformer import WikiText2
-from texts import words
 from setup import SetUp, seeded
+from texts import words
 from torch.utils.data import DataLoader, Subset
 
 NAME = "Lightning demos: LSTM"

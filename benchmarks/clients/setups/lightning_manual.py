@@ -13,4 +13,8 @@ REQUIREMENTS = ["scikit-learn", "requests"]
 def build(seed: int) -> SetUp:
     """The module and its random data."""
     seeded(seed)
-    return SetUp(ManualOptimBoringModel(), DataLoader(RandomDataset(32, 64), batch_size=16), loss=lambda module, batch: module.step(batch))
+    return SetUp(
+        ManualOptimBoringModel(),
+        DataLoader(RandomDataset(32, 64), batch_size=16),
+        loss=lambda module, batch: module.step(batch),
+    )

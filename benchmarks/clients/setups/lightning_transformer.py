@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lightning.pytorch.demos.transformer import LightningTransformer, Transformer, WikiText2
-from texts import words
 from setup import SetUp, seeded
+from texts import words
 from torch.utils.data import DataLoader, Subset
 
 NAME = "Lightning demos: Transformer"

@@ -11,7 +11,7 @@ from pytorch_tabular.models import CategoryEmbeddingModelConfig
 from setup import Callbacks, SetUp
 
 NAME = "pytorch_tabular: category embedding"
-REQUIREMENTS = ["pytorch_tabular==1.2.0"]
+REQUIREMENTS = ["pytorch_tabular==1.2.0", "requests"]
 
 
 def build(seed: int) -> SetUp:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import anndata
 import lightning.pytorch as L
 import numpy as np
 import scvi
+import torch
 from setup import Callbacks, SetUp
 
 NAME = "scvi-tools: SCVI"
@@ -20,6 +23,11 @@ def cells() -> anndata.AnnData:
     data = anndata.AnnData(generator.poisson(rates).astype(np.float32))
     data.obs["kind"] = [["one", "two", "unknown"][k if i % 4 else 2] for i, k in enumerate(kind)]
     return data
+
+
+def tensors(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The library's data set gives whole batches, of arrays."""
+    return {name: torch.as_tensor(value) for name, value in batch.items()}
 
 
 def build(seed: int) -> SetUp:
@@ -41,4 +49,4 @@ def build(seed: int) -> SetUp:
         )
         return model.trainer
 
-    return SetUp(fit=fit, noisy=True)
+    return SetUp(fit=fit, batch=lambda loader, ids: tensors(loader.dataset[ids]), noisy=True)

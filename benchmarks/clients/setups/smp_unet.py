@@ -21,7 +21,12 @@ class PetModel(L.LightningModule):
     def __init__(self, arch: str, encoder_name: str, in_channels: int, out_classes: int, **kwargs: Any) -> None:
         super().__init__()
         self.model = smp.create_model(
-            arch, encoder_name=encoder_name, encoder_weights=None, in_channels=in_channels, classes=out_classes, **kwargs
+            arch,
+            encoder_name=encoder_name,
+            encoder_weights=None,
+            in_channels=in_channels,
+            classes=out_classes,
+            **kwargs,
         )
         self.register_buffer("std", torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1))
         self.register_buffer("mean", torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1))
