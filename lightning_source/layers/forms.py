@@ -93,9 +93,9 @@ def captured_vectors(gradients: Tensor) -> BlockGradients:
 
 
 def rows_by_example(values: Tensor, examples: int) -> Tensor:
-    """``[B, ..., F]``, or examples flattened into rows, ``[B · T, F]``, as ``[1, B, T, F]``."""
+    """``[B, ..., F]``, examples flattened into rows, ``[B · T, F]``, or one example's vector as ``[1, B, T, F]``."""
     rows = values.numel() // values.shape[-1]
-    if values.dim() < 2 or rows % examples or (values.dim() > 2 and values.shape[0] % examples):
+    if (values.dim() < 2 and examples > 1) or rows % examples or (values.dim() > 2 and values.shape[0] % examples):
         raise not_by_example(values, examples)
     return values.reshape(1, examples, -1, values.shape[-1])
 

@@ -164,11 +164,13 @@ class Bags(Classifier):
         torch.manual_seed(0)
         super().__init__(mlp(4))
         self.instance = nn.Linear(3, 4)
+        self.of_bag = nn.Linear(4, 4)
 
     def training_step(self, batch, batch_idx):
         instances, bag, label = batch
         rows = self.instance(instances)
         pooled = torch.zeros(len(label), rows.shape[1]).index_add(0, bag, torch.tanh(rows))
+        pooled = pooled + self.of_bag(pooled.squeeze())  # a vector where the bag is alone, as graph libraries have
         return F.cross_entropy(self.net(pooled), label)
 
 
