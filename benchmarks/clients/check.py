@@ -117,7 +117,9 @@ def compared(setup: Any, trainer: Any, folder: str) -> Iterator[tuple[str, Any]]
         record = scorer.run.stage.record
         names = [name for block in scorer.run.coverage.blocks for name in block.parameters]
         yield "one_at_a_time", record.objective.one_at_a_time
-    products = trainer.attribute(query, method="grad-dot", **train).values[:, :few].double()
+    # Asked of the module's weights, which the oracle has: a library may have put its best checkpoint back.
+    asked = {"method": "grad-dot", "weights": "module"}
+    products = trainer.attribute(query, **asked, **train).values[:, :few].double()
     again = SourceScorer.from_run(f"{folder}/run", module).score(query, loader)
     yield "from_run", float((again.values - scores.values).abs().max()) / float(scores.values.abs().max())
     one_by_one(module, record.mode)
