@@ -56,7 +56,7 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.lightning_module.named_parameters()}
 
 
-def one_by_one(module: Any, mode: str) -> None:
+def as_in_passes(module: Any, mode: str) -> None:
     """Put the module in the mode of the passes: training, perhaps, with its randomness and batch statistics off."""
     module.train(mode == "train")
     for part in module.modules():
@@ -76,9 +76,8 @@ def alone(
         loss = None
         for copies in (1, 2):  # a step that does not run on a batch of one is given the example twice
             batch = batch_of([index] * copies)
-            batch = (
-                module._apply_batch_transfer_handler(batch, module.device) if vars(module).get("_trainer") else batch
-            )
+            if vars(module).get("_trainer"):
+                batch = module._apply_batch_transfer_handler(batch, module.device)
             torch.manual_seed(0)
             before = dict(vars(module))  # what a step keeps for the next one
             try:
@@ -122,7 +121,7 @@ def compared(setup: Any, trainer: Any, folder: str) -> Iterator[tuple[str, Any]]
     products = trainer.attribute(query, **asked, **train).values[:, :few].double()
     again = SourceScorer.from_run(f"{folder}/run", module).score(query, loader)
     yield "from_run", float((again.values - scores.values).abs().max()) / float(scores.values.abs().max())
-    one_by_one(module, record.mode)
+    as_in_passes(module, record.mode)
     # Products carry the rates of their parameter groups: each group's own part is known up to a factor.
     collated = setup.batch or (lambda loader, ids: loader.collate_fn([loader.dataset[i] for i in ids]))
     gradients = alone(module, names, few, lambda ids: collated(loader, ids), setup.loss or step)
