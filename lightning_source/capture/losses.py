@@ -64,6 +64,19 @@ def _targets(target: Tensor, ignored: int, weight: Tensor | None, elements: Tens
     return hard, weights
 
 
+def draw_classes(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """A class for each row of ``probabilities [..., C]``, which need not sum to 1: where their sum passes a number.
+
+    One number a row is drawn, by ``generator``; ``torch.multinomial`` draws one for every class, which over a
+    vocabulary takes longer than the network does.
+    """
+    sums = probabilities.cumsum(-1)
+    shape = (*sums.shape[:-1], 1)
+    drawn = torch.rand(shape, generator=generator, device=sums.device, dtype=sums.dtype) * sums[..., -1:]
+    # The first class beyond the number: never one of probability 0, whose sum is that of the class before.
+    return torch.searchsorted(sums, drawn, right=True).squeeze(-1).clamp_max(sums.shape[-1] - 1)
+
+
 def _categorical(
     name: str,
     call: LossArguments,
@@ -92,8 +105,7 @@ def _categorical(
 
     def sample(generator: torch.Generator) -> Tensor:
         rows = log_probs()
-        probabilities = rows.detach().float().exp().reshape(-1, rows.shape[-1])
-        return -pick(rows, torch.multinomial(probabilities, 1, generator=generator).view(rows.shape[:-1]))
+        return -pick(rows, draw_classes(rows.detach().float().exp(), generator))
 
     def margin() -> Tensor:
         assert hard is not None
@@ -372,8 +384,8 @@ def _kl_div(call: LossArguments) -> LossCall | None:
     mass = (target.exp() if call["log_target"] else target).sum(-1, keepdim=True)
 
     def sample(generator: torch.Generator) -> Tensor:
-        labels = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
-        drawn = torch.zeros_like(rows, dtype=torch.bool).scatter(-1, labels.view(*rows.shape[:-1], 1), True)
+        labels = draw_classes(probabilities, generator).unsqueeze(-1)
+        drawn = torch.zeros_like(rows, dtype=torch.bool).scatter(-1, labels, True)
         return -rows.masked_fill(~drawn, 0)
 
     # "batchmean" divides by the number of rows along the first dimension: a mean of lighter elements.

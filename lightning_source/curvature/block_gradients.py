@@ -187,7 +187,19 @@ def contract(captured: BlockGradients, vectors: Tensor, columns: Tensor | None =
     return total
 
 
+# Up to this many columns for each position, an embedding's gradients are laid out as matrices of columns: one product
+# with zeros in it is faster than a gather.
+DENSE_COLUMNS = 64
+
+
 def _contract_rows(captured: BlockGradients, vectors: Tensor, columns: Tensor | None) -> Tensor:
+    """:func:`contract` for one-hot activations, ``vectors [Q, O, C]``."""
+    count = vectors.shape[2]
+    if count <= DENSE_COLUMNS * captured.shape[2]:
+        flat = vectors.mT.reshape(len(vectors), -1)  # [Q, C · O]
+        step = max(1, CHUNK_FLOATS // max(1, flat.shape[1]))
+        pieces = (captured.select(slice(i, i + step)) for i in range(0, captured.shape[1], step))
+        return torch.cat([flat @ _in_columns(piece, columns, count).T for piece in pieces], 1)
     rows = captured.rows()
     rows, where = (rows, rows.tokens) if columns is None else rows.at(columns)
     total = vectors.new_zeros(len(vectors), captured.shape[1])
@@ -197,6 +209,20 @@ def _contract_rows(captured: BlockGradients, vectors: Tensor, columns: Tensor | 
         products = (vectors[:, :, where[piece]] * rows.values[piece].mT).sum(1)
         total.index_add_(1, rows.examples[piece], products)
     return total
+
+
+def _in_columns(captured: BlockGradients, columns: Tensor | None, count: int) -> Tensor:
+    """An embedding's per-example gradients at some tokens, ``[B, C · O]``."""
+    tokens, gradients = captured.activations[0], captured.gradients[0]  # [B, T], [B, T, O]
+    examples, outputs = len(tokens), gradients.shape[-1]
+    where = tokens if columns is None else torch.searchsorted(columns, tokens).clamp_max(max(0, count - 1))
+    rows = where + count * torch.arange(examples, device=where.device).unsqueeze(1)
+    if columns is not None and count:
+        gradients = gradients * (columns[where] == tokens).unsqueeze(-1)
+    dense = gradients.new_zeros(examples * count, outputs)
+    if count:
+        dense.index_add_(0, rows.flatten(), gradients.reshape(-1, outputs))
+    return dense.view(examples, -1)
 
 
 def contract_diagonal(captured: BlockGradients, query: BlockGradients, weights: Tensor) -> Tensor:

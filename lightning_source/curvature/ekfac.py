@@ -43,6 +43,28 @@ class Basis(NamedTuple):
 IDENTITY = Basis(None, None)
 
 
+def meeting_place(vectors: Tensor, basis: Basis, rows: int) -> tuple[Tensor, Basis]:
+    """Vectors and the basis in which they meet examples' gradients, each side where rotating costs less.
+
+    A side of ``F`` of the other's ``G`` is rotated at every position, ``rows · F²`` products, or once back in every
+    query's matrix, ``Q · G · F²``. Products of both are the same.
+
+    Args:
+        vectors: the queries' matrices ``[Q, P, O, I]`` in ``basis``.
+        basis: of the vectors.
+        rows: positions of all examples that they are to meet.
+
+    Returns:
+        The vectors, and the basis that the gradients still have to be rotated into.
+    """
+    queries, _, outputs, inputs = vectors.shape
+    back = Basis(
+        basis.activations if queries * outputs < rows else None, basis.gradients if queries * inputs < rows else None
+    )
+    left = Basis(*(None if there is not None else own for there, own in zip(back, basis, strict=True)))
+    return IDENTITY.rotate_from(back, vectors), left
+
+
 def _times(x: Tensor, eigenvectors: Tensor | None) -> Tensor:
     """``x [P, B, T, F]`` times ``[P, F, F]``, as one matrix product a part."""
     return x if eigenvectors is None else (x.flatten(1, 2) @ eigenvectors).view(x.shape)
@@ -122,8 +144,8 @@ def eigenbasis(activations: Tensor, gradients: Tensor, dtype: torch.dtype) -> tu
         gradients: ``E[g gᵀ]``, ``[P, O, O]``.
         dtype: the dtype of what is returned.
     """
-    values_a, vectors_a = _eigh(activations)
-    values_g, vectors_g = _eigh(gradients)
+    values_a, vectors_a = eigh(activations)
+    values_g, vectors_g = eigh(gradients)
     kronecker = values_g.clamp_min(0).unsqueeze(-1) * values_a.clamp_min(0).unsqueeze(-2)
     # Laid out as they come back from disk: products of another layout round differently.
     both = (None if v is None else v.to(dtype).contiguous() for v in (vectors_a, vectors_g))
@@ -131,12 +153,34 @@ def eigenbasis(activations: Tensor, gradients: Tensor, dtype: torch.dtype) -> tu
     return basis, kronecker.to(dtype)
 
 
-def _eigh(moment: Tensor) -> tuple[Tensor, Tensor | None]:
+def eigh(moment: Tensor) -> tuple[Tensor, Tensor | None]:
     """Eigenvalues and eigenvectors of a covariance ``[P, F, F]``; of variances ``[P, F]``, themselves and none."""
     if moment.dim() == 2:
         return moment.double(), None
-    values, vectors = torch.linalg.eigh(moment.double())
+    moment = moment.double()
+    seen = (moment.diagonal(dim1=-2, dim2=-1) != 0).any(0)
+    if not seen.all():  # units that are always 0, or inputs that are padding: rows and columns of nothing but 0
+        values, vectors = eigh(moment[:, seen][:, :, seen])
+        return _with_unseen(values, vectors, seen)
+    try:
+        values, vectors = torch.linalg.eigh(moment)
+    except torch.linalg.LinAlgError:
+        # Divide and conquer may fail on a matrix of low rank, whose many eigenvalues 0 are all alike. A part in 1e9 of
+        # its trace, different along the diagonal, sets them apart, and is below what the moments are accurate to.
+        ramp = torch.linspace(1, 2, moment.shape[-1], dtype=moment.dtype, device=moment.device)
+        trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+        values, vectors = torch.linalg.eigh(moment + torch.diag_embed(1e-9 * trace / moment.shape[-1] * ramp))
     return values, vectors
+
+
+def _with_unseen(values: Tensor, vectors: Tensor | None, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """The decomposition of a matrix whose rows and columns are 0 except the ``seen`` ones, from that of those."""
+    assert vectors is not None
+    parts, unseen = len(values), len(seen) - int(seen.sum())
+    whole = vectors.new_zeros(parts, len(seen), len(seen))
+    whole[:, ~seen, :unseen] = torch.eye(unseen, dtype=vectors.dtype, device=vectors.device)
+    whole[:, seen, unseen:] = vectors
+    return torch.cat([values.new_zeros(parts, unseen), values], 1), whole
 
 
 def eigenvalue_sums(captured: BlockGradients, basis: Basis) -> Tensor:

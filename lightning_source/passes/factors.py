@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_source.capture.data import Examples
+from lightning_source.capture.data import Examples, to_module
+from lightning_source.capture.objective import NoLoss
 from lightning_source.curvature.block_gradients import (
     accumulator_dtype,
     gram,
@@ -26,7 +28,8 @@ from lightning_source.curvature.ekfac import (
 )
 from lightning_source.passes.workspace import State, Workspace, require_finite
 
-FEWEST = 512  # factor examples that a snapshot visits at least, where there are so many
+# A snapshot visits at least so many drawn labels, and examples, where there are so many.
+FEWEST_LABELS, FEWEST_EXAMPLES = 512, 64
 
 
 def factor_ids(total: int, limit: int | None, seed: int) -> Tensor:
@@ -41,23 +44,54 @@ def factor_ids(total: int, limit: int | None, seed: int) -> Tensor:
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
 
 
-def dealt_ids(ids: Tensor, place: int, count: int, seed: int) -> Tensor:
+def deal(workspace: Workspace, load: Callable[[], State], data: Examples, ids: Tensor, count: int) -> list[Tensor]:
+    """A segment's factor examples dealt over its ``count`` snapshots (:func:`dealt_ids`).
+
+    An example of a sequence model has a label at every position, so that fewer examples tell as much.
+
+    Args:
+        workspace: the model.
+        load: the parameters at which the labels of a batch are counted.
+        data: training examples.
+        ids: the segment's factor examples.
+        count: how many snapshots the segment has.
+    """
+    fewest = len(ids)
+    if count > 1 and fewest > FEWEST_EXAMPLES:
+        labels = workspace.ranks.on_rank_zero(lambda: _labels_of_an_example(workspace, load(), data, ids))
+        fewest = max(FEWEST_EXAMPLES, math.ceil(FEWEST_LABELS / max(1.0, labels)))
+    return [dealt_ids(ids, place, count, workspace.seed, fewest) for place in range(count)]
+
+
+def _labels_of_an_example(workspace: Workspace, state: State, data: Examples, ids: Tensor) -> float:
+    """How many elements an example's losses have, by one batch."""
+    with workspace.at(state), torch.no_grad():
+        index, batch = next(iter(data.batches(ids[: data.batch_size])))
+        try:
+            losses = workspace.losses(to_module(batch, workspace.module, workspace.hooks), len(index))
+        except NoLoss:  # of a batch that the step skips
+            return 1.0
+    return sum(int(call.weights.count_nonzero()) for call in losses.calls) / len(index)
+
+
+def dealt_ids(ids: Tensor, place: int, count: int, seed: int, fewest: int) -> Tensor:
     """The part of a segment's factor examples that one of its snapshots visits, in ascending order.
 
     Curvature is averaged over the snapshots, so each sees other examples, and together they see all; the same part at
-    every snapshot would lose some. No part is smaller than :data:`FEWEST`, and then they overlap.
+    every snapshot would lose some. No part is smaller than ``fewest``, and then they overlap.
 
     Args:
         ids: the segment's factor examples.
         place: of the snapshot among the segment's.
         count: how many snapshots the segment has.
         seed: of the order in which they are dealt.
+        fewest: examples of a part, where there are so many.
 
     Example:
-        >>> dealt_ids(torch.arange(4), place=1, count=6, seed=0).tolist()  # too few to deal
+        >>> dealt_ids(torch.arange(4), place=1, count=6, seed=0, fewest=8).tolist()  # too few to deal
         [0, 1, 2, 3]
     """
-    size = max(-(-len(ids) // count), min(len(ids), FEWEST))
+    size = max(-(-len(ids) // count), min(len(ids), fewest))
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
     start = place * len(ids) // count
     return ids[order.roll(-start)[:size].sort().values]
@@ -94,7 +128,7 @@ def fit_factors(
         The factors by block, and the covariance sums of each snapshot (empty for ``"diagonal"``).
     """
     names = [block.name for block in workspace.blocks]
-    dealt = [dealt_ids(ids, place, len(states), workspace.seed) for place in range(len(states))]
+    dealt = deal(workspace, states[-1].load, data, ids, len(states))
     eigenvalues: dict[str, Tensor] = {}
     if curvature == "diagonal":
         sums: list[dict[str, CovarianceSums]] = []

@@ -31,7 +31,9 @@ from lightning_source.curvature.block_gradients import (
     squared_norms,
 )
 from lightning_source.curvature.ekfac import (
+    IDENTITY,
     Basis,
+    meeting_place,
     rotated_matrices,
 )
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
@@ -338,11 +340,17 @@ class Workspace:
             start = examples.stop
             receive(examples, products)
 
+        total = len(data) if ids is None else len(ids)
+        met: dict[str, tuple[Tensor, Basis]] = {}
+
         def own_part() -> None:
             keep = hand_over if self.ranks.world_size == 1 else own.append
             with self.at(state):
                 for index, captured in self.captures(data, self.trained(), self.shard(data, ids)):
-                    keep(self._products(data.named(index), captured, vectors, bases, normalize))
+                    for name in captured.keys() & (vectors.values.keys() - met.keys()):
+                        basis = bases[name] if bases else IDENTITY
+                        met[name] = meeting_place(vectors.values[name], basis, captured[name].shape[2] * total)
+                    keep(self._products(data.named(index), captured, met, vectors, normalize))
 
         self.ranks.on_all_ranks(own_part)
         for products in self.ranks.gather(own):
@@ -352,19 +360,20 @@ class Workspace:
         self,
         index: Tensor,
         captured: Mapping[str, BlockGradients],
+        met: Mapping[str, tuple[Tensor, Basis]],
         vectors: QueryGradients,
-        bases: Mapping[str, Basis] | None,
         normalize: bool,
     ) -> Tensor:
+        """Products ``[Q, B]`` of a batch with ``vectors``, which are ``met`` in other bases than their own."""
         queries = len(next(iter(vectors.values.values())))
         total = torch.zeros(queries, len(index), device=self.module.device)
         norms = torch.zeros(len(index), device=self.module.device)
         for name, block_gradients in captured.items():
             if normalize:
                 norms += squared_norms(block_gradients)
-            if name in vectors.values:
-                rotated = bases[name].rotate(block_gradients) if bases else block_gradients
-                total += contract(rotated, vectors.values[name], vectors.columns.get(name))
+            if name in met:
+                there, basis = met[name]
+                total += contract(basis.rotate(block_gradients), there, vectors.columns.get(name))
         if not torch.isfinite(total).all():
             for name, one in captured.items():
                 require_finite_gradients(one, name, index)

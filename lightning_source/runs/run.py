@@ -22,7 +22,7 @@ from lightning_source.curvature.unroll import SegmentCurvature
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.layers import Block
 from lightning_source.names import named_parameters, named_tensors
-from lightning_source.passes.factors import WeightedState, dealt_ids, factor_ids, fit_factors, squared_traces
+from lightning_source.passes.factors import WeightedState, deal, factor_ids, fit_factors, squared_traces
 from lightning_source.passes.preparation import Preparation
 from lightning_source.passes.states import State, StateAt, moment_of
 from lightning_source.passes.workspace import Workspace
@@ -375,8 +375,8 @@ class Run:
             ids = factor_ids(len(stage.data), limit, self.settings.seed)
             bases = {name: factor.basis for name, factor in factors.items()}
             stage.workspace.doing = "factors"
-            count, seed = len(segment.snapshots), self.settings.seed
-            dealt = [dealt_ids(ids, place, count, seed) for place in range(count)]
+            last = partial(self.state, segment.snapshots[-1], which)
+            dealt = deal(stage.workspace, last, stage.data, ids, len(segment.snapshots))
             traces = [
                 [weight * t for t in squared_traces(stage.workspace, self.state(s, which), stage.data, own, bases)]
                 for s, weight, own in zip(segment.snapshots, segment.weights, dealt, strict=True)

@@ -13,7 +13,7 @@ from capture.sampled import DRAWS, check_second_moment
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lightning_source.capture.losses import read_call
+from lightning_source.capture.losses import draw_classes, read_call
 from lightning_source.capture.objective import Objective
 
 N, C = 3, 4  # examples and classes, or examples and output coordinates
@@ -258,3 +258,22 @@ def test_what_is_seen_of_a_training_step(name):
     assert [call.name for call in losses.calls] == names
     for found, scale in zip(losses.scales, scales, strict=True):
         torch.testing.assert_close(found, torch.full_like(found, scale))
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3, 6), (1, 50_000)], ids=str)
+def test_drawn_classes_have_their_probabilities(shape):
+    """To 5 standard errors of 40,000 draws; a class of probability 0 is never drawn, first and last ones neither."""
+    torch.manual_seed(0)
+    weights = torch.rand(*shape, dtype=torch.float32)
+    weights[..., [0, 2, -1]] = 0
+    rows = weights.expand(40_000, *shape) if weights.numel() < 100 else weights
+    drawn = draw_classes(rows, torch.Generator().manual_seed(1))
+    assert drawn.shape == rows.shape[:-1]
+    assert (rows.gather(-1, drawn.unsqueeze(-1)) > 0).all()
+    if rows is not weights:
+        found = torch.nn.functional.one_hot(drawn, 6).float().mean(0)
+        expected = weights / weights.sum(-1, keepdim=True)
+        error = 5 * (expected * (1 - expected) / 40_000).sqrt()
+        assert ((found - expected).abs() <= error).all()
+    again = draw_classes(rows, torch.Generator().manual_seed(1))
+    assert torch.equal(drawn, again)

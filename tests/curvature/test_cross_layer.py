@@ -5,9 +5,10 @@ import torch
 from helpers import QUERY, Classifier, classes, fitted, mlp
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
+from torch.utils.data import TensorDataset
 
 from lightning_source.curvature.block_gradients import BlockGradients, gram
-from lightning_source.passes.factors import dealt_ids, eigenvalues_of, squared_traces
+from lightning_source.passes.factors import deal, dealt_ids, eigenvalues_of, squared_traces
 
 
 def gauss_newton(module, state, inputs):
@@ -78,13 +79,30 @@ def test_inner_products_of_all_pairs(positions):
 def test_factor_examples_are_dealt():
     """Together the snapshots see all, each as many, and each the same ones again; few examples are not dealt."""
     ids = torch.arange(0, 12_000, 2)
-    parts = [dealt_ids(ids, place, 6, seed=3) for place in range(6)]
+    parts = [dealt_ids(ids, place, 6, seed=3, fewest=512) for place in range(6)]
     assert all(len(part) == 1000 for part in parts)
     assert torch.equal(torch.cat(parts).sort().values, ids)
-    assert torch.equal(dealt_ids(ids, 2, 6, seed=3), parts[2])
-    assert not torch.equal(dealt_ids(ids, 2, 6, seed=4), parts[2])
-    few = [dealt_ids(ids[:900], place, 6, seed=3) for place in range(6)]
+    assert torch.equal(dealt_ids(ids, 2, 6, seed=3, fewest=512), parts[2])
+    assert not torch.equal(dealt_ids(ids, 2, 6, seed=4, fewest=512), parts[2])
+    few = [dealt_ids(ids[:900], place, 6, seed=3, fewest=512) for place in range(6)]
     assert all(len(part) == 512 for part in few)
     assert torch.equal(torch.cat(few).unique(), ids[:900])
-    assert torch.equal(dealt_ids(ids[:100], 1, 6, seed=3), ids[:100])
-    assert torch.equal(dealt_ids(ids, 0, 1, seed=3), ids)
+    assert torch.equal(dealt_ids(ids[:100], 1, 6, seed=3, fewest=512), ids[:100])
+    assert torch.equal(dealt_ids(ids, 0, 1, seed=3, fewest=512), ids)
+
+
+@pytest.mark.parametrize(("labels", "size"), [(1, 512), (4, 128), (63, 64)])
+def test_examples_with_more_labels_are_dealt_in_smaller_parts(tmp_path, labels, size):
+    """A snapshot sees 512 labels at least, and 64 examples."""
+    data = TensorDataset(torch.randn(600, labels, 5), torch.randint(3, (600, labels)))
+
+    class Tokens(Classifier):
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.net(batch[0]).transpose(1, 2), batch[1])
+
+    trainer = fitted(tmp_path, Tokens(nn.Linear(5, 3)), data, batch_size=100, max_epochs=1, mode="deferred")
+    with trainer.callbacks[0].scorer(trainer) as scorer:
+        run = scorer.run
+        run.calibrate()
+        parts = deal(run.workspace, run.final_of_stage, run.data, torch.arange(600), 10)
+    assert [len(part) for part in parts] == [max(60, size)] * 10

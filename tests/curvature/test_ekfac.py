@@ -26,7 +26,9 @@ from lightning_source.curvature.ekfac import (
     CovarianceSums,
     eigenbasis,
     eigenvalue_sums,
+    eigh,
     mean_covariances,
+    meeting_place,
     rotated_matrices,
 )
 from lightning_source.passes.calibration import calibrate
@@ -400,3 +402,63 @@ def test_snapshots_are_averaged_in_one_basis():
         q = torch.kron(one.basis.gradients[0], one.basis.activations[0])
         expected = (q.T @ (0.25 * first[name] + 0.75 * second[name]) @ q).diagonal()
         torch.testing.assert_close(one.eigenvalues.flatten(), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 9, 13, 10**6], ids=["none", "one side", "the other", "both"])
+@pytest.mark.parametrize("kind", BASES)
+def test_vectors_meet_gradients_in_whichever_basis(rows, kind):
+    shape = (2, 3, 4, 3)
+    one, basis = captured(*shape), a_basis(*shape, kind)
+    vectors = torch.randn(3, 2, 4, 3, dtype=torch.float64)
+    expected = contract(basis.rotate(one), vectors)
+    met, left = meeting_place(vectors, basis, rows)
+    torch.testing.assert_close(contract(left.rotate(one), met), expected, rtol=1e-10, atol=1e-10)
+    # Rotating costs rows · F² a side, going back 3 queries times the other side (4 outputs, 3 inputs) times F².
+    assert (left.activations is None) == (basis.activations is None or rows > 3 * 4)
+    assert (left.gradients is None) == (basis.gradients is None or rows > 3 * 3)
+
+
+@pytest.mark.parametrize("dense", [0, 64], ids=["gathered", "dense"])
+@pytest.mark.parametrize("columns", [None, [1, 2, 4], [5], []], ids=str)
+@pytest.mark.parametrize("floats", [1, 1 << 24])
+def test_rows_meet_the_columns_of_their_tokens(monkeypatch, dense, columns, floats):
+    monkeypatch.setattr(factors, "DENSE_COLUMNS", dense)
+    monkeypatch.setattr(factors, "CHUNK_FLOATS", floats)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(6, (1, B, 3), generator=generator)
+    one = BlockGradients(tokens, torch.randn(1, B, 3, 4, generator=generator, dtype=torch.float64), 6)
+    whole = torch.randn(5, 1, 4, 6, generator=generator, dtype=torch.float64)
+    kept = None if columns is None else torch.tensor(columns, dtype=torch.int64)
+    vectors = whole if kept is None else whole[..., kept]
+    left = torch.zeros_like(whole)
+    left[..., slice(None) if kept is None else kept] = vectors
+    hot = one._replace(activations=F.one_hot(tokens, 6).double(), vocabulary=None)
+    torch.testing.assert_close(contract(one, vectors, kept), contract(hot, left), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_units_that_are_always_zero_have_eigenvectors_of_their_own(parts):
+    """Padding that an input never leaves, units that never fire: no decomposition of their zeros is tried."""
+    x = torch.randn(parts, 9, 6, dtype=torch.float64)
+    x[..., [1, 4]] = 0
+    moment = x.mT @ x
+    values, vectors = eigh(moment)
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(6, dtype=torch.float64).expand(parts, 6, 6))
+    torch.testing.assert_close(vectors @ torch.diag_embed(values) @ vectors.mT, moment)
+    assert (values.diff() >= -1e-9).all()
+    assert (values[:, :2] == 0).all()
+
+
+def test_a_decomposition_that_does_not_converge_is_tried_on_a_matrix_beside(monkeypatch):
+    x = torch.randn(1, 3, 6, dtype=torch.float64)
+    moment, own, calls = x.mT @ x, torch.linalg.eigh, []
+
+    def refuses_the_first(matrix):
+        calls.append(matrix)
+        if len(calls) == 1:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return own(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", refuses_the_first)
+    values, vectors = eigh(moment)
+    torch.testing.assert_close(vectors @ torch.diag_embed(values) @ vectors.mT, moment, rtol=1e-7, atol=1e-7)
