@@ -9,9 +9,9 @@ The peer needs an environment that has it:
     pip install --no-deps kronfluence==1.0.1 einconv opt_einsum
 
 Both sides run in one process on one model, one data set and one precision. "Influence" is EK-FAC influence end to end:
-factors at the final model, and all pairs of training examples and queries. "SOURCE" is everything that SOURCE with three
-snapshots costs beyond training without the callback: recording, factors and scores. "Checks" is the part of either that
-finds out what the training step does (:mod:`lightning_source.passes.preparation`), which is paid once a run.
+factors at the final model, and all pairs of training examples and queries. "SOURCE" is everything that SOURCE with
+three snapshots costs beyond training without the callback: recording, factors and scores. "Checks" is the part of
+either that finds out what the training step does (:mod:`lightning_source.passes.preparation`), paid once a run.
 Prints JSON; ``--out`` writes it, and ``benchmarks/make_results.py`` makes ``docs/speed.md`` of it.
 """
 

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from lightning_source.capture.data import Examples, to_module
 from lightning_source.capture.objective import NoLoss
 from lightning_source.curvature.block_gradients import (
+    BlockGradients,
     accumulator_dtype,
     gram,
 )
@@ -106,6 +108,14 @@ class WeightedState:
     covariances: dict[str, CovarianceSums] | None = None  # sums that are known already
 
 
+class FittedFactors(NamedTuple):
+    """What the passes of a segment give."""
+
+    factors: Factors  # by block
+    sums: list[dict[str, CovarianceSums]]  # of each snapshot; none for ``"diagonal"``
+    coupling: float | None  # see :func:`coupling_of`; ``None`` where no pass told it
+
+
 def fit_factors(
     workspace: Workspace,
     data: Examples,
@@ -113,7 +123,8 @@ def fit_factors(
     states: Sequence[WeightedState],
     curvature: str,
     samples: int,
-) -> tuple[Factors, list[dict[str, CovarianceSums]]]:
+    coupled: bool = False,
+) -> FittedFactors:
     """EK-FAC of one segment: covariances averaged over its snapshots, eigenvalues in that averaged basis, averaged too.
 
     Args:
@@ -123,9 +134,7 @@ def fit_factors(
         states: the snapshots.
         curvature: ``"ekfac"``, ``"kfac"`` (Kronecker eigenvalues, one pass fewer) or ``"diagonal"`` (no eigenbasis).
         samples: label draws per example for the eigenvalues.
-
-    Returns:
-        The factors by block, and the covariance sums of each snapshot (empty for ``"diagonal"``).
+        coupled: also find how much curvature the blocks have together; ``"kfac"`` has no pass that does.
     """
     names = [block.name for block in workspace.blocks]
     dealt = deal(workspace, states[-1].load, data, ids, len(states))
@@ -139,13 +148,27 @@ def fit_factors(
             for state, own in zip(states, dealt, strict=True)
         ]
         bases, eigenvalues = _eigenbases(workspace, sums, [state.weight for state in states])
+    traces: list[tuple[float, Traces]] = []
     if curvature != "kfac":
         eigenvalues = {}
         for state, own in zip(states, dealt, strict=True):
-            for name, values in eigenvalues_of(workspace, state.load(), data, own, bases, samples).items():
+            if coupled:
+                of_state, both = eigenvalues_and_traces(workspace, state.load(), data, own, bases, samples)
+                traces.append((state.weight, both))
+            else:
+                of_state = eigenvalues_of(workspace, state.load(), data, own, bases, samples)
+            for name, values in of_state.items():
                 weighted = state.weight * values
                 eigenvalues[name] = eigenvalues[name] + weighted if name in eigenvalues else weighted
-    return {name: BlockFactors(bases[name], eigenvalues[name]) for name in names}, sums
+    factors = {name: BlockFactors(bases[name], eigenvalues[name]) for name in names}
+    return FittedFactors(factors, sums, coupling_of(traces) if traces else None)
+
+
+def coupling_of(traces: Sequence[tuple[float, Traces]]) -> float:
+    """``tr H² / Σ λ²`` over snapshots of given weights, at least 1: what the blocks have together beyond their own."""
+    full = sum(weight * of_state.full for weight, of_state in traces)
+    blocks = sum(weight * of_state.blocks for weight, of_state in traces)
+    return max(1.0, full / blocks) if blocks > 0 else 1.0
 
 
 def _eigenbases(
@@ -194,69 +217,109 @@ def covariances_of(workspace: Workspace, state: State, data: Examples, ids: Tens
     return sums
 
 
+def coupling_at(
+    workspace: Workspace, data: Examples, ids: Tensor, states: Sequence[WeightedState], bases: Mapping[str, Basis]
+) -> float:
+    """:func:`coupling_of` by a pass of its own, where factors are known; arguments as in :func:`fit_factors`."""
+    dealt = deal(workspace, states[-1].load, data, ids, len(states))
+    passes = zip(states, dealt, strict=True)
+    return coupling_of(
+        [(s.weight, eigenvalues_and_traces(workspace, s.load(), data, own, bases)[1]) for s, own in passes]
+    )
+
+
+class Traces(NamedTuple):
+    """Two estimates of one segment's curvature ``H``, without bias."""
+
+    full: float  # tr H² = E[⟨g_m, g_n⟩²] over pairs of examples, their gradients over all blocks together
+    blocks: float  # Σ λ², what EK-FAC sees of it; the traces of both are the same
+
+
 def eigenvalues_of(
     workspace: Workspace, state: State, data: Examples, ids: Tensor, bases: Mapping[str, Basis], samples: int
 ) -> dict[str, Tensor]:
     """Mean squared gradients of every block in the given bases, ``[P, O, I]`` (method §5.2)."""
-    sums: dict[str, Tensor] = {}
-
-    def own_part() -> None:
-        with workspace.at(state):
-            for draw in range(samples):
-                for _, captured in workspace.captures(data, workspace.sampled(draw + 1), workspace.shard(data, ids)):
-                    for name, gradients in captured.items():
-                        new = eigenvalue_sums(gradients, bases[name])
-                        sums[name] = sums[name].add_(new) if name in sums else new
-
-    workspace.ranks.on_all_ranks(own_part)
-    for block in workspace.blocks:
-        if block.name not in sums:  # control flow skipped it on every factor example: no curvature
-            like = next(workspace.module.parameters()).detach()
-            sums[block.name] = like.new_zeros(block.shape, dtype=accumulator_dtype(like))
-        workspace.ranks.all_reduce_([sums[block.name]])
-        require_finite(sums[block.name], block.name, "eigenvalues")
-    return {name: total / (len(ids) * samples) for name, total in sums.items()}
+    (total,) = _squares(workspace, state, data, ids, bases, samples, parts=1)
+    return {name: values / (len(ids) * samples) for name, values in total.items()}
 
 
-def squared_traces(
-    workspace: Workspace, state: State, data: Examples, ids: Tensor, bases: Mapping[str, Basis]
-) -> tuple[float, float]:
-    """``tr H²`` and ``Σ λ²``, what EK-FAC sees of it; their traces are the same.
+def eigenvalues_and_traces(
+    workspace: Workspace, state: State, data: Examples, ids: Tensor, bases: Mapping[str, Basis], samples: int = 1
+) -> tuple[dict[str, Tensor], Traces]:
+    """:func:`eigenvalues_of`, and by the same pass how much curvature the blocks have together beyond their own.
 
-    ``tr H² = E[⟨g_m, g_n⟩²]`` over pairs of examples with labels sampled, their gradients over all blocks together;
-    the pairs are those of one batch, and batches are drawn at random. Both are estimated without bias.
+    Args:
+        workspace: the model.
+        state: the parameters.
+        data: training examples.
+        ids: those that are visited; pairs are those of one batch.
+        bases: the eigenbases in which the blocks' eigenvalues are taken.
+        samples: label draws per example.
+    """
+    sizes = torch.zeros(2, dtype=torch.float64, device=workspace.module.device)
+    pairs = torch.zeros(2, dtype=torch.float64, device=workspace.module.device)  # Σ ⟨g_m, g_n⟩², and how many
+
+    def look(half: int, index: Tensor, captured: Mapping[str, BlockGradients]) -> None:
+        sizes[half] += len(index)
+        products = sum((gram(gradients).double() for gradients in captured.values()), pairs.new_zeros(()))
+        if products.dim():
+            pairs[0] += products.square().sum() - products.diagonal().square().sum()
+            pairs[1] += len(products) * (len(products) - 1)
+
+    # Two halves of the batches: the product of two means of squares has no share of their noise.
+    halves = _squares(workspace, state, data, ids, bases, samples, parts=2, look=look)
+    workspace.ranks.all_reduce_([pairs, sizes])
+    blocks = sum(float((halves[0][name].double() * halves[1][name]).sum()) for name in halves[0])
+    traces = Traces(float(pairs[0] / pairs[1].clamp_min(1)), blocks / float(sizes.prod().clamp_min(1)))
+    return {name: (halves[0][name] + halves[1][name]) / (len(ids) * samples) for name in halves[0]}, traces
+
+
+def _squares(
+    workspace: Workspace,
+    state: State,
+    data: Examples,
+    ids: Tensor,
+    bases: Mapping[str, Basis],
+    samples: int,
+    parts: int,
+    look: Callable[[int, Tensor, Mapping[str, BlockGradients]], None] = lambda part, index, captured: None,
+) -> list[dict[str, Tensor]]:
+    """Sums of squared gradients in the given bases, ``[P, O, I]`` by block, the batches dealt over some parts.
 
     Args:
         workspace: the model.
         state: the parameters.
         data: training examples.
         ids: those that are visited.
-        bases: the eigenbases in which the blocks' eigenvalues are taken.
+        bases: by block.
+        samples: label draws per example.
+        parts: how many sums are kept apart.
+        look: is given each batch's part, ids and gradients.
     """
-    order = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(workspace.seed))]
-    like = next(workspace.module.parameters()).detach()
-    empty = {b.name: like.new_zeros(b.shape, dtype=accumulator_dtype(like)) for b in workspace.blocks}
-    # Two halves of the batches: the product of two means of squares has no share of their noise.
-    halves = [empty, {name: total.clone() for name, total in empty.items()}]
-    sizes = torch.zeros(2, dtype=torch.float64, device=workspace.module.device)
-    pairs = torch.zeros(2, dtype=torch.float64, device=workspace.module.device)  # Σ ⟨g_m, g_n⟩², and how many
+    sums: list[dict[str, Tensor]] = [{} for _ in range(parts)]
+    order = ids  # pairs and halves must be drawn at random, whatever the order of the data
+    if parts > 1:
+        order = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(workspace.seed))]
 
     def own_part() -> None:
         with workspace.at(state):
-            passes = workspace.captures(data, workspace.sampled(), workspace.shard(data, order))
-            # By the batch's place among those of all ranks, so that the halves do not depend on how many share them.
-            places = itertools.count(workspace.ranks.global_rank, workspace.ranks.world_size)
-            for place, (index, captured) in zip(places, passes, strict=False):
-                half = place % 2
-                sizes[half] += len(index)
-                for name, gradients in captured.items():
-                    halves[half][name] += eigenvalue_sums(gradients, bases[name])
-                products = sum((gram(gradients).double() for gradients in captured.values()), pairs.new_zeros(()))
-                if products.dim():
-                    pairs[0] += products.square().sum() - products.diagonal().square().sum()
-                    pairs[1] += len(products) * (len(products) - 1)
+            for draw in range(samples):
+                passes = workspace.captures(data, workspace.sampled(draw + 1), workspace.shard(data, order))
+                # By the batch's place among those of all ranks, so that parts do not depend on how many share them.
+                places = itertools.count(workspace.ranks.global_rank, workspace.ranks.world_size)
+                for place, (index, captured) in zip(places, passes, strict=False):
+                    own = sums[place % parts]
+                    look(place % parts, index, captured)
+                    for name, gradients in captured.items():
+                        new = eigenvalue_sums(gradients, bases[name])
+                        own[name] = own[name].add_(new) if name in own else new
 
     workspace.ranks.on_all_ranks(own_part)
-    workspace.ranks.all_reduce_([pairs, sizes, *(half[block.name] for half in halves for block in workspace.blocks)])
-    blocks = sum(float((halves[0][b.name].double() * halves[1][b.name]).sum()) for b in workspace.blocks)
-    return float(pairs[0] / pairs[1].clamp_min(1)), blocks / float(sizes.prod().clamp_min(1))
+    for own in sums:
+        for block in workspace.blocks:
+            if block.name not in own:  # control flow skipped it on every factor example: no curvature
+                like = next(workspace.module.parameters()).detach()
+                own[block.name] = like.new_zeros(block.shape, dtype=accumulator_dtype(like))
+            workspace.ranks.all_reduce_([own[block.name]])
+            require_finite(own[block.name], block.name, "eigenvalues")
+    return sums

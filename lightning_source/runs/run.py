@@ -22,7 +22,12 @@ from lightning_source.curvature.unroll import SegmentCurvature
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.layers import Block
 from lightning_source.names import named_parameters, named_tensors
-from lightning_source.passes.factors import WeightedState, deal, factor_ids, fit_factors, squared_traces
+from lightning_source.passes.factors import (
+    WeightedState,
+    coupling_at,
+    factor_ids,
+    fit_factors,
+)
 from lightning_source.passes.preparation import Preparation
 from lightning_source.passes.states import State, StateAt, moment_of
 from lightning_source.passes.workspace import Workspace
@@ -347,8 +352,11 @@ class Run:
             self.store.commit()
             report_preparation(stage, before)
 
-    def snapshot_factors(self, segment: Segment, which: str = "mean") -> Factors:
-        """A segment's factors, averaged over its snapshots; computed and kept on disk the first time."""
+    def snapshot_factors(self, segment: Segment, which: str = "mean", coupling: str | None = None) -> Factors:
+        """A segment's factors, averaged over its snapshots; computed and kept on disk the first time.
+
+        The same passes tell how much curvature its layers have together, kept under the name ``coupling``.
+        """
         if which not in ("mean", "point"):
             raise MisconfigurationException(f'`snapshots="{which}"` is not known. HINT: "mean" or "point".')
         names = "+".join(f"{s.last:06d}" for s in segment.snapshots)
@@ -357,33 +365,26 @@ class Run:
         name = f"segments/{own.index(segment)}.safetensors" if default else f"segments/{which}-{names}.safetensors"
         loads = [partial(self.state, s, which) for s in segment.snapshots]
         files = [s.file.replace(".safetensors", f"-{which}-covariances.safetensors") for s in segment.snapshots]
-        return self._factors(self.stages[segment.stage], name, loads, segment.weights, files)
+        return self._factors(self.stages[segment.stage], name, loads, segment.weights, files, coupling)
 
     def cross_layer_factors(self, segment: Segment, which: str) -> Factors:
-        """:meth:`snapshot_factors`, scaled by how much curvature the layers have together beyond their own.
+        """:meth:`snapshot_factors`, scaled by how much curvature the layers have together: EK-FAC keeps them apart.
 
-        EK-FAC keeps the blocks apart. Where a direction of much curvature runs through several layers, each of them
-        sees a part of it, and ``1/σ`` responds too much in all. One number, ``tr H² / Σ λ²`` over the segment's
-        snapshots, gives the spectrum its size back; the directions stay those of the blocks.
+        Where a direction of much curvature runs through several layers, each of them sees a part of it, and ``1/σ``
+        responds too much in all. One number, ``tr H² / Σ λ²``, gives the spectrum its size back.
         """
-        factors, stage = self.snapshot_factors(segment, which), self.stages[segment.stage]
-        names = "+".join(f"{s.last:06d}" for s in segment.snapshots)
-        known = self.store.manifest.couplings
-        key = f"{which}-{names}"
-        if key not in known:
-            limit = min(COUPLING_EXAMPLES, self.settings.factor_examples or COUPLING_EXAMPLES)
-            ids = factor_ids(len(stage.data), limit, self.settings.seed)
-            bases = {name: factor.basis for name, factor in factors.items()}
+        key = f"{which}-" + "+".join(f"{s.last:06d}" for s in segment.snapshots)
+        known, stage = self.store.manifest.couplings, self.stages[segment.stage]
+        factors = self.snapshot_factors(segment, which, coupling=key)
+        if key not in known:  # the factors were there without it, or come of no pass that tells it
+            budget = self.settings.factor_examples or COUPLING_EXAMPLES
+            ids = factor_ids(len(stage.data), min(COUPLING_EXAMPLES, budget), self.settings.seed)
+            snapshots = zip(segment.snapshots, segment.weights, strict=True)
+            states = [WeightedState(partial(self.state, s, which), weight) for s, weight in snapshots]
             stage.workspace.doing = "factors"
-            last = partial(self.state, segment.snapshots[-1], which)
-            dealt = deal(stage.workspace, last, stage.data, ids, len(segment.snapshots))
-            traces = [
-                [weight * t for t in squared_traces(stage.workspace, self.state(s, which), stage.data, own, bases)]
-                for s, weight, own in zip(segment.snapshots, segment.weights, dealt, strict=True)
-            ]
-            full, blocks = map(sum, zip(*traces, strict=True))
+            bases = {name: factor.basis for name, factor in factors.items()}
+            known[key] = coupling_at(stage.workspace, stage.data, ids, states, bases)
             stage.workspace.doing = "scores"
-            known[key] = max(1.0, full / blocks) if blocks > 0 else 1.0
             self.store.commit()
         return {name: BlockFactors(f.basis, known[key] * f.eigenvalues) for name, f in factors.items()}
 
@@ -406,6 +407,7 @@ class Run:
         loads: Sequence[Callable[[], State]],
         weights: Sequence[float],
         files: Sequence[str | None],
+        coupling: str | None = None,
     ) -> Factors:
         blocks, device = stage.coverage.blocks, stage.workspace.module.device
         if name in self.store.manifest.files:
@@ -413,21 +415,24 @@ class Run:
         self._calibrate(stage)
         stage.workspace.doing = "factors"
         known = [self._read_covariances(stage, file) if file else None for file in files]
-        factors, sums = fit_factors(
+        fitted = fit_factors(
             stage.workspace,
             stage.data,
             factor_ids(len(stage.data), self.settings.factor_examples, self.settings.seed),
             [WeightedState(*state) for state in zip(loads, weights, known, strict=True)],
             self.settings.curvature,
             self.settings.label_samples,
+            coupled=coupling is not None,
         )
-        for file, before, after in zip(files, known, sums, strict=False):
+        if coupling is not None and fitted.coupling is not None:
+            self.store.manifest.couplings[coupling] = fitted.coupling
+        for file, before, after in zip(files, known, fitted.sums, strict=False):
             if file is not None and before is None and self.settings.keep == "covariances":
                 self.store.write(file, covariance_tensors(after))
         stage.workspace.doing = "scores"
-        self.store.write(name, factor_tensors(factors))
+        self.store.write(name, factor_tensors(fitted.factors))
         self.store.commit()
-        return factors
+        return fitted.factors
 
     def _read_covariances(self, stage: Stage, file: str) -> dict[str, CovarianceSums] | None:
         if file not in self.store.manifest.files:

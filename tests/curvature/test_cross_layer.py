@@ -8,7 +8,7 @@ from torch.func import functional_call, jacrev, vmap
 from torch.utils.data import TensorDataset
 
 from lightning_source.curvature.block_gradients import BlockGradients, gram
-from lightning_source.passes.factors import deal, dealt_ids, eigenvalues_of, squared_traces
+from lightning_source.passes.factors import deal, dealt_ids, eigenvalues_and_traces, eigenvalues_of
 
 
 def gauss_newton(module, state, inputs):
@@ -35,9 +35,11 @@ def test_squared_traces_are_those_of_dense_matrices(tmp_path, net):
         state = run.state(segment.snapshots[-1], "mean")
         bases = {name: one.basis for name, one in factors.items()}
         ids = torch.arange(4000)
-        full, blocks = squared_traces(run.workspace, state, run.data, ids, bases)
+        found, (full, blocks) = eigenvalues_and_traces(run.workspace, state, run.data, ids, bases)
         values = eigenvalues_of(run.workspace, state, run.data, ids, bases, 8)
         dense = gauss_newton(trainer.lightning_module, state, data.tensors[0].double())
+    for name, of_one_draw in found.items():
+        torch.testing.assert_close(of_one_draw.sum(), values[name].sum(), rtol=0.1, atol=0)
     assert full == pytest.approx(float(dense.square().sum()), rel=0.15)
     assert blocks == pytest.approx(sum(float(v.square().sum()) for v in values.values()), rel=0.15)
 

@@ -194,7 +194,7 @@ def fit(space, examples, curvature="ekfac", samples=1, states=None, weights=(1.0
     states = states or [dict(space.module.state_dict())]
     loads = [lambda s=s: s for s in states]
     ids = torch.arange(len(examples))
-    found, _ = fit_factors(space, examples, ids, [*map(WeightedState, loads, weights)], curvature, samples)
+    found = fit_factors(space, examples, ids, [*map(WeightedState, loads, weights)], curvature, samples).factors
     return found
 
 
