@@ -150,7 +150,8 @@ def find_trained_blocks(
         MisconfigurationException: there is nothing to attribute, whatever the examples are.
     """
     own = named_parameters(module)
-    groups = [[own[name] for name in column] for column in columns]
+    # A parameter that its layer has stopped using has another name by now.
+    groups = [[own[name] for name in column if name in own] for column in columns]
     with thawed(p for group in groups for p in group):
         coverage = find_blocks(module, groups, include, exclude)
     if not coverage.blocks:

@@ -15,6 +15,7 @@ from lightning_source.recording.gradient_factors import BinLog, column_of_each, 
 from lightning_source.recording.intervals import StepInterval, merge_all, pairs_to_merge
 from lightning_source.recording.manifest import ResumePoint, StageRecord
 from lightning_source.recording.parameter_groups import phase_at
+from lightning_source.recording.replaced import Replaced, UsedParameters
 from lightning_source.recording.resume_points import rewind, steps_of, table_of, unused_files
 from lightning_source.recording.step_log import StepLog, StepRecord
 from lightning_source.recording.store import RunStore
@@ -79,6 +80,7 @@ class Recorder:
             if name in persistent
         }
         parameters = named_parameters(module)
+        self._used = UsedParameters(module)
         self._average([name for name, p in parameters.items() if p.requires_grad])
         self._sums: list[Tensor] = []
         self._summed = 0
@@ -93,6 +95,11 @@ class Recorder:
         self._frozen_sums = {name: _sum(p) for name, p in frozen.items()}
         self._record.frozen = store.write(in_stage(stage, FROZEN), frozen) if frozen else None
         self._record.attributes = (read_attributes(module, self.start),)
+
+    @property
+    def replaced(self) -> dict[str, Replaced]:
+        """Parameters that layers no longer use as they are, by name."""
+        return self._used.replaced
 
     @property
     def _record(self) -> StageRecord:
@@ -185,7 +192,7 @@ class Recorder:
         totals = (tuple(log.effective_rate.sum(0).tolist()), tuple(map(sum, zip(*decays, strict=True))))
         interval = StepInterval(first, self.steps, *totals, stage=self.stage)
         scales = {name: inverse(value) for name, value in self._preconditioners().items()}
-        end = self._trained | self._buffers
+        end = self._used.values() | self._buffers
         counters = {name: buffer for name, buffer in end.items() if not buffer.is_floating_point()}  # have no mean
         self._add_bin(interval, bin_log, mean | counters, end if self.points else {}, scales)
         if not self.points:
@@ -227,11 +234,12 @@ class Recorder:
         """A parameter without gradients that the user moves, a teacher's say, is recorded as the trained ones are."""
         if self._frozen_sums:
             parameters = named_parameters(self._module)
-            moved = [name for name, total in self._frozen_sums.items() if _sum(parameters[name]) != total]
+            stood = {name: total for name, total in self._frozen_sums.items() if name in parameters}
+            moved = [name for name, total in stood.items() if _sum(parameters[name]) != total]
             self._average([*dict.fromkeys([*self._trained, *moved])])
             # Moved late, a target network at the end of an epoch, say, it is recorded from then on. To look again at
             # a large frozen model takes time: what stands still in its first bin is taken to stand still.
-            small = sum(parameters[name].numel() for name in self._frozen_sums) <= WATCHED_FROZEN
+            small = sum(p.numel() for name, p in parameters.items() if name in self._frozen_sums) <= WATCHED_FROZEN
             still = {name: total for name, total in self._frozen_sums.items() if name not in moved}
             self._frozen_sums = still if small else {}
 
@@ -261,8 +269,8 @@ class Recorder:
 
     def _average(self, trained: Sequence[str]) -> None:
         """Whose running mean is kept: these parameters' and the buffers'."""
-        parameters = named_parameters(self._module)
-        self._trained: dict[str, Tensor] = {name: parameters[name] for name in trained}
+        self._trained = tuple(trained)
+        self._used.follow(trained)
 
     @property
     def _buffers(self) -> dict[str, Tensor]:
@@ -272,7 +280,7 @@ class Recorder:
 
     @property
     def _averaged(self) -> dict[str, Tensor]:
-        return self._trained | {n: b for n, b in self._buffers.items() if b.is_floating_point()}
+        return self._used.values() | {n: b for n, b in self._buffers.items() if b.is_floating_point()}
 
     # ---------------------------------------------------------------- resume
 

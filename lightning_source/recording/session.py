@@ -28,6 +28,7 @@ from lightning_source.recording.footprint import foretold
 from lightning_source.recording.manifest import ResumePoint, Seen, Settings, StageRecord
 from lightning_source.recording.optimizer_hooks import OptimizerObserver, TrainingLoop
 from lightning_source.recording.recorder import Recorder
+from lightning_source.recording.replaced import without_replaced
 from lightning_source.recording.resume_points import unused_files
 from lightning_source.recording.resuming import (
     SessionState,
@@ -309,13 +310,15 @@ class RecordingSession:
             self._mark_epoch()
             if self._first_batch:
                 self._first_batch = False
-                own = named_modules(self._module)
-                self._stage.evaluating = tuple(name for name, child in own.items() if not child.training)
+                modules = named_modules(self._module).items()
+                self._stage.evaluating = tuple(name for name, child in modules if not child.training)
             self._observer.on_batch_start()
             if self._observer.changed():
                 self._recorder.flush(force=True)  # while the old optimizer's moments can be read
                 self._observer.refresh()
                 self._begin_phase()
+            replaced, columns = self._recorder.replaced, self._stage.phases[-1].columns
+            self._stage.coverage = without_replaced(self._stage.coverage, replaced, columns, self._recorder.steps)
 
     def _mark_epoch(self) -> None:
         """Remember when an epoch began: steps that read the Trainer see its counters again in passes."""

@@ -2,11 +2,14 @@
 
 import copy
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Classifier, classes, close, mlp, quiet_trainer
+from helpers import QUERY, Classifier, classes, close, mlp, quiet_trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 from torch.utils.data import DataLoader, Subset
 
 from lightning_source import SourceCallback
@@ -19,9 +22,9 @@ def fit(tmp_path, module, **options):
     return trainer
 
 
-def products(module) -> Tensor:
+def products(module, parameters=None) -> Tensor:
     """Products of the gradients of single examples' own losses at the module's present parameters, by autograd."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    parameters = parameters or [p for p in module.parameters() if p.requires_grad]
     rows = []
     for x, y in classes():
         gradients = torch.autograd.grad(module.training_step([x[None], y[None]], 0), parameters, allow_unused=True)
@@ -214,3 +217,66 @@ def test_a_module_whose_trainer_was_taken_off_is_scored_as_before(tmp_path):
     assert torch.equal(trainer.attribute(query).values, before)
     assert "_trainer" not in vars(module)
     assert trainer_of_module is trainer
+
+
+class Prunes(L.Callback):
+    """Takes weights of the first layer away after the first epoch, and makes that permanent in the end."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 0:
+            prune.random_unstructured(pl_module.net[0], "weight", amount=0.5)
+
+    def on_train_end(self, trainer, pl_module):
+        prune.remove(pl_module.net[0], "weight")
+
+
+@pytest.mark.check("engine", "pruning in mid-fit", "bit-identical; the pruned layer is left out by name")
+@pytest.mark.parametrize("thaws", [False, True], ids=["plain", "and a layer thaws later"])
+def test_a_layer_that_is_pruned_is_named_and_the_others_are_scored_in_the_pruned_network(tmp_path, thaws):
+    class Thaws(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            pl_module.net[2].bias.requires_grad_(not thaws or trainer.current_epoch > 1)
+
+    def trained(*callbacks):
+        torch.manual_seed(0)
+        module, trainer = Classifier(mlp()), quiet_trainer(tmp_path, *callbacks, max_epochs=4)
+        trainer.fit(module, DataLoader(classes(), 8))
+        return module, trainer
+
+    alone, _ = trained(Thaws(), Prunes())
+    with pytest.warns(UserWarning, match=r"from step 4 on, net\.0 cannot be attributed"):
+        module, trainer = trained(Thaws(), Prunes(), SourceCallback(str(tmp_path / "run")))
+    assert all(torch.equal(p, q) for p, q in zip(alone.parameters(), module.parameters(), strict=True))
+    with trainer.callbacks[-1].scorer(trainer) as scorer:
+        last = scorer.run.state(scorer.run.snapshots[-1], "mean")["net.0.weight"]
+        assert torch.equal(last == 0, module.net[0].weight == 0)
+        left = {name for name, _, _ in scorer.run.coverage.left_out}
+    assert left == ({"net.0.weight"} if thaws else {"net.0.weight", "net.0.bias"})
+    # Each parameter by the rates of the steps that trained it: 12 of 0.1, or 6 for what thaws.
+    found = trainer.attribute(classes(), method="grad-dot").values * 24
+    first, last = module.net[0], module.net[2]
+    steady = [last.weight, first.bias] if thaws else [last.weight, last.bias]
+    expected = 1.2 * products(module, steady) + (0.6 * products(module, [last.bias]) if thaws else 0)
+    close(found, expected)
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_a_parametrization_that_comes_in_mid_fit_is_named(tmp_path):
+    class Parametrizes(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 0:
+                parametrize.register_parametrization(pl_module.net[0], "weight", Doubled())
+
+    torch.manual_seed(0)
+    module = Classifier(mlp())
+    trainer = quiet_trainer(tmp_path, Parametrizes(), SourceCallback(str(tmp_path / "run")), max_epochs=3)
+    with pytest.warns(UserWarning, match="computes what it uses of it, and that is not recorded"):
+        trainer.fit(module, DataLoader(classes(), 8))
+    with pytest.raises(MisconfigurationException, match=r"missing net\.0\.weight"):
+        trainer.attribute(QUERY)
