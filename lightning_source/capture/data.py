@@ -157,12 +157,21 @@ class Examples:
 
 @dataclass(frozen=True)
 class GivenBatches:
-    """Batches as the user gave them; ids count their examples in order."""
+    """Batches as the user gave them; ids count their examples in order.
+
+    Attributes:
+        given: the batches.
+        counting: places among a batch's tensors of those that have a row for each example, where that is known.
+    """
 
     given: Sequence[Batch]
+    counting: Sequence[int] = ()
 
     def __len__(self) -> int:
-        return sum(map(count_examples, self.given))
+        return sum(map(self._size, self.given))
+
+    def _size(self, batch: Batch) -> int:
+        return count_examples(batch, self.counting)
 
     @property
     def positions(self) -> Tensor:
@@ -175,7 +184,7 @@ class GivenBatches:
 
     def split(self, limit: int) -> list[GivenBatches]:
         """In pieces of at most ``limit`` examples where the given batches allow it."""
-        return [GivenBatches([batch]) for batch in self.given] if len(self) > limit else [self]
+        return [replace(self, given=[batch]) for batch in self.given] if len(self) > limit else [self]
 
     def one_at_a_time(self) -> GivenBatches:
         """The same examples in batches of one.
@@ -185,7 +194,7 @@ class GivenBatches:
         """
         singles: list[Batch] = []
         for batch in self.given:
-            size = count_examples(batch)
+            size = self._size(batch)
             pieces = split(batch, size)
             if pieces is None:
                 raise MisconfigurationException(
@@ -193,14 +202,14 @@ class GivenBatches:
                     " `training_step` must be given one at a time. HINT: pass a Dataset or a DataLoader as the query."
                 )
             singles += pieces
-        return GivenBatches(singles)
+        return replace(self, given=singles)
 
     def batches(self, ids: Sequence[int] | Tensor | None = None) -> Iterator[NumberedBatch]:
         """The batches, empty ones left out; some of their examples cannot be chosen."""
         assert ids is None
         start = 0
         for batch in self.given:
-            if size := count_examples(batch):
+            if size := self._size(batch):
                 yield torch.arange(start, start + size), batch
             start += size
 
@@ -303,13 +312,13 @@ def query_of(query: object, like: Examples | None, batch_size: int | None = None
         raise MisconfigurationException(NO_QUERY)
     if isinstance(query, DataLoader) and (isinstance(dataset, IterableDataset) or batches_drawn_by(query) is None):
         with isolated_rng(0):  # an iterator draws its base seed, and the dataset what it likes
-            examples: Examples | GivenBatches = GivenBatches(list(query))
+            examples: Examples | GivenBatches = GivenBatches(list(query), _counting(like))
     elif isinstance(query, DataLoader):
         examples = _drawn_queries(query, batch_size)
     elif isinstance(query, Dataset):
         examples = examples_of(query, batch_size, like)
     else:
-        examples = GivenBatches([query])
+        examples = GivenBatches([query], _counting(like))
     if len(examples) == 0:
         raise MisconfigurationException(NO_QUERY)
     return examples
@@ -334,9 +343,35 @@ def same_data(dataset: object, other: object) -> bool:
     return dataset is other
 
 
-def count_examples(batch: Batch) -> int:
-    """Number of examples in a batch that no loader made: the length that most of its tensors agree on."""
-    count = most_common(leading_lengths(batch))
+def _counting(like: Examples | None) -> list[int]:
+    """Places among a training batch's tensors of those with a row for each example; none where that is not known.
+
+    Graphs, bags and sequences that are joined have rows of parts, which would be counted for examples. Two batches of
+    training examples tell them apart.
+    """
+    if like is None or len(like) < 3:
+        return []
+    try:
+        with isolated_rng(0):
+            batches = [next(iter(like.in_batches_of(size).batches(range(size))))[1] for size in (2, 3)]
+            lengths = [leading_lengths(batch) for batch in batches]
+    except Exception:  # what the user's data raise comes again where they are needed
+        return []
+    if len(lengths[0]) != len(lengths[1]):
+        return []
+    return [place for place, both in enumerate(zip(*lengths, strict=True)) if both == (2, 3)]
+
+
+def count_examples(batch: Batch, counting: Sequence[int] = ()) -> int:
+    """Number of examples in a batch that no loader made: the length that most of its tensors agree on.
+
+    Args:
+        batch: the batch.
+        counting: places of the tensors to go by, where the batch has so many and they agree.
+    """
+    lengths = leading_lengths(batch)
+    known = {lengths[place] for place in counting if place < len(lengths)}
+    count = known.pop() if len(known) == 1 else most_common(lengths)
     if count is None:
         raise MisconfigurationException(
             f"a batch of type `{type(batch).__name__}` holds no tensor to count its examples by. HINT: pass queries as"

@@ -13,10 +13,11 @@ from helpers import Classifier, classes, mlp, quiet_trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from transformers import BatchEncoding
 
 from lightning_source import SourceCallback
+from lightning_source.capture.data import examples_of, query_of
 
 DATA = classes(24)
 Pair = namedtuple("Pair", ["inputs", "targets"])
@@ -188,3 +189,20 @@ def test_several_loaders_are_recorded(tmp_path, what):
     plain = quiet_trainer(tmp_path, SourceCallback(str(tmp_path / "plain")))
     plain.fit(Classifier(mlp()), loader())
     torch.testing.assert_close(values, plain.attribute(DATA).values)
+
+
+def test_a_given_batch_is_counted_by_what_counts_training_examples():
+    """Nodes of graphs, in two tensors of three, are not taken for examples."""
+    sizes = [1, 3, 2, 2]
+
+    def collate(items):
+        nodes = [x.expand(sizes[int(i) % 4], 2) for x, _, i in items]
+        owners = torch.arange(len(items)).repeat_interleave(torch.tensor([len(n) for n in nodes]))
+        return [torch.stack([y for _, y, _ in items]), torch.cat(nodes), owners]
+
+    dataset = TensorDataset(torch.randn(12, 2), torch.zeros(12), torch.arange(12))
+    examples = examples_of(DataLoader(dataset, 4, collate_fn=collate))
+    batch = collate([dataset[i] for i in range(4)])
+    assert len(query_of(batch, examples)) == 4
+    assert len(query_of(batch, None)) == 8  # nothing tells
+    assert len(query_of([torch.zeros(3)], examples)) == 3  # a batch of another form
