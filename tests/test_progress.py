@@ -41,8 +41,8 @@ def trained(tmp_path, *callbacks, **options):
 
 def test_passes_show_their_batches_in_full(tmp_path, bars):
     trainer = trained(tmp_path, TQDMProgressBar())
-    # Covariances, eigenvalues and curvature across layers, at two snapshots.
-    assert [tuple(bar) for bar in bars.seen] == [("factors", 3, 3)] * 6
+    # Covariances, then eigenvalues with the curvature across layers, at two snapshots.
+    assert [tuple(bar) for bar in bars.seen] == [("factors", 3, 3)] * 4
     bars.seen.clear()
     trainer.attribute(QUERY)
     assert [tuple(bar) for bar in bars.seen] == [("scores", 3, 3)] * 2

@@ -33,6 +33,7 @@ from lightning_source.capture.samplers import batches_drawn_by, drawn_by, fetche
 from lightning_source.capture.splitting import split
 
 Batch = object  # what the user's training_step takes
+TRIED_PARTNERS = 8  # examples that a dropped one is looked for beside
 NumberedBatch = tuple[Tensor, Batch]  # with the ids of its examples
 NO_QUERY = "the query is empty: there is nothing to attribute."
 SCORING_NEEDS_TRAIN = (
@@ -58,9 +59,29 @@ class _OneOrNone:
     """A collate function for batches of one example, which may be one that the user's own leaves out."""
 
     collate: Callable[[list[object]], Batch]
+    dataset: MapDataset
+    keys: Sequence[Any]
 
     def __call__(self, items: list[object]) -> Batch:
-        return None if items[0] is None else self.collate(items)
+        if items[0] is None:
+            return None
+        try:
+            return self.collate(items)
+        except Exception:
+            if self._is_dropped(items[0]):
+                return None
+            raise
+
+    def _is_dropped(self, item: object) -> bool:
+        """Whether a batch that the item is added to is as it was without it."""
+        for key in self.keys[:TRIED_PARTNERS]:
+            try:
+                partner = self.dataset[key]
+                alone, together = (leading_lengths(self.collate(items)) for items in ([partner], [item, partner]))
+            except Exception:  # the partner may be dropped as well
+                continue
+            return alone == together
+        return False
 
 
 @dataclass(frozen=True)
@@ -126,7 +147,8 @@ class Examples:
     def one_at_a_time(self) -> Examples:
         """The same examples in batches of one; an example that is ``None``, and so dropped, has no batch: ``None``."""
         wrapped = self.fetches_batches or isinstance(self.collate, _OneOrNone)
-        return replace(self, batch_size=1, collate=self.collate if wrapped else _OneOrNone(self.collate))
+        collate = self.collate if wrapped else _OneOrNone(self.collate, self.dataset, self._keys)
+        return replace(self, batch_size=1, collate=collate)
 
     def split(self, limit: int) -> list[Examples]:
         """In pieces of at most ``limit`` examples."""

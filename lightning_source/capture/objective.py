@@ -90,6 +90,8 @@ class ObjectiveSpec:
     calls: tuple[CallScale, ...]
     # Why examples are run one at a time; None where a batch's rows are its examples.
     one_at_a_time: str | None = None
+    # What multiplies the part of an example's own loss that no call holds; None where none is counted.
+    rest: float | None = None
 
 
 @dataclass
@@ -119,6 +121,11 @@ class Losses:
         if not self.calls:
             return self.loss
         return _sum((s * call.elements).sum() for call, s in zip(self.calls, self.scales, strict=True))
+
+    @property
+    def rest(self) -> Tensor:
+        """The part of the loss that is made of no known element, a penalty of the outputs, say."""
+        return self.loss - self.recognised
 
     def by_example(self, index: int, elements: Tensor) -> Tensor:
         """Values of a call's elements as ``[B, elements of an example]``; zeros fill up what a mask left shorter."""
@@ -165,12 +172,13 @@ class Losses:
         if spec.origin == "whole":
             scale = spec.calls[0]
             return self.loss * scale.factor * (self.size if scale.kind == "mean" else 1)
-        return self.of_examples(
+        known = self.of_examples(
             [
                 self.weights(i, scale.kind)[0] * scale.factor * self.calls[i].elements
                 for i, scale in enumerate(spec.calls)
             ]
         )
+        return known if spec.rest is None else known + spec.rest * self.rest
 
     def fisher_target(self, spec: ObjectiveSpec, generator: torch.Generator) -> Tensor:
         """``[B]`` (or their sum) whose gradients have ``H`` as second moment, labels sampled from the model."""
@@ -182,7 +190,9 @@ class Losses:
         for call, h in zip(self.calls, self.curvatures(spec), strict=True):
             elements = call.sample(generator) if spec.fisher == "true" else call.elements
             terms.append(h.sqrt() * elements)
-        return self.of_examples(terms)
+        known = self.of_examples(terms)
+        # Drawn labels have a mean gradient of 0, so that the second moment of the sum is the sum of second moments.
+        return known if spec.rest is None else known + abs(spec.rest) ** 0.5 * self.rest
 
     def curvatures(self, spec: ObjectiveSpec) -> list[Tensor]:
         """What multiplies each element's Fisher information in ``H``, by call, shaped like its elements.
@@ -217,6 +227,8 @@ class Losses:
             return self.of_targets(measurement)
         if spec.origin == "whole":
             return (self.loss * (self.size if spec.calls[0].kind == "mean" else 1)).reshape(1)
+        if spec.rest is not None:
+            return self.loss.reshape(1)
         total = []
         for i, scale in enumerate(spec.calls):
             h, weights = self.weights(i, scale.kind)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lightning_source._lightning import MisconfigurationException, rank_zero_warn
+from lightning_source._lightning import MisconfigurationException
 from lightning_source.capture.coverage import Coverage
 from lightning_source.capture.data import Batch
 from lightning_source.capture.layer_gradients import GradientCapture
@@ -58,13 +58,6 @@ def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: Ba
         waiting = {name: attempts for name, attempts in waiting.items() if attempts and name not in passed}
     checked = coverage.without({name: reason for name, reason in failed.items() if name not in passed})
     checked = replace(checked, blocks=tuple(passed[block.name] for block in checked.blocks))
-    unknown = _unknown_share(module, objective, checked.blocks, batch, size)
-    if unknown > HALF_TOLERANCE:
-        rank_zero_warn(
-            f"Part of the loss in `{type(module).__name__}.training_step` was not recognised, {unknown:.0%} of its"
-            " gradient at the layers, and no score counts it. HINT: use torch's losses, or define"
-            " `attribution_losses(batch)` on the module."
-        )
     if not checked.blocks:
         raise MisconfigurationException(
             f"`{type(module).__name__}` has no layer whose gradients can be attributed.\n  {checked.summary()}"
@@ -72,8 +65,11 @@ def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: Ba
     return checked
 
 
-def _unknown_share(module: nn.Module, objective: Objective, blocks: Sequence[Block], batch: Batch, size: int) -> float:
-    """Norm of the layers' output gradients that known elements do not explain, over that of all."""
+def unknown_share(module: nn.Module, objective: Objective, blocks: Sequence[Block], batch: Batch, size: int) -> float:
+    """Norm of the layers' output gradients that known elements do not explain, over that of all.
+
+    A penalty on the weights themselves, which belongs to no example, has no gradient there.
+    """
     recording = GradientCapture(module, [block for block in blocks if not block.free])
     losses = objective.evaluate(batch, size, recording)
     if not losses.calls:

@@ -40,7 +40,8 @@ def calibrate(workspace: Workspace, data: Examples, examples_per_batch: float, m
 
 def gone_up(spec: ObjectiveSpec) -> ObjectiveSpec:
     """The scale of a loss that training went up: what it minimised is the negative."""
-    return replace(spec, calls=tuple(replace(call, factor=-call.factor) for call in spec.calls))
+    calls = tuple(replace(call, factor=-call.factor) for call in spec.calls)
+    return replace(spec, calls=calls, rest=None if spec.rest is None else -spec.rest)
 
 
 def _calibrate(workspace: Workspace, data: Examples, examples_per_batch: float) -> ObjectiveSpec:

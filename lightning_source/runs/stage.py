@@ -175,9 +175,11 @@ def report_preparation(stage: Stage, before: Coverage) -> None:
     if stage.coverage.left_out != before.left_out:
         rank_zero_info(f"SourceCallback: {stage.coverage.summary()}")
     if spec.one_at_a_time is not None:
+        why = "A batch's rows are not its examples in" if spec.rest is None else "No batch tells an example's loss in"
         rank_zero_warn(
-            f"A batch's rows are not its examples in `{name}` ({spec.one_at_a_time}): examples are run one at a time,"
-            " which is right for any code and slower, about a batch's forward and backward for each example."
+            f"{why} `{name}` ({spec.one_at_a_time}): examples are run one at a time, which is right for any code and"
+            " slower, about a batch's forward and backward for each example."
+            + (" HINT: `attribution_losses(batch)` on the module gives losses by example." if spec.rest else "")
         )
     if spec.origin == "whole":
         rank_zero_warn(

@@ -345,11 +345,6 @@ def test_empirical_curvature_of_named_losses_is_that_of_the_whole(tmp_path):
     close(named.attribute(QUERY, measurement=own_losses).values, whole, 1e-5)
 
 
-def test_a_term_of_the_loss_that_is_not_recognised_is_not_dropped_in_silence(tmp_path):
-    with pytest.warns(UserWarning, match="recognised"):
-        run(tmp_path, lambda m, x, y: CE(m, x, y) + m.net(x).abs().mean())
-
-
 @pytest.mark.parametrize("batch_size", [8, OUTPUTS])
 def test_a_loss_that_is_not_laid_out_by_example_is_scored_one_at_a_time(tmp_path, batch_size):
     """Elements ``[outputs, B]``: known by their shape, or, where that divides, because they mix examples."""

@@ -18,6 +18,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    default_collate,
     get_worker_info,
 )
 
@@ -296,12 +297,14 @@ def test_examples_are_counted_by_the_loader(tmp_path, how, options, size):
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-7)
 
 
-def products(module: Classifier, train: TensorDataset, queries: TensorDataset) -> Tensor:
+def products(
+    module: Classifier, train: TensorDataset, queries: TensorDataset, collate: Callable[[Any], Any] | None = None
+) -> Tensor:
     """Gradient products of single examples as the step weights them, ``[Q, N]``."""
     parameters = list(module.parameters())
 
     def gradients(data: TensorDataset) -> Tensor:
-        losses = [module.training_step(shared_first([item]), 0) for item in data]
+        losses = [module.training_step((collate or shared_first)([item]), 0) for item in data]
         return torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]) for loss in losses])
 
     return gradients(queries) @ gradients(train).T
@@ -361,3 +364,36 @@ def test_data_that_are_loaded_anew(tmp_path, recwarn, fresh):
     assert sum("loaded anew for epoch 1" in str(w.message) for w in recwarn) == fresh
     assert trainer.attribute(QUERIES).values.shape == (6, 16 if fresh else 12)
     assert stage_of(trainer).examples_per_batch == (8 if fresh else 6)
+
+
+@pytest.mark.parametrize("fails", [True, False], ids=["a batch of none fails", "a batch of none is None"])
+def test_examples_that_the_collate_function_drops_have_no_score(tmp_path, fails):
+    kept = DATA.tensors[0][:, 0] > -1
+
+    def collate(items):
+        items = [item for item in items if item[0][0] > -1]
+        if not items and not fails:
+            return None
+        return [torch.stack([item[side] for item in items]) for side in (0, 1)]
+
+    trainer = fit(tmp_path, DataLoader(DATA, 8, collate_fn=collate), max_epochs=3)
+    scores = trainer.attribute(QUERIES, method="grad-dot").values
+    asked = QUERIES.tensors[0][:, 0] > -1  # queries go the same way
+    expected = products(trainer.lightning_module, DATA, QUERIES, collate=default_collate) * kept * asked.unsqueeze(1)
+    torch.testing.assert_close(scores / scores.norm(), expected / expected.norm(), rtol=0, atol=1e-5)
+    assert not scores[:, ~kept].any()
+
+
+def test_an_error_of_the_collate_function_is_the_users_own(tmp_path):
+    """Only an example that a batch is the same without is dropped."""
+    scores_now = False
+
+    def collate(items):
+        if scores_now and any(torch.equal(item[0], DATA[5][0]) for item in items):
+            raise KeyError("a broken record")
+        return [torch.stack(side) for side in zip(*items, strict=True)]
+
+    trainer = fit(tmp_path, DataLoader(DATA, 8, collate_fn=collate), max_epochs=1)
+    scores_now = True
+    with pytest.raises(KeyError, match="a broken record"):
+        trainer.attribute(QUERIES, method="grad-dot")
