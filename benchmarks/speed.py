@@ -189,6 +189,7 @@ def measure(name: str, device: str, repeats: int, peer: bool) -> dict[str, Any]:
     """Medians of a row, and ratios of medians."""
     with tempfile.TemporaryDirectory() as folder:
         side = Side(ROWS[name](), device, Path(folder))
+        peer = peer and side.row.peer
         rounds = [one_round(side, number, peer) for number in range(repeats + (device == "cuda"))]
         rounds = rounds[-repeats:]  # the first on a GPU also loads its kernels
         figures: dict[str, Any] = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}

@@ -33,6 +33,7 @@ class Row:
         epochs: of training.
         batch: examples at once in passes, on both sides.
         settings: of :class:`SourceCallback`.
+        peer: whether the peer can run it: a head over 50,257 tokens has a covariance of 10 GB there.
     """
 
     title: str
@@ -46,6 +47,7 @@ class Row:
     epochs: int
     batch: int = 256
     settings: Mapping[str, Any] = field(default_factory=dict)
+    peer: bool = True
 
 
 def classified(network: Network, inputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
@@ -185,6 +187,7 @@ def _gpt(vocabulary: int, train: int, query: int, bare: bool = False) -> Row:
         partial(torch.optim.AdamW, lr=1e-3),
         epochs=3,
         batch=32,
+        peer=vocabulary < 10_000,
     )
 
 
