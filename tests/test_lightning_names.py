@@ -31,8 +31,8 @@ class Classifier(pl.LightningModule):
 
 data = TensorDataset(torch.randn(32, 4), torch.randint(0, 3, (32,)))
 trainer = pl.Trainer(
-    max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    callbacks=[SourceCallback(dirpath=sys.argv[1])],
+    max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+    enable_model_summary=False, callbacks=[SourceCallback(dirpath=sys.argv[1])],
 )
 trainer.fit(Classifier(), DataLoader(data, 8))
 here = trainer.attribute(data[:2]).values

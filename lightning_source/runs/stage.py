@@ -17,6 +17,7 @@ from lightning_source.capture.coverage import Coverage
 from lightning_source.capture.data import Examples
 from lightning_source.capture.modes import PassMode
 from lightning_source.capture.objective import NoLoss
+from lightning_source.capture.precision import full_precision
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.layers.contract import forms_by_name
 from lightning_source.names import named_modules
@@ -141,7 +142,7 @@ class Stage:
     def prepare(self, state: State) -> Preparation:
         """Learn from the training examples what passes need to know; see :func:`prepare`."""
         per_batch = self.record.examples_per_batch or self.data.batch_size
-        with self.workspace.at(state):
+        with self.workspace.at(state), full_precision():
             return prepare(self.workspace, self.coverage, self.data, per_batch, self.record.maximize)
 
     def loss_at(self, state: State) -> float | None:

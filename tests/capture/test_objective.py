@@ -58,7 +58,7 @@ class NamesLosses(Step):
 
 
 def one_hot(y):
-    return F.one_hot(y, OUTPUTS).float()
+    return F.one_hot(y, OUTPUTS).to(torch.get_default_dtype())
 
 
 def own_losses(module, batch):

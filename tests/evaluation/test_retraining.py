@@ -94,6 +94,7 @@ def test_a_data_module_trains_as_its_loader_does(tmp_path, subsets):
 
 
 # Forked processes need not import torch and Lightning anew, which takes loky's several seconds.
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA forbids forked processes")
 @pytest.mark.parametrize("backend", ["threading", "multiprocessing", pytest.param("loky", marks=pytest.mark.slow)])
 def test_parallel_equals_serial_bit_for_bit(tmp_path, subsets, backend):
     from joblib import parallel_config
@@ -130,6 +131,7 @@ def test_a_sweep_that_failed_resumes_with_what_is_missing(tmp_path, subsets):
     assert len(trained) == 3
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA forbids forked processes")
 def test_a_killed_process_leaves_what_was_finished(tmp_path, subsets, capfd):
     """The process dies without any clean-up in its second run."""
     runs = []

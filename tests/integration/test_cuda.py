@@ -103,3 +103,23 @@ def test_asking_twice_gives_the_same_scores(tmp_path, case):
     query = [tensor[:3] for tensor in CASES[case][1]().tensors]
     first, again = (trainer.attribute(query).values for _ in range(2))
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolutions"])
+def test_checks_do_not_depend_on_the_precision_of_products(tmp_path, recwarn, kind):
+    """TF32 rounds products to 10 bits, which is what Lightning advises to train with on such devices."""
+    wide = nn.Sequential(nn.Linear(6, 4096), nn.ReLU(), nn.Linear(4096, 512), nn.ReLU(), nn.Linear(512, 3))
+    layers = [nn.Conv2d(2, 256, 3, padding=1), nn.ReLU(), nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()]
+    deep = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 3))
+    net, data = (wide, classes()) if kind == "linear" else (deep, images())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        torch.manual_seed(0)
+        trainer = quiet_trainer(tmp_path, SourceCallback(str(tmp_path / "run")), accelerator="gpu", max_epochs=20)
+        trainer.fit(Classifier(net), DataLoader(data, 8))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    stage = trainer.callbacks[0]._session.store.manifest.stages[0]
+    assert stage.coverage.left_out == ()
+    assert stage.objective.one_at_a_time is None, stage.objective
