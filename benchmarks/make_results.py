@@ -1,4 +1,4 @@
-"""Writes ``docs/results.md`` and its figures from the committed JSON of the studies, and from nothing else.
+"""Writes ``docs/results.md``, ``docs/speed.md`` and figures from the committed JSON of the studies, from nothing else.
 
 pip install ".[test]" matplotlib
 python benchmarks/make_results.py
@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 from page import DOCS, Report, by_task, number, reports, rows_of, save, table, with_interval
 from page_final_model import final_model_section
 from page_lds import behind_section, draw_lds, lds_section, removal_options_section
+from page_speed import speed_page
 
 
 def ablation_section(found: dict[str, Report]) -> str:
@@ -157,6 +158,7 @@ def main() -> None:
     for name, report in reports("removal").items():
         draw_removal(name, report)
     (DOCS / "results.md").write_text(page())
+    speed_page()
 
 
 if __name__ == "__main__":
