@@ -55,12 +55,12 @@ def speed_page() -> None:
     DOCS.joinpath("speed.md").write_text(
         """# What it costs
 
-Seconds beside those of training itself and of kronfluence 1.0.1. "Influence" is EK-FAC influence end to end: factors at the
-final model, and every pair of training example and query. "SOURCE" is everything that SOURCE with three snapshots costs
-beyond training without the callback: recording, factors and scores. "Checks" are what finds out how the training step
-treats its examples and whether every layer's gradients are autograd's; they are paid once a run, whatever its size, and
-are part of "factors" and of "influence". A title ends with the numbers of training examples and queries. The data are
-noise around centres or random tokens, on which nothing here depends.
+Seconds beside those of training itself and of kronfluence 1.0.1. "Influence" is EK-FAC influence end to end: factors at
+the final model, and every pair of training example and query. "SOURCE" is everything that SOURCE with three snapshots
+costs beyond training without the callback: recording, factors and scores. "Checks" are what finds out how the training
+step treats its examples and whether every layer's gradients are autograd's; they are paid once a run, whatever its
+size, and are part of "factors" and of "influence". A title ends with the numbers of training examples and queries. The
+data are noise around centres or random tokens, on which nothing here depends.
 
 """
         + "\n".join(section(kind, report) for kind, report in found.items())

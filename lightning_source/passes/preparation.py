@@ -26,6 +26,9 @@ from lightning_source.passes.notices import warn_of_batch_idx, warn_of_partners
 from lightning_source.passes.rows import compared_ids, rows_differ
 from lightning_source.passes.workspace import Workspace
 
+# Examples of the batch that blocks are probed on, which is run and differentiated several times.
+PROBED_AT_ONCE = 16
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -61,7 +64,7 @@ def prepare(
     try:
         spec = calibrate(workspace, data, examples_per_batch, maximize)
         ids = compared_ids(data, workspace.seed)
-        probed, _ = first_with_loss(workspace, data, min(len(data), data.batch_size))
+        probed, _ = first_with_loss(workspace, data, min(len(data), data.batch_size, PROBED_AT_ONCE))
         checked = _probe(workspace, coverage, data, probed)
         workspace.blocks = checked.blocks
         reason = rows_differ(workspace, data, ids)
