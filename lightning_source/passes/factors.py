@@ -123,7 +123,7 @@ def fit_factors(
     states: Sequence[WeightedState],
     curvature: str,
     samples: int,
-    coupled: bool = False,
+    moved: Mapping[str, float] | None = None,
 ) -> FittedFactors:
     """EK-FAC of one segment: covariances averaged over its snapshots, eigenvalues in that averaged basis, averaged too.
 
@@ -134,7 +134,8 @@ def fit_factors(
         states: the snapshots.
         curvature: ``"ekfac"``, ``"kfac"`` (Kronecker eigenvalues, one pass fewer) or ``"diagonal"`` (no eigenbasis).
         samples: label draws per example for the eigenvalues.
-        coupled: also find how much curvature the blocks have together; ``"kfac"`` has no pass that does.
+        moved: by block, how far the segment moved it: also find how much curvature the blocks have together, each
+            counted by that (:func:`eigenvalues_and_traces`); ``"kfac"`` has no pass that does.
     """
     names = [block.name for block in workspace.blocks]
     dealt = deal(workspace, states[-1].load, data, ids, len(states))
@@ -152,8 +153,8 @@ def fit_factors(
     if curvature != "kfac":
         eigenvalues = {}
         for state, own in zip(states, dealt, strict=True):
-            if coupled:
-                of_state, both = eigenvalues_and_traces(workspace, state.load(), data, own, bases, samples)
+            if moved is not None:
+                of_state, both = eigenvalues_and_traces(workspace, state.load(), data, own, bases, samples, moved)
                 traces.append((state.weight, both))
             else:
                 of_state = eigenvalues_of(workspace, state.load(), data, own, bases, samples)
@@ -165,7 +166,7 @@ def fit_factors(
 
 
 def coupling_of(traces: Sequence[tuple[float, Traces]]) -> float:
-    """``tr H² / Σ λ²`` over snapshots of given weights, at least 1: what the blocks have together beyond their own."""
+    """``tr (ΛH)² / Σ (Λλ)²`` over weighted snapshots, at least 1: what the blocks have together beyond their own."""
     full = sum(weight * of_state.full for weight, of_state in traces)
     blocks = sum(weight * of_state.blocks for weight, of_state in traces)
     return max(1.0, full / blocks) if blocks > 0 else 1.0
@@ -218,21 +219,26 @@ def covariances_of(workspace: Workspace, state: State, data: Examples, ids: Tens
 
 
 def coupling_at(
-    workspace: Workspace, data: Examples, ids: Tensor, states: Sequence[WeightedState], bases: Mapping[str, Basis]
+    workspace: Workspace,
+    data: Examples,
+    ids: Tensor,
+    states: Sequence[WeightedState],
+    bases: Mapping[str, Basis],
+    moved: Mapping[str, float],
 ) -> float:
     """:func:`coupling_of` by a pass of its own, where factors are known; arguments as in :func:`fit_factors`."""
     dealt = deal(workspace, states[-1].load, data, ids, len(states))
     passes = zip(states, dealt, strict=True)
     return coupling_of(
-        [(s.weight, eigenvalues_and_traces(workspace, s.load(), data, own, bases)[1]) for s, own in passes]
+        [(s.weight, eigenvalues_and_traces(workspace, s.load(), data, own, bases, moved=moved)[1]) for s, own in passes]
     )
 
 
 class Traces(NamedTuple):
-    """Two estimates of one segment's curvature ``H``, without bias."""
+    """Two estimates of one segment's ``ΛH``, without bias; its operators are functions of that product."""
 
-    full: float  # tr H² = E[⟨g_m, g_n⟩²] over pairs of examples, their gradients over all blocks together
-    blocks: float  # Σ λ², what EK-FAC sees of it; the traces of both are the same
+    full: float  # tr (ΛH)² = E[⟨g_m, Λ g_n⟩²] over pairs of examples, their gradients over all blocks together
+    blocks: float  # Σ (Λλ)², what EK-FAC sees of it; the traces of both are the same
 
 
 def eigenvalues_of(
@@ -244,7 +250,13 @@ def eigenvalues_of(
 
 
 def eigenvalues_and_traces(
-    workspace: Workspace, state: State, data: Examples, ids: Tensor, bases: Mapping[str, Basis], samples: int = 1
+    workspace: Workspace,
+    state: State,
+    data: Examples,
+    ids: Tensor,
+    bases: Mapping[str, Basis],
+    samples: int = 1,
+    moved: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Tensor], Traces]:
     """:func:`eigenvalues_of`, and by the same pass how much curvature the blocks have together beyond their own.
 
@@ -255,13 +267,17 @@ def eigenvalues_and_traces(
         ids: those that are visited; pairs are those of one batch.
         bases: the eigenbases in which the blocks' eigenvalues are taken.
         samples: label draws per example.
+        moved: ``Λ`` of each block in any unit; all alike by default. A block that stood still has no part in what the
+            others have together.
     """
+    rates = dict.fromkeys(bases, 1.0) if moved is None else moved
     sizes = torch.zeros(2, dtype=torch.float64, device=workspace.module.device)
     pairs = torch.zeros(2, dtype=torch.float64, device=workspace.module.device)  # Σ ⟨g_m, g_n⟩², and how many
 
     def look(half: int, index: Tensor, captured: Mapping[str, BlockGradients]) -> None:
         sizes[half] += len(index)
-        products = sum((gram(gradients).double() for gradients in captured.values()), pairs.new_zeros(()))
+        moving = [(rates[name], gradients) for name, gradients in captured.items() if rates[name]]
+        products = sum((rate * gram(gradients).double() for rate, gradients in moving), pairs.new_zeros(()))
         if products.dim():
             pairs[0] += products.square().sum() - products.diagonal().square().sum()
             pairs[1] += len(products) * (len(products) - 1)
@@ -269,7 +285,7 @@ def eigenvalues_and_traces(
     # Two halves of the batches: the product of two means of squares has no share of their noise.
     halves = _squares(workspace, state, data, ids, bases, samples, parts=2, look=look)
     workspace.ranks.all_reduce_([pairs, sizes])
-    blocks = sum(float((halves[0][name].double() * halves[1][name]).sum()) for name in halves[0])
+    blocks = sum(rates[n] ** 2 * float((halves[0][n].double() * halves[1][n]).sum()) for n in halves[0])
     traces = Traces(float(pairs[0] / pairs[1].clamp_min(1)), blocks / float(sizes.prod().clamp_min(1)))
     return {name: (halves[0][name] + halves[1][name]) / (len(ids) * samples) for name in halves[0]}, traces
 

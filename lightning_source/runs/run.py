@@ -352,10 +352,10 @@ class Run:
             self.store.commit()
             report_preparation(stage, before)
 
-    def snapshot_factors(self, segment: Segment, which: str = "mean", coupling: str | None = None) -> Factors:
+    def snapshot_factors(self, segment: Segment, which: str = "mean") -> Factors:
         """A segment's factors, averaged over its snapshots; computed and kept on disk the first time.
 
-        The same passes tell how much curvature its layers have together, kept under the name ``coupling``.
+        The same passes tell how much curvature its layers have together, kept in the manifest.
         """
         if which not in ("mean", "point"):
             raise MisconfigurationException(f'`snapshots="{which}"` is not known. HINT: "mean" or "point".')
@@ -365,25 +365,25 @@ class Run:
         name = f"segments/{own.index(segment)}.safetensors" if default else f"segments/{which}-{names}.safetensors"
         loads = [partial(self.state, s, which) for s in segment.snapshots]
         files = [s.file.replace(".safetensors", f"-{which}-covariances.safetensors") for s in segment.snapshots]
-        return self._factors(self.stages[segment.stage], name, loads, segment.weights, files, coupling)
+        coupled = f"{which}-{names}", self.stages[segment.stage].moved(segment.stretch)
+        return self._factors(self.stages[segment.stage], name, loads, segment.weights, files, coupled)
 
     def cross_layer_factors(self, segment: Segment, which: str) -> Factors:
         """:meth:`snapshot_factors`, scaled by how much curvature the layers have together: EK-FAC keeps them apart.
 
         Where a direction of much curvature runs through several layers, each of them sees a part of it, and ``1/σ``
-        responds too much in all. One number, ``tr H² / Σ λ²``, gives the spectrum its size back.
+        responds too much in all. One number, ``tr (ΛH)² / Σ (Λλ)²``, gives the spectrum its size back.
         """
         key = f"{which}-" + "+".join(f"{s.last:06d}" for s in segment.snapshots)
-        known, stage = self.store.manifest.couplings, self.stages[segment.stage]
-        factors = self.snapshot_factors(segment, which, coupling=key)
-        if key not in known:  # the factors were there without it, or come of no pass that tells it
-            budget = self.settings.factor_examples or COUPLING_EXAMPLES
-            ids = factor_ids(len(stage.data), min(COUPLING_EXAMPLES, budget), self.settings.seed)
-            snapshots = zip(segment.snapshots, segment.weights, strict=True)
-            states = [WeightedState(partial(self.state, s, which), weight) for s, weight in snapshots]
+        factors, known = self.snapshot_factors(segment, which), self.store.manifest.couplings
+        stage = self.stages[segment.stage]
+        if key not in known:  # factors written by an earlier version, or of no pass that tells it
+            count = min(COUPLING_EXAMPLES, self.settings.factor_examples or COUPLING_EXAMPLES)
+            ids = factor_ids(len(stage.data), count, self.settings.seed)
+            states = map(WeightedState, (partial(self.state, s, which) for s in segment.snapshots), segment.weights)
+            bases, moved = {name: f.basis for name, f in factors.items()}, stage.moved(segment.stretch)
             stage.workspace.doing = "factors"
-            bases = {name: factor.basis for name, factor in factors.items()}
-            known[key] = coupling_at(stage.workspace, stage.data, ids, states, bases)
+            known[key] = coupling_at(stage.workspace, stage.data, ids, [*states], bases, moved)
             stage.workspace.doing = "scores"
             self.store.commit()
         return {name: BlockFactors(f.basis, known[key] * f.eigenvalues) for name, f in factors.items()}
@@ -407,11 +407,11 @@ class Run:
         loads: Sequence[Callable[[], State]],
         weights: Sequence[float],
         files: Sequence[str | None],
-        coupling: str | None = None,
+        coupled: tuple[str, Mapping[str, float]] | None = None,
     ) -> Factors:
-        blocks, device = stage.coverage.blocks, stage.workspace.module.device
         if name in self.store.manifest.files:
-            return factors_of(self.store.path / name, self.store.read(name, device), blocks)
+            tensors = self.store.read(name, stage.workspace.module.device)
+            return factors_of(self.store.path / name, tensors, stage.coverage.blocks)
         self._calibrate(stage)
         stage.workspace.doing = "factors"
         known = [self._read_covariances(stage, file) if file else None for file in files]
@@ -422,10 +422,10 @@ class Run:
             [WeightedState(*state) for state in zip(loads, weights, known, strict=True)],
             self.settings.curvature,
             self.settings.label_samples,
-            coupled=coupling is not None,
+            moved=coupled[1] if coupled else None,
         )
-        if coupling is not None and fitted.coupling is not None:
-            self.store.manifest.couplings[coupling] = fitted.coupling
+        if coupled and fitted.coupling is not None:
+            self.store.manifest.couplings[coupled[0]] = fitted.coupling
         for file, before, after in zip(files, known, fitted.sums, strict=False):
             if file is not None and before is None and self.settings.keep == "covariances":
                 self.store.write(file, covariance_tensors(after))

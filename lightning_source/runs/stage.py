@@ -162,6 +162,12 @@ class Stage:
         self.workspace.blocks = preparation.coverage.blocks
         self.workspace.spec = self.record.objective = preparation.spec
 
+    def moved(self, stretch: StepInterval) -> dict[str, float]:
+        """How far training moved each block in some steps, ``Λ`` over the largest one: 0 where it stood still."""
+        rates = [stretch.rates[block.group] for block in self.coverage.blocks]
+        largest = max(map(abs, rates), default=0.0) or 1.0
+        return {block.name: rate / largest for block, rate in zip(self.coverage.blocks, rates, strict=True)}
+
     def decoupled(self, step: int, column: int) -> bool:
         """Whether a column's weight decay was not preconditioned at that step."""
         phase = phase_at(self.phases, step)

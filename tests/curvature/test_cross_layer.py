@@ -12,7 +12,7 @@ from lightning_source.passes.factors import deal, dealt_ids, eigenvalues_and_tra
 
 
 def gauss_newton(module, state, inputs):
-    """``E[Jᵀ (diag p - p pᵀ) J]`` of cross entropy, dense."""
+    """``E[Jᵀ (diag p - p pᵀ) J]`` of cross entropy, dense, its rows in the order of the module's parameters."""
     values = {name[4:]: value.double() for name, value in state.items()}
     net = module.net.double()
     jacobians = vmap(jacrev(lambda p, x: functional_call(net, p, (x[None],))[0]), (None, 0))(values, inputs)
@@ -36,8 +36,14 @@ def test_squared_traces_are_those_of_dense_matrices(tmp_path, net):
         bases = {name: one.basis for name, one in factors.items()}
         ids = torch.arange(4000)
         found, (full, blocks) = eigenvalues_and_traces(run.workspace, state, run.data, ids, bases)
+        moved = {name: 0.5 if "0" in name else 1.0 for name in bases}
+        _, weighted = eigenvalues_and_traces(run.workspace, state, run.data, ids, bases, moved=moved)
         values = eigenvalues_of(run.workspace, state, run.data, ids, bases, 8)
-        dense = gauss_newton(trainer.lightning_module, state, data.tensors[0].double())
+        module = trainer.lightning_module
+        dense = gauss_newton(module, state, data.tensors[0].double())
+    rates = torch.cat([p.new_full((p.numel(),), 0.5 if "0" in n else 1.0) for n, p in module.net.named_parameters()])
+    both = rates.double()[:, None] * dense
+    assert weighted.full == pytest.approx(float((both * both.T).sum()), rel=0.15)
     for name, of_one_draw in found.items():
         torch.testing.assert_close(of_one_draw.sum(), values[name].sum(), rtol=0.1, atol=0)
     assert full == pytest.approx(float(dense.square().sum()), rel=0.15)
@@ -108,3 +114,23 @@ def test_examples_with_more_labels_are_dealt_in_smaller_parts(tmp_path, labels, 
         run.calibrate()
         parts = deal(run.workspace, run.final_of_stage, run.data, torch.arange(600), 10)
     assert [len(part) for part in parts] == [max(60, size)] * 10
+
+
+class _ZeroesInAHook(Classifier):
+    """Old rows of a table are kept fixed by zeroing their gradient (reported against two libraries)."""
+
+    def on_after_backward(self):
+        self.net[0].weight.grad.zero_()
+
+
+def test_a_layer_that_stood_still_has_no_part_in_what_the_others_have_together(tmp_path):
+    """To 1e-4: both runs train the same weights, and the still layer's noise must not reach the others' scores."""
+    scores = []
+    for kind in (Classifier, _ZeroesInAHook):
+        torch.manual_seed(0)
+        module = kind(mlp())
+        if kind is Classifier:
+            module.net[0].weight.requires_grad_(False)
+        trainer = fitted(tmp_path / kind.__name__, module, classes(200), segments=2, max_epochs=3)
+        scores.append(trainer.attribute(QUERY).values)
+    torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=1e-4 * float(scores[0].abs().max()))
