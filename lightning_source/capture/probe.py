@@ -15,6 +15,7 @@ from lightning_source.capture.layer_gradients import GradientCapture
 from lightning_source.capture.objective import Losses, Objective
 from lightning_source.curvature.block_gradients import BlockGradients
 from lightning_source.layers import Block
+from lightning_source.layers.free import held_whole
 from lightning_source.names import named_parameters
 
 # A layer's captured gradient must match autograd's weight gradient to this share of its norm; float32 sums in another
@@ -24,6 +25,8 @@ TOLERANCE = 1e-3
 HALF_TOLERANCE = 3e-2
 
 _BESIDE = "its gradient comes from no example's loss, but from what weighs the losses or is added to them"
+_ELSEWHERE = "used outside its layer's forward"
+_DIFFERS = "captured gradient differs from autograd's"
 _NO_GRADIENT = "its output carries no gradient (reentrant checkpointing, or torch.no_grad)"
 
 
@@ -32,12 +35,13 @@ def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: Ba
 
     Two checks, so that no layout or unusual use of a weight is guessed at: the captured gradients of all examples must
     add up to autograd's weight gradient, and an example's own loss must reach only its own rows. A block that fails is
-    tried in the other ways that its form knows (``LayerForm.attempts``) before it is left out.
+    tried in the other ways that its form knows (``LayerForm.attempts``), and where its weights serve more than the
+    layer's own output each of them is held whole, at the cost of a backward for each example, before it is left out.
 
     Raises:
         MisconfigurationException: no block is left.
     """
-    passed: dict[str, Block] = {}
+    passed: dict[str, list[Block]] = {}
     failed: dict[str, str] = {}
     waiting = {block.name: block.layer_form.attempts(block, module) for block in coverage.blocks}
     while waiting:
@@ -49,15 +53,20 @@ def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: Ba
                 reasons[block] = _check_repeated(module, objective, block, batch, size)
         for block, reason in reasons.items():
             if reason is None:
-                passed[block.name] = block
+                passed[block.name] = [block]
             elif reason == _NO_GRADIENT:  # no other way would see more
                 failed[block.name] = reason
                 waiting[block.name].clear()
             elif not (block.layer_form.broadcasts and waiting[block.name]):  # the next way knows why better
                 failed.setdefault(block.name, reason)
         waiting = {name: attempts for name, attempts in waiting.items() if attempts and name not in passed}
+    for block in coverage.blocks:
+        if block.name not in passed and (size == 1 or failed[block.name].startswith((_ELSEWHERE, _DIFFERS))):
+            whole = [] if block.free or failed[block.name] in (_NO_GRADIENT, _BESIDE) else held_whole(block, module)
+            if whole and not any(_check(module, objective, whole, batch, size)):
+                passed[block.name] = whole
     checked = coverage.without({name: reason for name, reason in failed.items() if name not in passed})
-    checked = replace(checked, blocks=tuple(passed[block.name] for block in checked.blocks))
+    checked = replace(checked, blocks=tuple(block for kept in checked.blocks for block in passed[kept.name]))
     if not checked.blocks:
         raise MisconfigurationException(
             f"`{type(module).__name__}` has no layer whose gradients can be attributed.\n  {checked.summary()}"
@@ -153,7 +162,7 @@ def _mismatch(
     """Why the captured gradients do not add up to autograd's, ``gradients`` by parameter; ``None`` if they do."""
     present = {name: gradients[name].to_dense() for name in block.parameters if name in gradients}
     if captured is None:
-        return "used outside its layer's forward" if any(total.any() for total in present.values()) else None
+        return _ELSEWHERE if any(total.any() for total in present.values()) else None
     if len(present) < len(block.parameters):
         return "its layer ran but its parameters got no gradient"
     expected = block.matrix(present)
@@ -161,7 +170,7 @@ def _mismatch(
     # Where examples' gradients cancel, what is left of their sum is round-off of its parts.
     parts = float(captured.squares().sum().sqrt())
     if error > tolerance * expected.norm() + 1e-6 * parts + 1e-12:
-        return f"captured gradient differs from autograd's by {float(error / expected.norm()):.1%}"
+        return f"{_DIFFERS} by {float(error / expected.norm()):.1%}"
     return None
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lightning_source._lightning import DummyLogger, is_lightning_module, training_state
+from lightning_source._lightning import DummyLogger, classes, is_lightning_module, training_state
 from lightning_source._trainer import facts_of, trainer_of
 from lightning_source.capture.attributes import attributes_seen
 
@@ -120,6 +120,14 @@ class TrainerView:
         self.world_size = facts.world_size
         self.num_devices = facts.num_devices
         self.precision = facts.precision
+
+    @property
+    def __class__(self) -> type:  # type: ignore[misc]  # as mocks do; there is no other way to answer isinstance
+        """A Trainer's, of the module's own Lightning, so that ``isinstance(self.trainer, Trainer)`` holds as in fit."""
+        if self.real_trainer is not None:
+            return type(self.real_trainer)
+        pairs = zip(classes("LightningModule"), classes("Trainer"), strict=True)
+        return next((trainer for kind, trainer in pairs if isinstance(self._module, kind)), TrainerView)
 
     @property
     def optimizers(self) -> list[Any]:

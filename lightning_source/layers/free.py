@@ -11,7 +11,7 @@ from lightning_source.layers.broadcast import BroadcastForm
 from lightning_source.layers.contract import Block, LayerForm
 from lightning_source.layers.local import LocalForm
 from lightning_source.layers.registry import register_layer
-from lightning_source.names import named_modules
+from lightning_source.names import named_modules, named_parameters
 
 # A parameter with more scalars than this is left out: an example's gradient is held whole.
 MAX_FREE = 1_000_000
@@ -49,3 +49,10 @@ def free_block(name: str, module: str, parameter: nn.Parameter, group: int) -> B
     if size > MAX_FREE:
         return None
     return Block(name, module, name, None, group, (1, size, 1), FreeForm.__name__, (size,))
+
+
+def held_whole(block: Block, network: nn.Module) -> list[Block]:
+    """A block of each of its parameters in place of a layer's block; none if one of them is too large."""
+    own = named_parameters(network)
+    whole = [free_block(name, block.module, own[name], block.group) for name in block.parameters]
+    return [] if None in whole else [one for one in whole if one is not None]

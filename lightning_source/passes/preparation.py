@@ -18,7 +18,7 @@ from lightning_source.capture.layer_gradients import GradientCapture
 from lightning_source.capture.objective import NoLoss, ObjectiveSpec
 from lightning_source.capture.probe import HALF_TOLERANCE, probe
 from lightning_source.layers import Block
-from lightning_source.layers.free import free_block
+from lightning_source.layers.free import held_whole
 from lightning_source.names import named_parameters
 from lightning_source.passes.alone import PROBED, UNKNOWN, batch_of, calibrate_alone, examples_with_loss, unknown_of
 from lightning_source.passes.calibration import calibrate, evaluate, first_with_loss
@@ -139,10 +139,10 @@ def _whole_where_reached_otherwise(workspace: Workspace, coverage: Coverage, dat
         if block.free or left.norm() <= HALF_TOLERANCE * torch.stack([wanted.norm(), 1e-4 * here.norm()]).max():
             blocks.append(block)
             continue
-        whole = [free_block(name, block.module, own[name], block.group) for name in block.parameters]
-        if None in whole:
+        whole = held_whole(block, workspace.module)
+        if not whole:
             reasons[block.name] = "the unrecognised part of the loss reaches it by another way than its output"
-        blocks += [block] if block.name in reasons else [one for one in whole if one is not None]
+        blocks += whole or [block]
     return replace(coverage, blocks=tuple(blocks)).without(reasons)
 
 

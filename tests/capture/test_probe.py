@@ -8,6 +8,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_source.layers import free
+
 
 def reentrant(m, x):
     """Hides its backward from hooks and from ``torch.autograd.grad``."""
@@ -18,7 +20,7 @@ def called(layer, function=lambda m, x: m.one(x)):
     return Apply(function, one=layer)
 
 
-MIXING, DIFFERS = "examples of a batch influence each other's rows", "captured gradient differs from autograd's"
+MIXING = "examples of a batch influence each other's rows"
 OWN = "it normalises by the batch's own statistics, which mix examples"
 UNBATCHED = "its input of shape {} is not [batch of 4"
 # case: (network, shape of an example's input and output, how the reason begins)
@@ -27,11 +29,6 @@ CASES = {
         lambda: called(nn.Linear(5, 5), reentrant),
         (5,),
         "its output carries no gradient",
-    ),
-    "Linear, weight also used functionally": (
-        lambda: called(nn.Linear(5, 5), lambda m, x: m.one(x) + x @ m.one.weight.T),
-        (5,),
-        DIFFERS,
     ),
     "Linear, examples mixed behind the layer": (
         lambda: called(nn.Linear(5, 5), lambda m, x: m.one(x) - m.one(x).mean(0)),
@@ -73,6 +70,34 @@ def test_what_cannot_be_attributed_is_left_out_by_name(case):
     assert all(name in coverage.summary() for name in sizes)
     kept = sum(p.numel() for p in head.parameters())
     assert coverage.share == pytest.approx(kept / (kept + sum(sizes.values())))
+
+
+BESIDES = {
+    "Linear, weight also used functionally": (nn.Linear(5, 5), lambda m, x: m.one(x) + x @ m.one.weight.T),
+    "Linear, never called": (nn.Linear(5, 5), lambda m, x: x @ m.one.weight.T.exp() + m.one.bias.sin()),
+    "LayerNorm, weight also used functionally": (nn.LayerNorm(5), lambda m, x: m.one(x) * m.one.weight.sum()),
+    "Conv1d, weight also used functionally": (nn.Conv1d(3, 3, 1), lambda m, x: m.one(x) + m.one.weight.mean()),
+}
+
+
+@pytest.mark.check("layer", "{case}", "gradients, a backward for each example")
+@pytest.mark.parametrize("case", BESIDES)
+def test_weights_that_serve_more_than_their_layers_output_are_held_whole(case):
+    layer, function = BESIDES[case]
+    shape = (3, 5) if isinstance(layer, nn.Conv1d) else (5,)
+    coverage = compare(
+        nn.Sequential(called(layer, function), nn.Flatten(), nn.Linear(math.prod(shape), 3)), floats(*shape)
+    )
+    assert [block.name for block in coverage.blocks] == ["net.0.one.weight", "net.0.one.bias", "net.2"]
+    assert [block.free for block in coverage.blocks] == [True, True, False]
+
+
+def test_what_is_too_large_to_be_held_whole_is_left_out_by_name(monkeypatch):
+    monkeypatch.setattr(free, "MAX_FREE", 10)
+    layer, function = BESIDES["Linear, weight also used functionally"]
+    coverage = compare(nn.Sequential(called(layer, function), nn.Linear(5, 3)), floats(5), share=0.3)
+    assert [name for name, _, _ in coverage.left_out] == ["net.0.one.weight", "net.0.one.bias"]
+    assert coverage.left_out[0][2].startswith("captured gradient differs from autograd's")
 
 
 @pytest.mark.check("layer", "MultiheadAttention over the batch", "left out by name")

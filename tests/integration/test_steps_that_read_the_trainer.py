@@ -1,5 +1,6 @@
 """A step that reads the Trainer sees training at the snapshot that is examined, with and without a Trainer at hand."""
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,13 @@ class Schedule(Annealed):
         return [0.1, 0.2, 0.4, 0.8][self.trainer.current_epoch]
 
 
+class AsksForItsClass(Annealed):
+    """Anneals where it is trained by a Trainer, and not in a script of its own."""
+
+    def weight(self):
+        return super().weight() if isinstance(self.trainer, L.Trainer) else 0.0
+
+
 class OfAnotherStage(Annealed):
     """Gives a loss in training only, as libraries do whose step is shared with validation."""
 
@@ -60,7 +68,7 @@ class Logging(Annealed):
         return loss / self.trainer.world_size
 
 
-@pytest.mark.parametrize("kind", [Annealed, BySteps, Schedule, OfAnotherStage, Logging])
+@pytest.mark.parametrize("kind", [Annealed, BySteps, Schedule, OfAnotherStage, Logging, AsksForItsClass])
 def test_scores_with_and_without_the_trainer_are_equal(kind, tmp_path):
     trainer = fitted(tmp_path, kind(mlp()), max_epochs=4)
     scorer = SourceScorer.from_run(tmp_path / "run", kind(mlp()))
@@ -68,6 +76,16 @@ def test_scores_with_and_without_the_trainer_are_equal(kind, tmp_path):
         here = trainer.attribute(QUERY, method=method).values
         assert torch.equal(scorer.score(QUERY, classes(), method=method).values, here)
         assert here.abs().sum() > 0
+
+
+def test_a_step_that_asks_for_its_trainers_class_is_answered_as_in_fit(tmp_path):
+    scores = []
+    for kind in (Annealed, AsksForItsClass):
+        torch.manual_seed(0)
+        module = kind(mlp())
+        trainer = fitted(tmp_path / kind.__name__, module, DataLoader(classes(), 8), max_epochs=4)
+        scores.append(trainer.attribute(QUERY).values)
+    assert torch.equal(*scores)
 
 
 def test_each_snapshot_has_the_epoch_that_it_is_of(tmp_path):
