@@ -352,10 +352,10 @@ class Run:
             self.store.commit()
             report_preparation(stage, before)
 
-    def snapshot_factors(self, segment: Segment, which: str = "mean") -> Factors:
+    def snapshot_factors(self, segment: Segment, which: str = "mean", coupled: bool = False) -> Factors:
         """A segment's factors, averaged over its snapshots; computed and kept on disk the first time.
 
-        The same passes tell how much curvature its layers have together, kept in the manifest.
+        The same passes tell, if ``coupled``, how much curvature its layers have together, kept in the manifest.
         """
         if which not in ("mean", "point"):
             raise MisconfigurationException(f'`snapshots="{which}"` is not known. HINT: "mean" or "point".')
@@ -365,8 +365,8 @@ class Run:
         name = f"segments/{own.index(segment)}.safetensors" if default else f"segments/{which}-{names}.safetensors"
         loads = [partial(self.state, s, which) for s in segment.snapshots]
         files = [s.file.replace(".safetensors", f"-{which}-covariances.safetensors") for s in segment.snapshots]
-        coupled = f"{which}-{names}", self.stages[segment.stage].moved(segment.stretch)
-        return self._factors(self.stages[segment.stage], name, loads, segment.weights, files, coupled)
+        coupling = (f"{which}-{names}", self.stages[segment.stage].moved(segment.stretch)) if coupled else None
+        return self._factors(self.stages[segment.stage], name, loads, segment.weights, files, coupling)
 
     def cross_layer_factors(self, segment: Segment, which: str) -> Factors:
         """:meth:`snapshot_factors`, scaled by how much curvature the layers have together: EK-FAC keeps them apart.
@@ -375,9 +375,9 @@ class Run:
         responds too much in all. One number, ``tr (ΛH)² / Σ (Λλ)²``, gives the spectrum its size back.
         """
         key = f"{which}-" + "+".join(f"{s.last:06d}" for s in segment.snapshots)
-        factors, known = self.snapshot_factors(segment, which), self.store.manifest.couplings
+        factors, known = self.snapshot_factors(segment, which, coupled=True), self.store.manifest.couplings
         stage = self.stages[segment.stage]
-        if key not in known:  # factors written by an earlier version, or of no pass that tells it
+        if key not in known:  # the factors were there without it, or come of no pass that tells it
             count = min(COUPLING_EXAMPLES, self.settings.factor_examples or COUPLING_EXAMPLES)
             ids = factor_ids(len(stage.data), count, self.settings.seed)
             states = map(WeightedState, (partial(self.state, s, which) for s in segment.snapshots), segment.weights)
@@ -407,7 +407,7 @@ class Run:
         loads: Sequence[Callable[[], State]],
         weights: Sequence[float],
         files: Sequence[str | None],
-        coupled: tuple[str, Mapping[str, float]] | None = None,
+        coupling: tuple[str, Mapping[str, float]] | None = None,
     ) -> Factors:
         if name in self.store.manifest.files:
             tensors = self.store.read(name, stage.workspace.module.device)
@@ -422,10 +422,10 @@ class Run:
             [WeightedState(*state) for state in zip(loads, weights, known, strict=True)],
             self.settings.curvature,
             self.settings.label_samples,
-            moved=coupled[1] if coupled else None,
+            moved=coupling[1] if coupling else None,
         )
-        if coupled and fitted.coupling is not None:
-            self.store.manifest.couplings[coupled[0]] = fitted.coupling
+        if coupling and fitted.coupling is not None:
+            self.store.manifest.couplings[coupling[0]] = fitted.coupling
         for file, before, after in zip(files, known, fitted.sums, strict=False):
             if file is not None and before is None and self.settings.keep == "covariances":
                 self.store.write(file, covariance_tensors(after))
