@@ -38,6 +38,7 @@ from lightning_source.recording.manifest import Settings, check_choice
 from lightning_source.recording.session import RecordingSession, SessionState
 from lightning_source.recording.store import holds_run
 from lightning_source.scorer import MEASUREMENTS
+from lightning_source.wording import error_in_words
 
 
 class SourceCallback(AttributingCallback):
@@ -287,8 +288,8 @@ class SourceCallback(AttributingCallback):
             ranks_of(trainer).on_rank_zero(self._session.factors_made)
         except Exception as error:  # training has succeeded, and nothing of ours may take that away
             rank_zero_warn(
-                f"SourceCallback could not fit its factors: {error} Training and its snapshots are safe in"
-                f" `{self._path}`; the factors are tried again when scores are asked for."
+                f"SourceCallback could not fit its factors: {error_in_words(error)} Training and its snapshots are safe"
+                f" in `{self._path}`; the factors are tried again when scores are asked for."
             )
         self._factor_seconds += time.perf_counter() - start
 

@@ -21,6 +21,7 @@ ORDER = (
     "distributed",
     "_progress",
     "_lightning",
+    "wording",
     "_trainer",
     "_files",
     "_sealed",

@@ -94,7 +94,7 @@ def find_blocks(
     """
     group_of = {id(p): index for index, group in enumerate(groups) for p in group if p.requires_grad}
     names = parameter_names(module)
-    trainable = {id(p): p for p in module.parameters() if id(p) in group_of}
+    trainable = {id(p): p for p in module.parameters() if id(p) in group_of and p.numel()}
     owners: dict[int, list[nn.Module]] = {}
     for child in module.modules():
         for parameter in child.parameters(recurse=False):

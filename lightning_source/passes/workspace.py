@@ -400,6 +400,8 @@ def _does_not_match(module: nn.Module, missing: Sequence[str]) -> str:
 
 def require_finite(values: Tensor, name: str, what: str) -> None:
     """Raise ``FloatingPointError`` that names the block and the quantity where a value is NaN or infinite."""
+    if not values.numel():
+        return
     lowest, highest = values.aminmax()  # NaN comes through, and one pass is enough
     if not (torch.isfinite(lowest) and torch.isfinite(highest)):
         raise FloatingPointError(f"non-finite {what} at `{name}`")

@@ -40,6 +40,7 @@ from lightning_source.recording.resuming import (
 )
 from lightning_source.recording.snapshots import assemble, replace_final
 from lightning_source.recording.store import RunStore, holds_run
+from lightning_source.wording import error_in_words
 
 # Bins kept while training, per snapshot: enough to cut a run of any length into nearly equal snapshots.
 BINS_PER_SNAPSHOT = 2  # at most, while training lasts; where its length is unknown they merge
@@ -442,8 +443,7 @@ def _why_stopped(error: Exception, path: Path | None) -> str:
     """One word to the user on what ended the recording and what is left of it."""
     if isinstance(error, DirectoryError):
         return f"SourceCallback stops recording. {error} Training goes on as it would without it."
-    disk = isinstance(error, OSError)
-    reason = f"since it cannot write to `{path}`: {error}" if disk else f"{type(error).__name__}: {error}"
+    reason = f"since it cannot write to `{path}`: {error}" if isinstance(error, OSError) else error_in_words(error)
     return (
         f"SourceCallback stops recording, {reason} Training goes on as it would without it. Scores can be had for the"
         f" steps that are on disk in `{path}`."

@@ -365,7 +365,7 @@ class Run:
         name = f"segments/{own.index(segment)}.safetensors" if default else f"segments/{which}-{names}.safetensors"
         loads = [partial(self.state, s, which) for s in segment.snapshots]
         files = [s.file.replace(".safetensors", f"-{which}-covariances.safetensors") for s in segment.snapshots]
-        coupling = (f"{which}-{names}", self.stages[segment.stage].moved(segment.stretch)) if coupled else None
+        coupling = (f"{which}-{names}", segment.stretch) if coupled else None
         return self._factors(self.stages[segment.stage], name, loads, segment.weights, files, coupling)
 
     def cross_layer_factors(self, segment: Segment, which: str) -> Factors:
@@ -407,7 +407,7 @@ class Run:
         loads: Sequence[Callable[[], State]],
         weights: Sequence[float],
         files: Sequence[str | None],
-        coupling: tuple[str, Mapping[str, float]] | None = None,
+        coupling: tuple[str, StepInterval] | None = None,
     ) -> Factors:
         if name in self.store.manifest.files:
             tensors = self.store.read(name, stage.workspace.module.device)
@@ -422,7 +422,7 @@ class Run:
             [WeightedState(*state) for state in zip(loads, weights, known, strict=True)],
             self.settings.curvature,
             self.settings.label_samples,
-            moved=coupling[1] if coupling else None,
+            moved=stage.moved(coupling[1]) if coupling else None,
         )
         if coupling and fitted.coupling is not None:
             self.store.manifest.couplings[coupling[0]] = fitted.coupling

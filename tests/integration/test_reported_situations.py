@@ -160,6 +160,24 @@ def normalised_by_hook():
         return nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 3))
 
 
+class HoldsNothing(nn.Module):
+    """Has tensors of no entries, as a graph network has for what its data does not give."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+        self.states, self.offsets = nn.Parameter(torch.zeros(0, 4)), nn.Linear(6, 0)
+        self.register_buffer("mean", torch.zeros(0))
+
+    def forward(self, x):
+        return self.net(x) + self.states.sum() + self.mean.sum() + self.offsets(x).sum()
+
+
+class Empty(Classifier):
+    def __init__(self):
+        super().__init__(HoldsNothing())
+
+
 def trained(tmp_path, make, loader, *callbacks, **options):
     torch.manual_seed(0)
     module, trainer = make(), quiet_trainer(tmp_path, *callbacks, max_epochs=3, **options)
@@ -209,6 +227,7 @@ def check(scores, expected, rates) -> None:
         (Permutes, None),
         (Vmapped, None),
         (HooksThatReturn, None),
+        (Empty, None),
     ],
 )
 def test_scores_are_those_of_the_step_as_it_is(tmp_path, make, collate):
