@@ -46,7 +46,10 @@ def _of_parameter(operand: Tensor, parameter: Tensor, gradients: Tensor, example
     shape = list(operand.shape)
     if len(shape) == gradients.dim():
         del shape[layout]
-    by_example = torch.stack([one.sum_to_size(shape) for one in by_example]) if shape else by_example.flatten(1).sum(1)
+    if shape:
+        by_example = torch.stack([one.sum_to_size(shape) for one in by_example])
+    else:  # one number, which may meet one number an example
+        by_example = by_example.reshape(examples, -1).sum(1)
     by_example = by_example.reshape(examples, *operand.shape)
     if operand is parameter:
         return by_example

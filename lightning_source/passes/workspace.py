@@ -94,16 +94,16 @@ class Workspace:
         A step that reads the Trainer sees training at the moment of this state.
         What ``training_step`` itself writes, a momentum encoder or a running centre, is back before its next call.
         """
-        own = named_tensors(self.module)
+        own, parameters = named_tensors(self.module), named_parameters(self.module)
         with naming(state):
             for name, value in state.items():
-                if value.is_floating_point():
+                # A buffer may hold what is not known yet, as NaN, or what never was reached, as infinity.
+                if name in parameters and value.is_floating_point():
                     require_finite(value, name, "parameters")
         missing = [name for name in state if name not in own]
         if missing:
             raise MisconfigurationException(_does_not_match(self.module, missing))
         # Without a gradient a layer frozen since training would not be seen, and would silently count for nothing.
-        parameters = named_parameters(self.module)
         trained = [parameters[n] for block in self.blocks for n in block.parameters]
         with (
             naming(state),

@@ -32,6 +32,10 @@ def cases(places):
         "a slice": (dict(w=parameter(9, 6)), lambda m, x: m.one(x) + m.w[: x.shape[1]]),
         "a slice of one example": (dict(w=parameter(1, 9, 6)), lambda m, x: m.one(x) + m.w[:, : x.shape[1]]),
         "a scalar": (dict(w=parameter()), lambda m, x: m.one(x) * m.w),
+        "a scalar that meets one number an example": (
+            dict(w=parameter()),
+            lambda m, x: m.one(x) + (m.w * x.mean((1, 2)))[:, None, None],
+        ),
         "scale and shift": (dict(w=parameter(6), g=parameter(6)), lambda m, x: m.one(x) * m.g + m.w),
         "subtracted and divided": (
             dict(w=parameter(6), g=parameter(6)),
