@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ class Classifier(L.LightningModule):
 
     def __init__(
         self,
-        net: nn.Module,
+        net: nn.Module | None = None,
         loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
     ) -> None:
         super().__init__()
-        self.net = net
+        self.net = mlp() if net is None else net
         self.loss = loss
         self.optimizer = optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=0.1))
 
@@ -40,6 +40,29 @@ class Classifier(L.LightningModule):
 
 def mlp(inputs: int = 6, hidden: int = 5, outputs: int = 3) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+
+class AuxiliaryHead(nn.Module):
+    """Gives a second output in train mode only, as Inception and segmentation networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.second = nn.Linear(6, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        hidden = torch.tanh(self.body(x))
+        return [self.head(hidden), self.second(hidden)] if self.training else [self.head(hidden)]
+
+
+def gradient_rows(losses: Iterable[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    """Gradients ``[N, scalars]`` of single examples' losses by autograd; 0 where a loss does not reach a parameter."""
+    rows = []
+    for loss in losses:
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        pairs = zip(parameters, found, strict=True)
+        whole = [torch.zeros_like(p) if g is None else g for p, g in pairs]
+        rows.append(torch.cat([(torch.view_as_real(g) if g.is_complex() else g).flatten() for g in whole]))
+    return torch.stack(rows)
 
 
 def classes(examples: int = 24, inputs: int = 6, count: int = 3, seed: int = 1) -> TensorDataset:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Classifier, classes, fitted, mlp
+from helpers import AuxiliaryHead, Classifier, classes, fitted, gradient_rows, mlp
 from torch import nn
 
 from lightning_source import SourceScorer
@@ -15,26 +15,14 @@ from lightning_source.recording.store import RunStore
 QUERY = [x[:4] for x in classes(8, seed=2).tensors]
 
 
-class Auxiliary(nn.Module):
-    """A second head in training mode only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head, self.second = nn.Linear(6, 5), nn.Linear(5, 3), nn.Linear(5, 3)
-
-    def forward(self, x):
-        hidden = torch.tanh(self.body(x))
-        return [self.head(hidden), self.second(hidden)] if self.training else [self.head(hidden)]
-
-
-class Margin(Auxiliary):
+class Margin(AuxiliaryHead):
     """A larger temperature in training mode: the same losses, of another size."""
 
     def forward(self, x):
         return [self.head(torch.tanh(self.body(x))) * (4.0 if self.training else 1.0)]
 
 
-class Noisy(Auxiliary):
+class Noisy(AuxiliaryHead):
     """Skips its hidden layer for some examples in training mode, as stochastic depth does."""
 
     def forward(self, x):
@@ -44,12 +32,12 @@ class Noisy(Auxiliary):
         return [self.head(hidden)]
 
 
-class AlwaysDropping(Auxiliary):
+class AlwaysDropping(AuxiliaryHead):
     def forward(self, x):
         return [self.head(F.dropout(torch.tanh(self.body(x)), 0.5))]
 
 
-class Predicting(Auxiliary):
+class Predicting(AuxiliaryHead):
     """Losses in training mode, predictions in eval mode, as detection models give them."""
 
     def forward(self, x, y=None):
@@ -99,7 +87,7 @@ def chosen(module):
     [
         (lambda: Classifier(mlp()), "eval"),
         (lambda: Classifier(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(), nn.Linear(5, 3))), "eval"),
-        (lambda: Heads(Auxiliary()), "train"),
+        (lambda: Heads(AuxiliaryHead()), "train"),
         (lambda: Heads(Margin()), "train"),
         (lambda: Heads(Noisy()), "eval"),
         (lambda: Heads(AlwaysDropping()), "eval"),
@@ -132,17 +120,17 @@ def test_modules_that_training_keeps_in_eval_mode_stay_so():
 def oracle(module):
     """Products of the gradients of single examples in training mode."""
     module.train()
-    parameters = [p for name, p in module.named_parameters() if type(module.net) is Auxiliary or "second" not in name]
+    parameters = [
+        p for name, p in module.named_parameters() if type(module.net) is AuxiliaryHead or "second" not in name
+    ]
 
-    def gradient(inputs, target):
-        loss = module.training_step([inputs[None], target[None]], 0)
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+    def rows(examples):
+        return gradient_rows((module.training_step([x[None], y[None]], 0) for x, y in examples), parameters)
 
-    queries = torch.stack([gradient(*item) for item in zip(*QUERY, strict=True)])
-    return queries @ torch.stack([gradient(*item) for item in classes()]).T
+    return rows(zip(*QUERY, strict=True)) @ rows(classes()).T
 
 
-@pytest.mark.parametrize("network", [Auxiliary, Margin])
+@pytest.mark.parametrize("network", [AuxiliaryHead, Margin])
 def test_gradients_are_those_of_training(network, tmp_path):
     torch.manual_seed(0)
     module = Heads(network())
@@ -173,5 +161,5 @@ def test_layers_frozen_in_eval_mode_are_recorded(tmp_path):
         def on_train_start(self):
             self.net.body.eval()
 
-    fitted(tmp_path, Frozen(Auxiliary()))
+    fitted(tmp_path, Frozen(AuxiliaryHead()))
     assert RunStore.open(tmp_path / "run").manifest.stages[0].evaluating == ("net.body",)

@@ -73,17 +73,18 @@ def test_what_cannot_be_attributed_is_left_out_by_name(case):
 
 
 BESIDES = {
-    "Linear, weight also used functionally": (nn.Linear(5, 5), lambda m, x: m.one(x) + x @ m.one.weight.T),
-    "Linear, never called": (nn.Linear(5, 5), lambda m, x: x @ m.one.weight.T.exp() + m.one.bias.sin()),
-    "LayerNorm, weight also used functionally": (nn.LayerNorm(5), lambda m, x: m.one(x) * m.one.weight.sum()),
-    "Conv1d, weight also used functionally": (nn.Conv1d(3, 3, 1), lambda m, x: m.one(x) + m.one.weight.mean()),
+    "Linear, weight also used functionally": (lambda: nn.Linear(5, 5), lambda m, x: m.one(x) + x @ m.one.weight.T),
+    "Linear, never called": (lambda: nn.Linear(5, 5), lambda m, x: x @ m.one.weight.T.exp() + m.one.bias.sin()),
+    "LayerNorm, weight also used functionally": (lambda: nn.LayerNorm(5), lambda m, x: m.one(x) * m.one.weight.sum()),
+    "Conv1d, weight also used functionally": (lambda: nn.Conv1d(3, 3, 1), lambda m, x: m.one(x) + m.one.weight.mean()),
 }
 
 
 @pytest.mark.check("layer", "{case}", "gradients, a backward for each example")
 @pytest.mark.parametrize("case", BESIDES)
 def test_weights_that_serve_more_than_their_layers_output_are_held_whole(case):
-    layer, function = BESIDES[case]
+    make, function = BESIDES[case]
+    layer = make()
     shape = (3, 5) if isinstance(layer, nn.Conv1d) else (5,)
     coverage = compare(
         nn.Sequential(called(layer, function), nn.Flatten(), nn.Linear(math.prod(shape), 3)), floats(*shape)
@@ -94,8 +95,8 @@ def test_weights_that_serve_more_than_their_layers_output_are_held_whole(case):
 
 def test_what_is_too_large_to_be_held_whole_is_left_out_by_name(monkeypatch):
     monkeypatch.setattr(free, "MAX_FREE", 10)
-    layer, function = BESIDES["Linear, weight also used functionally"]
-    coverage = compare(nn.Sequential(called(layer, function), nn.Linear(5, 3)), floats(5), share=0.3)
+    make, function = BESIDES["Linear, weight also used functionally"]
+    coverage = compare(nn.Sequential(called(make(), function), nn.Linear(5, 3)), floats(5), share=0.3)
     assert [name for name, _, _ in coverage.left_out] == ["net.0.one.weight", "net.0.one.bias"]
     assert coverage.left_out[0][2].startswith("captured gradient differs from autograd's")
 

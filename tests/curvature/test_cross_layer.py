@@ -116,7 +116,7 @@ def test_examples_with_more_labels_are_dealt_in_smaller_parts(tmp_path, labels, 
     assert [len(part) for part in parts] == [max(60, size)] * 10
 
 
-class _ZeroesInAHook(Classifier):
+class ZeroesInAHook(Classifier):
     """Old rows of a table are kept fixed by zeroing their gradient (reported against two libraries)."""
 
     def on_after_backward(self):
@@ -126,7 +126,7 @@ class _ZeroesInAHook(Classifier):
 def test_a_layer_that_stood_still_has_no_part_in_what_the_others_have_together(tmp_path):
     """To 1e-4: both runs train the same weights, and the still layer's noise must not reach the others' scores."""
     scores = []
-    for kind in (Classifier, _ZeroesInAHook):
+    for kind in (Classifier, ZeroesInAHook):
         torch.manual_seed(0)
         module = kind(mlp())
         if kind is Classifier:

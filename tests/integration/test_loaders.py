@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Classifier, classes, mlp, quiet_trainer
+from helpers import Classifier, classes, gradient_rows, mlp, quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
@@ -304,8 +304,7 @@ def products(
     parameters = list(module.parameters())
 
     def gradients(data: TensorDataset) -> Tensor:
-        losses = [module.training_step((collate or shared_first)([item]), 0) for item in data]
-        return torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]) for loss in losses])
+        return gradient_rows((module.training_step((collate or shared_first)([item]), 0) for item in data), parameters)
 
     return gradients(queries) @ gradients(train).T
 

@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import QUERY, Classifier, classes, close, mlp, quiet_trainer
+from helpers import QUERY, Classifier, classes, close, gradient_rows, mlp, quiet_trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -25,13 +25,8 @@ def fit(tmp_path, module, **options):
 def products(module, parameters=None) -> Tensor:
     """Products of the gradients of single examples' own losses at the module's present parameters, by autograd."""
     parameters = parameters or [p for p in module.parameters() if p.requires_grad]
-    rows = []
-    for x, y in classes():
-        gradients = torch.autograd.grad(module.training_step([x[None], y[None]], 0), parameters, allow_unused=True)
-        present = zip(parameters, gradients, strict=True)
-        rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in present]))
-    gradients = torch.stack(rows)
-    return gradients @ gradients.T
+    rows = gradient_rows((module.training_step([x[None], y[None]], 0) for x, y in classes()), parameters)
+    return rows @ rows.T
 
 
 class Weighed(Classifier):

@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Classifier, classes, mlp, quiet_trainer
+from helpers import Classifier, classes, gradient_rows, mlp, quiet_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -19,13 +19,7 @@ SINGLES = [(x[None], y[None]) for x, y in classes()]
 
 def rows(module: L.LightningModule, loss) -> Tensor:
     """Gradients ``[N, scalars]`` of single examples' losses."""
-    parameters = [*module.parameters()]
-    found = []
-    for example in SINGLES:
-        gradients = torch.autograd.grad(loss(module, *example), parameters, allow_unused=True)
-        pairs = zip(parameters, gradients, strict=True)
-        found.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs]))
-    return torch.stack(found)
+    return gradient_rows((loss(module, *example) for example in SINGLES), [*module.parameters()])
 
 
 def scored(tmp_path, loss, match: str | None = "none of torch's"):

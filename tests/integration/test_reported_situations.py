@@ -7,7 +7,7 @@ the sum of learning rates over the number of examples, to 1e-3 of their norm: fl
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Classifier, classes, mlp, quiet_trainer
+from helpers import AuxiliaryHead, Classifier, classes, gradient_rows, mlp, quiet_trainer
 from lightning.pytorch.callbacks import BatchSizeFinder
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, rnn
@@ -17,22 +17,11 @@ from lightning_source import SourceCallback, SourceScorer
 from lightning_source._lightning import MisconfigurationException
 
 DATA = classes()
+SINGLES = [(x[None], y[None]) for x, y in DATA]
 
 
 def named(examples):
     return {"x": torch.stack([x for x, _ in examples]), "labels": torch.stack([y for _, y in examples])}
-
-
-class AuxiliaryHead(nn.Module):
-    """Gives a second output in train mode only, as Inception and segmentation networks do."""
-
-    def __init__(self):
-        super().__init__()
-        self.body, self.head, self.aux = nn.Linear(6, 5), nn.Linear(5, 3), nn.Linear(5, 3)
-
-    def forward(self, x):
-        hidden = torch.tanh(self.body(x))
-        return [self.head(hidden), self.aux(hidden)] if self.training else [self.head(hidden)]
 
 
 class Auxiliary(Classifier):
@@ -46,9 +35,6 @@ class Auxiliary(Classifier):
 
 class DictionaryOfLosses(Classifier):
     """A detection network's form: losses in train mode, predictions in eval mode."""
-
-    def __init__(self):
-        super().__init__(mlp())
 
     def forward(self, x, y):
         return {"loss": F.cross_entropy(self.net(x), y)} if self.training else self.net(x)
@@ -70,9 +56,6 @@ class PackedRows(Classifier):
 
 
 class TakesItsLabels(Classifier):
-    def __init__(self):
-        super().__init__(mlp())
-
     def training_step(self, batch, batch_idx):
         labels = batch.pop("labels")
         return F.cross_entropy(self.net(batch["x"]), labels)
@@ -88,9 +71,6 @@ class WritesIntoItsBatch(TakesItsLabels):
 class PerturbsItsInput(Classifier):
     """Adversarial training: a backward of the step's own, whose gradients stay in ``.grad``."""
 
-    def __init__(self):
-        super().__init__(mlp())
-
     def training_step(self, batch, batch_idx):
         x, y = batch
         x = x.clone().requires_grad_()
@@ -99,9 +79,6 @@ class PerturbsItsInput(Classifier):
 
 
 class Permutes(Classifier):
-    def __init__(self):
-        super().__init__(mlp())
-
     def training_step(self, batch, batch_idx):
         x, y = batch
         order = x.norm(dim=1).argsort(descending=True)
@@ -109,9 +86,6 @@ class Permutes(Classifier):
 
 
 class Vmapped(Classifier):
-    def __init__(self):
-        super().__init__(mlp())
-
     def training_step(self, batch, batch_idx):
         return torch.func.vmap(lambda x, y: F.cross_entropy(self.net(x), y))(*batch).mean()
 
@@ -177,7 +151,7 @@ class Unknown(Classifier):
     """Buffers that hold nothing finite: a threshold that is not known yet, extremes before the first value, a mask."""
 
     def __init__(self):
-        super().__init__(mlp())
+        super().__init__()
         self.register_buffer("threshold", torch.tensor(float("nan")))
         self.register_buffer("lowest", torch.tensor(float("inf")))
         self.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
@@ -213,14 +187,7 @@ def products(module, examples) -> Tensor:
     """Of single examples' gradients, ``[N, N]``."""
     module.train()
     parameters = [p for p in module.parameters() if p.requires_grad]
-
-    def gradient(example):
-        found = torch.autograd.grad(module.training_step(example, 0), parameters, allow_unused=True)
-        pairs = zip(parameters, found, strict=True)
-        whole = [torch.zeros_like(p) if g is None else g for p, g in pairs]
-        return torch.cat([(torch.view_as_real(g) if g.is_complex() else g).flatten() for g in whole])
-
-    rows = torch.stack([gradient(example) for example in examples])
+    rows = gradient_rows((module.training_step(example, 0) for example in examples), parameters)
     return rows @ rows.T
 
 
@@ -274,15 +241,12 @@ def test_weights_that_are_made_of_others_are_scored_or_named(tmp_path, net):
         coverage = scorer.run.coverage
     assert coverage.left_out or coverage.share == 1
     if not coverage.left_out:
-        check(scores.values, products(module, [(x[None], y[None]) for x, y in DATA]), 0.1 * trainer.global_step / 24)
+        check(scores.values, products(module, SINGLES), 0.1 * trainer.global_step / 24)
     assert trainer.attribute(DataLoader(DATA, 24)).values.isfinite().all()
 
 
 class FreezesInItsStep(Classifier):
     """Its first layer stands still for one epoch of three, and the optimizer holds everything."""
-
-    def __init__(self):
-        super().__init__(mlp())
 
     def training_step(self, batch, batch_idx):
         self.net[0].requires_grad_(self.current_epoch > 0)
@@ -293,13 +257,12 @@ def test_a_layer_that_the_step_freezes_counts_for_the_steps_that_moved_it(tmp_pa
     module, trainer = twice(tmp_path, FreezesInItsStep)
     scores = trainer.attribute(DataLoader(DATA, 24), method="grad-dot").values
     module.requires_grad_(True)
-    singles = [(x[None], y[None]) for x, y in DATA]
     plain = Classifier(module.net)
     parts = []
     for layer in (0, 2):
         module.requires_grad_(False)
         module.net[layer].requires_grad_(True)
-        parts.append(products(plain, singles))
+        parts.append(products(plain, SINGLES))
     check(scores, 6 * parts[0] + 9 * parts[1], 0.1 / len(DATA))
 
 
@@ -307,7 +270,7 @@ class ClimbsFirst(Classifier):
     """Sharpness-aware minimisation by hand: climb, a second backward there, back, step."""
 
     def __init__(self):
-        super().__init__(mlp())
+        super().__init__()
         self.automatic_optimization = False
 
     def training_step(self, batch, batch_idx):
@@ -333,15 +296,12 @@ def test_sharpness_aware_steps_by_hand(tmp_path):
     """To 20 %: the applied gradient is that of the place climbed to, the scores' that of the recorded parameters."""
     module, trainer = twice(tmp_path, ClimbsFirst)
     scores = trainer.attribute(DataLoader(DATA, 24), method="grad-dot").values
-    expected = 0.1 * trainer.global_step / 24 * products(Classifier(module.net), [(x[None], y[None]) for x, y in DATA])
+    expected = 0.1 * trainer.global_step / 24 * products(Classifier(module.net), SINGLES)
     assert float((scores - expected).norm() / expected.norm()) < 0.2
 
 
 class TakesAnyBatchSize(Classifier):
     batch_size = 2
-
-    def __init__(self):
-        super().__init__(mlp())
 
     def train_dataloader(self):
         return DataLoader(classes(48), self.batch_size, shuffle=True)
@@ -371,14 +331,11 @@ class Centralised(torch.optim.SGD):
 
 def test_a_subclass_of_a_known_optimizer_with_a_step_of_its_own_does_not_pass_for_it(tmp_path):
     with pytest.warns(UserWarning, match="Centralised"):
-        twice(tmp_path, lambda: Classifier(mlp(), optimizer=lambda ps: Centralised(ps, lr=0.1)))
+        twice(tmp_path, lambda: Classifier(optimizer=lambda ps: Centralised(ps, lr=0.1)))
 
 
 class HardExamples(Classifier):
     """The mean of the larger half of a batch's losses: an example counts by those beside it."""
-
-    def __init__(self):
-        super().__init__(mlp())
 
     def training_step(self, batch, batch_idx):
         each = F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
@@ -405,6 +362,6 @@ def test_names_of_layers_and_paths_may_hold_anything(tmp_path):
     path = tmp_path / "my run (ü) 100%" / "a b"
     module, trainer = trained(tmp_path, lambda: Classifier(Tasks()), DataLoader(DATA, 8), SourceCallback(str(path)))
     scores = trainer.attribute(DataLoader(DATA, 24), method="grad-dot").values
-    check(scores, products(module, [(x[None], y[None]) for x, y in DATA]), 0.1 * trainer.global_step / 24)
+    check(scores, products(module, SINGLES), 0.1 * trainer.global_step / 24)
     here = trainer.attribute(DataLoader(DATA, 24)).values
     assert torch.equal(SourceScorer.from_run(path, Classifier(Tasks())).score(DataLoader(DATA, 24), DATA).values, here)

@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Classifier, classes, fitted, mlp
+from helpers import Classifier, classes, fitted, gradient_rows, mlp
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -106,12 +106,11 @@ def test_gradients_are_those_of_the_loss_at_the_end(tmp_path):
     found = trainer.attribute(QUERY, method="grad-dot").values
     module.weight = lambda: 3 / 4
 
-    def gradient(inputs, target):
-        loss = module.training_step([inputs[None], target[None]], 0)
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))])
+    def rows(examples):
+        losses = (module.training_step([x[None], y[None]], 0) for x, y in examples)
+        return gradient_rows(losses, list(module.parameters()))
 
-    queries = torch.stack([gradient(*item) for item in zip(*QUERY, strict=True)])
-    examples = torch.stack([gradient(*item) for item in classes()])
+    queries, examples = rows(zip(*QUERY, strict=True)), rows(classes())
     rates = 12 * 0.1  # of all steps
     torch.testing.assert_close(found, rates / len(classes()) * queries @ examples.T, rtol=1e-4, atol=1e-6)
 
