@@ -1,4 +1,4 @@
-"""Words for the user."""
+"""How errors are told to the user."""
 
 from __future__ import annotations
 

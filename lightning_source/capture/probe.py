@@ -61,8 +61,8 @@ def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: Ba
                 failed.setdefault(block.name, reason)
         waiting = {name: attempts for name, attempts in waiting.items() if attempts and name not in passed}
     for block in coverage.blocks:
-        if block.name not in passed and (size == 1 or failed[block.name].startswith((_ELSEWHERE, _DIFFERS))):
-            whole = [] if block.free or failed[block.name] in (_NO_GRADIENT, _BESIDE) else held_whole(block, module)
+        if block.name not in passed and _may_be_held_whole(block, failed[block.name], size):
+            whole = held_whole(block, module)
             if whole and not any(_check(module, objective, whole, batch, size)):
                 passed[block.name] = whole
     checked = coverage.without({name: reason for name, reason in failed.items() if name not in passed})
@@ -72,6 +72,13 @@ def probe(module: nn.Module, objective: Objective, coverage: Coverage, batch: Ba
             f"`{type(module).__name__}` has no layer whose gradients can be attributed.\n  {checked.summary()}"
         )
     return checked
+
+
+def _may_be_held_whole(block: Block, reason: str, size: int) -> bool:
+    """Whether examples' own losses tell a block's gradients, although the forms of its layer failed for that reason."""
+    if block.free or reason in (_NO_GRADIENT, _BESIDE):
+        return False
+    return size == 1 or reason.startswith((_ELSEWHERE, _DIFFERS))  # other reasons are that examples mix in a batch
 
 
 def unknown_share(module: nn.Module, objective: Objective, blocks: Sequence[Block], batch: Batch, size: int) -> float:

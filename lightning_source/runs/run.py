@@ -359,13 +359,12 @@ class Run:
         """
         if which not in ("mean", "point"):
             raise MisconfigurationException(f'`snapshots="{which}"` is not known. HINT: "mean" or "point".')
-        names = "+".join(f"{s.last:06d}" for s in segment.snapshots)
         own = [s for stage in self.stages for s in self.segments(stage=stage.index)]
         default = which == self.settings.snapshots and segment in own
-        name = f"segments/{own.index(segment)}.safetensors" if default else f"segments/{which}-{names}.safetensors"
+        name = f"segments/{own.index(segment) if default else segment.name(which)}.safetensors"
         loads = [partial(self.state, s, which) for s in segment.snapshots]
         files = [s.file.replace(".safetensors", f"-{which}-covariances.safetensors") for s in segment.snapshots]
-        coupling = (f"{which}-{names}", segment.stretch) if coupled else None
+        coupling = (segment.name(which), segment.stretch) if coupled else None
         return self._factors(self.stages[segment.stage], name, loads, segment.weights, files, coupling)
 
     def cross_layer_factors(self, segment: Segment, which: str) -> Factors:
@@ -374,16 +373,16 @@ class Run:
         Where a direction of much curvature runs through several layers, each of them sees a part of it, and ``1/σ``
         responds too much in all. One number, ``tr (ΛH)² / Σ (Λλ)²``, gives the spectrum its size back.
         """
-        key = f"{which}-" + "+".join(f"{s.last:06d}" for s in segment.snapshots)
-        factors, known = self.snapshot_factors(segment, which, coupled=True), self.store.manifest.couplings
-        stage = self.stages[segment.stage]
+        factors = self.snapshot_factors(segment, which, coupled=True)
+        known, stage, key = self.store.manifest.couplings, self.stages[segment.stage], segment.name(which)
         if key not in known:  # the factors were there without it, or come of no pass that tells it
             count = min(COUPLING_EXAMPLES, self.settings.factor_examples or COUPLING_EXAMPLES)
             ids = factor_ids(len(stage.data), count, self.settings.seed)
-            states = map(WeightedState, (partial(self.state, s, which) for s in segment.snapshots), segment.weights)
+            snapshots = zip(segment.snapshots, segment.weights, strict=True)
+            states = [WeightedState(partial(self.state, s, which), weight) for s, weight in snapshots]
             bases, moved = {name: f.basis for name, f in factors.items()}, stage.moved(segment.stretch)
             stage.workspace.doing = "factors"
-            known[key] = coupling_at(stage.workspace, stage.data, ids, [*states], bases, moved)
+            known[key] = coupling_at(stage.workspace, stage.data, ids, states, bases, moved)
             stage.workspace.doing = "scores"
             self.store.commit()
         return {name: BlockFactors(f.basis, known[key] * f.eigenvalues) for name, f in factors.items()}

@@ -47,6 +47,10 @@ class Segment:
         """The snapshots' weights, which sum to 1."""
         return normalized_weights(self.snapshots)
 
+    def name(self, which: str) -> str:
+        """Under which name what is made of its snapshots is kept, at their ``"mean"`` or their ``"point"``."""
+        return f"{which}-" + "+".join(f"{s.last:06d}" for s in self.snapshots)
+
 
 class Stage:
     """One ``fit``: its model, objective, blocks and examples.
