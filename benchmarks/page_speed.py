@@ -9,10 +9,6 @@ from harness import RESULTS
 from page import DOCS, table
 
 AGREES = 0.999  # correlation of scores
-OPEN = (
-    "Which side differs is not known; its covariances have many eigenvalues of 0, on which kronfluence's decomposition"
-    " does not converge on a CPU."
-)
 DEVICES = {"cpu": "On a CPU", "cuda": "On a GPU"}
 
 
@@ -40,24 +36,32 @@ def section(kind: str, report: dict[str, Any]) -> str:
     ]
     head = ["", "training", "recording", "checks", "factors", "scoring", "**SOURCE**", "**influence**"]
     head += ["kronfluence, influence", "over our influence", "over our SOURCE"]
-    agreements = {row["title"]: row["correlation_with_kronfluence"] for row in report["rows"] if "kronfluence" in row}
-    differing = {title: value for title, value in agreements.items() if value < AGREES}
-    agreement = min(value for value in agreements.values() if value >= AGREES)
     option = "" if kind == "cpu" else f" --device {kind}"
-    return (
-        f"""## {DEVICES[kind]}
+    return f"""## {DEVICES[kind]}
 
 {report["device"]}, torch {report["torch"]}, float32, medians of {report["repeats"]}, both sides in one process.
 `python benchmarks/speed.py --peer kronfluence{option}`
 
 {table(head, lines)}
 
-Over the layers that both follow, with curvature from the data's own labels and the same damping, the scores of both
-correlate by at least {agreement:.4f} on every row{", but for:" if differing else "."}
-{"".join(f"{chr(10)}- {title}: {value:.2f}. {OPEN}" for title, value in differing.items())}
-""".rstrip()
-        + "\n"
+{agreement(report)}
+"""
+
+
+def agreement(report: dict[str, Any]) -> str:
+    """How far scores are kronfluence's, and on which rows they are not."""
+    found = {row["title"]: row["correlation_with_kronfluence"] for row in report["rows"] if "kronfluence" in row}
+    least = min(value for value in found.values() if value >= AGREES)
+    text = (
+        "Over the layers that both follow, with curvature from the data's own labels and the same damping, the scores"
+        f" of both\ncorrelate by at least {least:.4f}"
     )
+    differing = [f"{value:.2f} on {title}" for title, value in found.items() if value < AGREES]
+    if not differing:
+        return f"{text} on every row."
+    return f"""{text}, but by {"; ".join(differing)}. Which side differs there is not known: its covariances
+have many eigenvalues of 0, and on a CPU kronfluence's decomposition of them does not converge
+(`python benchmarks/speed.py resnet --peer kronfluence`)."""
 
 
 def speed_page() -> None:

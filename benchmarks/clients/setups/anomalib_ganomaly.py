@@ -1,4 +1,4 @@
-"""anomalib's Ganomaly: two optimizers that a step of its own drives, noise in the first weights alone."""
+"""anomalib's Ganomaly: a generator and a discriminator under manual optimization."""
 
 from __future__ import annotations
 
