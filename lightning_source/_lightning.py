@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as LightningModule
     from lightning.pytorch import Trainer as Trainer
     from lightning.pytorch import seed_everything as seed_everything
+    from lightning.pytorch.cli import LightningArgumentParser as LightningArgumentParser
+    from lightning.pytorch.cli import LightningCLI as LightningCLI
     from lightning.pytorch.core.hooks import DataHooks as DataHooks
     from lightning.pytorch.loggers.logger import DummyLogger as DummyLogger
     from lightning.pytorch.utilities.data import extract_batch_size as extract_batch_size
@@ -61,6 +63,11 @@ else:
     rank_zero_warn = _of("utilities.rank_zero.rank_zero_warn")
     isolate_rng = _of("utilities.seed.isolate_rng")
     convert_to_tensors = importlib.import_module(f"{FABRICS[NAMESPACE]}.utilities.apply_func").convert_to_tensors
+
+    def __getattr__(name: str) -> Any:
+        if name in ("LightningCLI", "LightningArgumentParser"):  # only when asked for: they bring jsonargparse
+            return _of(f"cli.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def classes(path: str) -> tuple[type, ...]:

@@ -93,7 +93,7 @@ class SourceCallback(AttributingCallback):
         curvature: Literal["ekfac", "kfac", "diagonal"] = "ekfac",
         factor_examples: int | None = 5000,
         label_samples: int = 1,
-        measurement: str = "loss",
+        measurement: Literal["loss", "margin", "log-prob"] = "loss",
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         mode: Literal["fit", "deferred"] = "fit",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from lightning_source._lightning import MisconfigurationException
 from lightning_source.estimators.query import Query
@@ -40,14 +40,19 @@ class Estimator:
         """What the method yields for a query."""
         return self.function(query, **options)
 
+    @property
+    def options(self) -> list[str]:
+        """The names of the options that it takes."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+
     def check_options(self, options: Options) -> None:
         """Refuse options that the method does not take.
 
         Raises:
             MisconfigurationException: there are some.
         """
-        parameters = inspect.signature(self.function).parameters.values()
-        allowed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        allowed = self.options
         if wrong := sorted(options.keys() - set(allowed)):
             raise MisconfigurationException(
                 f'`method="{self.name}"` takes no option {", ".join(f"`{name}`" for name in wrong)}. HINT: its options'
@@ -108,6 +113,21 @@ def estimator_for(method: str, options: Options) -> Estimator:
     estimator = _ESTIMATORS[method]
     estimator.check_options(options)
     return estimator
+
+
+def methods() -> tuple[str, ...]:
+    """What ``method=`` takes by now."""
+    return tuple(_ESTIMATORS)
+
+
+def option_types() -> dict[str, Any]:
+    """The options of all methods by name, each with its type; of several methods' types, their union."""
+    types: dict[str, Any] = {}
+    for estimator in _ESTIMATORS.values():
+        hints = get_type_hints(estimator.function)
+        for name in estimator.options:
+            types[name] = types[name] | hints[name] if name in types else hints[name]
+    return types
 
 
 def unit_of(method: str) -> str:

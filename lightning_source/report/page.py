@@ -58,11 +58,7 @@ def write_report(
     Raises:
         MisconfigurationException: Jinja2 or Pillow is missing, or an argument's length is not that of the scores.
     """
-    missing = [name for name, module in (("Jinja2", "jinja2"), ("Pillow", "PIL")) if not _installed(module)]
-    if missing:
-        raise MisconfigurationException(
-            f"a report needs {' and '.join(missing)}. HINT: pip install 'lightning_source[report]'"
-        )
+    require_report_packages()
     count = len(scores.values)
     for name, given in (("predictions", predictions), ("losses", losses)):
         if given is not None and len(given) != count:
@@ -88,6 +84,19 @@ def write_report(
             entry["loss"] = f"{float(losses[q]):.4g}"
     data = content.data | {"examples": examples, "queries": queries, "header": _header(scores)}
     write_text(path, _page(data, title))
+
+
+def require_report_packages() -> None:
+    """Refuse to make a page without what it is made with.
+
+    Raises:
+        MisconfigurationException: Jinja2 or Pillow is missing.
+    """
+    missing = [name for name, module in (("Jinja2", "jinja2"), ("Pillow", "PIL")) if not _installed(module)]
+    if missing:
+        raise MisconfigurationException(
+            f"a report needs {' and '.join(missing)}. HINT: pip install 'lightning_source[report]'"
+        )
 
 
 def _installed(module: str) -> bool:
