@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,11 @@ from lightning_source._lightning import MisconfigurationException
 from lightning_source._sealed import read_sealed, write_sealed
 from lightning_source._student import student_quantile
 from lightning_source.report import write_report
+from lightning_source.tables import ScoreRow, arrow_of, html_of, pandas_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from pyarrow import Table
 
 SIGN = "Positive: removing the training example raises the measurement. For a loss, a positive score is a proponent."
 HIGHER_IS_BETTER = ("margin", "log-prob")
@@ -33,17 +35,6 @@ _SHAPES = {
     "stderr": "QN",
 }
 _REQUIRED = {"values", "train_ids", "query_ids"}
-
-
-class ScoreRow(NamedTuple):
-    """One training example of one query."""
-
-    query: int
-    side: str  # "proponent" or "opponent"
-    rank: int  # from 1, the strongest
-    train: int
-    score: float
-    stderr: float | None
 
 
 @dataclass(frozen=True)
@@ -218,26 +209,43 @@ class InfluenceScores:
                     error = None if self.stderr is None else float(self.stderr[row, column])
                     yield ScoreRow(query, side, rank, train, float(self.values[row, column]), error)
 
-    def to_pandas(self, k: int | None = None) -> DataFrame:
-        """As a table of pandas, which must be installed.
+    def to_pandas(
+        self, k: int | None = None, *, train: object = None, columns: Sequence[str] | None = None
+    ) -> DataFrame:
+        """As a table of pandas, which must be installed (extra ``tables``).
 
         Args:
             k: :meth:`rows` of so many examples on each side; by default the whole matrix, with queries as the index and
                 training examples as the columns.
+            train: the training dataset that was scored, or its loader, whose columns are joined to the rows: one of
+                Hugging Face, a DataFrame, or any whose examples are mappings.
+            columns: which of them; by default all. They have ``train_`` before their names.
 
         Raises:
-            MisconfigurationException: pandas is missing.
+            MisconfigurationException: pandas is missing, examples have no such columns, or there is no ``k``.
+
+        Example::
+
+            table = scores.to_pandas(5, train=dataset, columns=["text", "label"])  # ... train_text, train_label
         """
-        try:
-            from pandas import DataFrame, Index
-        except ModuleNotFoundError:
-            raise MisconfigurationException(
-                "`to_pandas` needs pandas, which is not installed. HINT: `pip install pandas`."
-            ) from None
-        if k is not None:
-            return DataFrame(self.rows(k), columns=list(ScoreRow._fields))
-        queries, examples = Index(self.query_ids.numpy(), name="query"), Index(self.train_ids.numpy(), name="train")
-        return DataFrame(self.values.numpy(), queries, examples)
+        return pandas_of(self, k, train, columns)
+
+    def to_arrow(self, k: int | None = None, *, train: object = None, columns: Sequence[str] | None = None) -> Table:
+        """As a table of Arrow, for Parquet, Polars, DuckDB or ``datasets``; needs pyarrow (extra ``tables``).
+
+        Args:
+            k: :meth:`rows` of so many examples on each side; by default all pairs, one row each, with ``query``,
+                ``train``, ``score``, and ``stderr`` where there are error bars.
+            train: see :meth:`to_pandas`.
+            columns: see :meth:`to_pandas`.
+
+        Returns:
+            The table; its schema's metadata hold the scores' own under ``influence_scores``, as JSON.
+
+        Raises:
+            MisconfigurationException: pyarrow is missing, or examples have no such columns.
+        """
+        return arrow_of(self, k, train, columns)
 
     def segment_shares(self) -> Tensor:
         """Each segment's share of the absolute score, ``[S, Q]``; shares of a query sum to 1.
@@ -303,6 +311,10 @@ class InfluenceScores:
             losses=losses,
             title=title,
         )
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        return html_of(self)
 
     def __repr__(self) -> str:
         q, n = self.values.shape

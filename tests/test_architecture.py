@@ -29,6 +29,7 @@ ORDER = (
     "random_streams",
     "_student",
     "report",
+    "tables",
     "scores",
     "optimizers",
     "curvature",
@@ -45,9 +46,10 @@ ORDER = (
     "callback",
     "evaluation",
     "command_line",
+    "cli",
 )
 # The wings that work for a Trainer; the others serve a plain loop or Fabric as well.
-TRAINER_WINGS = ("capture", "attribution", "callback")
+TRAINER_WINGS = ("capture", "attribution", "callback", "cli")
 
 MAX_LINES, MAX_CALLBACK_LINES = 450, 350
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 # Top to bottom: a floor may import those below it. What is beside a name says what is done there.
 FLOORS = [
+    ("cli", "attribute and report by config"),
     ("command_line/", "looks into runs and scores"),
     ("evaluation/", "is a score right?"),
     ("callback", "events of the Trainer"),
@@ -22,7 +23,7 @@ FLOORS = [
     ("layers/", "one kind of layer in each file"),
     ("curvature/", "mathematics: torch alone"),
     (
-        "optimizers · scores · report · _student · random_streams · _files · _sealed · _provenance · _lightning"
+        "optimizers · scores · tables · report · _student · random_streams · _files · _sealed · _provenance · wording · _lightning"
         " · _trainer · _progress · distributed · names",
         "",
     ),

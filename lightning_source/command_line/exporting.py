@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 from typing import TextIO
 
-from lightning_source.scores import InfluenceScores, ScoreRow
+from lightning_source.scores import InfluenceScores
+from lightning_source.tables import ScoreRow
 
 
 def write_csv(scores: InfluenceScores, k: int, out: TextIO) -> None:
