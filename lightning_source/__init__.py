@@ -1,5 +1,7 @@
 """Training data attribution for PyTorch Lightning: one callback records a run, and scores follow."""
 
+from lightning_source.attribution import AttributingTrainer as AttributingTrainer
+from lightning_source.attribution import AttributionTrainerMixin as AttributionTrainerMixin
 from lightning_source.attribution import attribute as attribute
 from lightning_source.callback import SourceCallback as SourceCallback
 from lightning_source.ensembling import ensemble as ensemble

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal, Protocol, SupportsIndex, cast
 
 import torch
 from typing_extensions import Self
@@ -206,3 +206,62 @@ def attribute(
     return callbacks[0].attribute(
         trainer, query, train=train, measurement=measurement, method=method, stage=stage, weights=weights, **options
     )
+
+
+class AttributingTrainer(Protocol):
+    """What type checkers are told of a Trainer that has ``fit`` with a :class:`SourceCallback`.
+
+    Example::
+
+        scores = cast(AttributingTrainer, trainer).attribute(query)  # InfluenceScores to a type checker
+    """
+
+    def attribute(
+        self,
+        query: object,
+        *,
+        train: object = None,
+        measurement: str | Measurement | None = None,
+        method: str = "source",
+        stage: int | str | None = None,
+        weights: Weights | None = None,
+        **options: Any,
+    ) -> InfluenceScores:
+        """See :func:`lightning_source.attribute`."""
+
+
+class AttributionTrainerMixin:
+    """Gives a Trainer class the method ``attribute``, so that type checkers and editors know it.
+
+    It works as the one that a :class:`SourceCallback` binds to Trainers without it, and so needs the callback as well.
+
+    Example::
+
+        class MyTrainer(AttributionTrainerMixin, L.Trainer): ...
+
+
+        trainer = MyTrainer(callbacks=[SourceCallback()])
+    """
+
+    def attribute(
+        self,
+        query: object,
+        *,
+        train: object = None,
+        measurement: str | Measurement | None = None,
+        method: str = "source",
+        stage: int | str | None = None,
+        weights: Weights | None = None,
+        **options: Any,
+    ) -> InfluenceScores:
+        """See :func:`lightning_source.attribute`."""
+        return attribute(
+            cast(Trainer, self),
+            query,
+            train=train,
+            measurement=measurement,
+            method=method,
+            stage=stage,
+            weights=weights,
+            **options,
+        )

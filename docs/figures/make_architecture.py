@@ -23,8 +23,8 @@ FLOORS = [
     ("layers/", "one kind of layer in each file"),
     ("curvature/", "mathematics: torch alone"),
     (
-        "optimizers · scores · tables · report · _student · random_streams · _files · _sealed · _provenance · wording · _lightning"
-        " · _trainer · _progress · distributed · names",
+        "optimizers · scores · tables · report · _student · random_streams · _files · _sealed · _provenance"
+        " · _lightning · wording · _trainer · _progress · distributed · names",
         "",
     ),
 ]
