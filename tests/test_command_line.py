@@ -3,6 +3,9 @@
 import csv
 import io
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -126,3 +129,45 @@ def test_a_table_of_pandas(place):
     assert len(rows) == 4 * 2 * 2
     best = rows[(rows["rank"] == 1) & (rows["side"] == "proponent")]
     assert best["score"].tolist() == scores.values.max(1).values.tolist()
+
+
+# ---------------------------------------------------------------- completion
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["in"], {"inspect"}),
+        (["diff", "--j"], {"--json"}),
+        (["export", "sc"], {"scores.safetensors"}),
+        (["diff", "scores.safetensors", "ru"], {"run"}),
+        (["export", "scores.safetensors", "--out", "r"], {"run"}),
+    ],
+)
+def test_bash_completes_what_the_script_says(tmp_path, capsys, words, expected):
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "bash"])
+    assert ended.value.code == 0
+    (tmp_path / "completion.sh").write_text(capsys.readouterr().out)
+    (tmp_path / "scores.safetensors").touch()
+    (tmp_path / "run").mkdir()
+    line = " ".join(["lightning-source", *words])
+    script = f"""
+    source ./completion.sh
+    function=$(complete -p lightning-source | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+    COMP_WORDS=({line}); COMP_CWORD={len(words)}; COMP_LINE="{line}"; COMP_POINT={len(line)}
+    $function lightning-source {words[-1]}
+    printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == expected, done.stderr
+
+
+def test_completion_without_shtab_says_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "bash"])
+    assert ended.value.code == 2
+    assert "HINT: pip install 'lightning_source[cli]'" in capsys.readouterr().err

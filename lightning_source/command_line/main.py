@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -57,7 +58,26 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("-k", type=_positive, default=10, help="examples whose overlap is counted (default: 10)")
     one.add_argument("--json", action="store_true", help="as JSON")
     one.set_defaults(run=_diff)
+    _add_completion(parser, commands.choices.values())
     return parser
+
+
+class _NeedsShtab(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        parser.error("completion is made by shtab, which is missing. HINT: pip install 'lightning_source[cli]'")
+
+
+def _add_completion(parser: argparse.ArgumentParser, commands: Iterable[argparse.ArgumentParser]) -> None:
+    """``--print-completion SHELL``; the script is static, since to ask this command would import torch at each tab."""
+    try:
+        shtab = importlib.import_module("shtab")
+    except ModuleNotFoundError:
+        parser.add_argument("--print-completion", action=_NeedsShtab, metavar="SHELL", help=argparse.SUPPRESS)
+        return
+    shtab.add_argument_to(parser, ["--print-completion"], help="print a script that completes this command in a shell")
+    for action in (action for command in commands for action in command._actions):
+        if action.type is Path:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
 
 
 def _version() -> str:
