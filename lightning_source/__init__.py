@@ -5,6 +5,7 @@ from lightning_source.attribution import AttributionTrainerMixin as AttributionT
 from lightning_source.attribution import attribute as attribute
 from lightning_source.callback import SourceCallback as SourceCallback
 from lightning_source.ensembling import ensemble as ensemble
+from lightning_source.issues import label_issues as label_issues
 from lightning_source.scorer import SourceScorer as SourceScorer
 from lightning_source.scores import InfluenceScores as InfluenceScores
 

@@ -42,6 +42,7 @@ ORDER = (
     "ensembling",
     "diagnosis",
     "scorer",
+    "issues",
     "attribution",
     "callback",
     "evaluation",

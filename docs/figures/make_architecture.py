@@ -12,6 +12,7 @@ FLOORS = [
     ("evaluation/", "is a score right?"),
     ("callback", "events of the Trainer"),
     ("attribution", "trainer.attribute"),
+    ("issues", "labels that look wrong"),
     ("scorer", "queries in, scores out"),
     ("diagnosis", "whether scores can be trusted"),
     ("ensembling", "means over runs"),
