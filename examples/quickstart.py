@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import binary_auroc
 
-from lightning_source import SourceCallback, SourceScorer
+from lightning_source import SourceCallback, SourceScorer, label_issues
 
 TRAIN, NOISE = 1400, 0.1
 
@@ -113,6 +113,9 @@ def main() -> None:
     print(
         f"Self-influence finds them with AUC {auc:.3f}; {found:.0%} of as many top-ranked examples are planted errors."
     )
+    issues = [issue for issue in label_issues(scorer, train, k=int(planted.sum())) if planted[issue.train]]
+    right = sum(issue.suggested == labels[issue.train] for issue in issues) / len(issues)
+    print(f"For {right:.0%} of these, the label that their opponents suggest is the true one.")
     print(
         f"\nTraining took {training:.1f} s, recording {source.seconds['recording']:.2f} s"
         f" ({source.seconds['recording'] / training:.0%}), factors {source.seconds['factors']:.2f} s"

@@ -295,10 +295,11 @@ def test_hooks_see_the_trainer_before_the_loaders(place, tmp_path):
             self.seen = self.trainer.datamodule is not None
 
         def configure_model(self):
-            assert self.seen
+            self.configured = self.seen
 
     done = cli("attribute", "-c", place / "config.yaml", "--out", tmp_path / "scores", model=Configured, data=Reading)
-    assert done.model.seen
+    assert done.model.configured
+    assert done.model._trainer is None
 
 
 def test_loaders_of_the_module_serve(place, tmp_path):
@@ -313,6 +314,16 @@ def test_loaders_of_the_module_serve(place, tmp_path):
         seed_everything_default=0,
     )
     assert torch.equal(InfluenceScores.load(tmp_path / "scores").values, of_run(place, classes(4, seed=2)).values)
+
+
+def test_a_function_may_make_the_trainer(place, tmp_path):
+    def trainer(max_epochs: int = 1, callbacks: list[L.Callback] | None = None) -> L.Trainer:
+        return L.Trainer(max_epochs=max_epochs, callbacks=callbacks, accelerator="cpu", devices=2, strategy="ddp")
+
+    out = tmp_path / "scores"
+    arguments = ["attribute", "--model.hidden", "4", "--run", str(place / "run"), "--out", str(out)]
+    SourceCLI(Model, Data, trainer_class=trainer, args=arguments, seed_everything_default=0)  # one process, no ranks
+    assert torch.equal(InfluenceScores.load(out).values, of_run(place, classes(4, seed=2)).values)
 
 
 # ---------------------------------------------------------------- report
@@ -350,6 +361,7 @@ def test_report_says_before_scoring_what_is_missing(place, tmp_path, capsys, mon
         (["--query", "predict"], "gives no single DataLoader but `list`"),
         (["--out", "nowhere/scores"], "there is no such folder"),
         (["--run", "nowhere"], "error: `nowhere` holds no run"),
+        (["--stage", "7"], "error: "),
         (["--rate", "1.0"], "HINT: give `--ckpt_path`, too"),
         (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
         (["--ckpt_path", __file__], "no checkpoint"),
