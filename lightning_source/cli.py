@@ -93,7 +93,9 @@ class SourceCLI(LightningCLI):
         try:
             return super().init_parser(**kwargs)
         except ModuleNotFoundError as error:
-            raise MisconfigurationException(f"{error} HINT: `pip install 'lightning_source[cli]'`.") from None
+            raise MisconfigurationException(
+                "`SourceCLI` needs jsonargparse with its signatures. HINT: `pip install 'lightning_source[cli]'`."
+            ) from error
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         """As Lightning's own does, which looks for every subcommand among the Trainer's methods."""

@@ -198,6 +198,15 @@ def test_attribute_writes_the_scores_of_the_run(place, tmp_path, capsys):
     assert f"query 3, proponents: {listed}\n" in text
 
 
+def test_run_and_measurement_are_the_callbacks(place, tmp_path):
+    callback = {"callbacks": "lightning_source.SourceCallback"}
+    callback |= {"callbacks.dirpath": place / "run", "callbacks.measurement": "margin", "accelerator": "cpu"}
+    given = [part for name, value in callback.items() for part in (f"--trainer.{name}", value)]
+    cli("attribute", "--model.hidden", 4, *given, "--out", tmp_path / "scores")
+    expected = of_run(place, classes(4, seed=2), measurement="margin")
+    assert torch.equal(InfluenceScores.load(tmp_path / "scores").values, expected.values)
+
+
 def test_attribute_prints_json_alone(place, tmp_path, capsys):
     out = tmp_path / "scores.safetensors"
     asked(place, "attribute", "--out", out, "-k", 1, "--json", "--query", "train")
@@ -391,6 +400,12 @@ def test_without_a_run_it_says_how_to_name_one(place, tmp_path, capsys):
         cli("attribute", "-c", config)
     assert ended.value.code == 2
     assert "HINT: `--run DIR`" in capsys.readouterr().err
+
+
+def test_without_jsonargparse_it_names_the_extra(monkeypatch):
+    monkeypatch.setattr("lightning.pytorch.cli._JSONARGPARSE_SIGNATURES_AVAILABLE", False)
+    with pytest.raises(Exception, match=r"HINT: `pip install 'lightning_source\[cli\]'`"):
+        cli("attribute")
 
 
 def test_what_the_users_code_raises_is_not_hidden(place, tmp_path):

@@ -48,7 +48,7 @@ CONFIG = """
 ignore_missing_imports = true
 follow_imports = silent
 
-[mypy-torch.*, torchmetrics.*, safetensors.*, tqdm.*, numpy.*, yaml.*, fsspec.*, lightning.fabric.*]
+[mypy-torch.*,torchmetrics.*,safetensors.*,tqdm.*,numpy.*,yaml.*,fsspec.*,lightning.fabric.*]
 follow_imports = skip
 
 [mypy-lightning.*]
