@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_source._lightning import MisconfigurationException
 from lightning_source.capture.data import Batch, Examples, to_module
 from lightning_source.capture.objective import CallScale, Kind, Losses, NoLoss, ObjectiveSpec
-from lightning_source.capture.probe import HALF_TOLERANCE, unknown_share
+from lightning_source.capture.probe import unknown_share
 from lightning_source.names import named_parameters
 from lightning_source.passes.calibration import TRIED_BATCHES, evaluate, gone_up, hook_ratio, weighted_otherwise
 from lightning_source.passes.factors import factor_ids
@@ -23,8 +23,6 @@ from lightning_source.passes.workspace import Workspace
 COUPLED = 5e-2
 # Examples on which blocks are probed one at a time: one alone may skip a layer.
 PROBED = 3
-# Share of the gradient beyond which what no recognised loss explains is counted, at a cost.
-UNKNOWN = HALF_TOLERANCE
 
 
 def calibrate_alone(
@@ -112,8 +110,7 @@ def _rest(
 ) -> float | None:
     """What multiplies the part of an example's loss that is in no call; ``None`` where that is next to nothing."""
     ids, _ = examples_with_loss(workspace, data)
-    shares = (unknown_of(workspace, data.one_at_a_time(), [index]) for index in ids[:PROBED])
-    if max(shares) <= UNKNOWN:
+    if not any(unknown_of(workspace, data.one_at_a_time(), [index]) for index in ids[:PROBED]):
         return None
     return examples_per_batch if _share(workspace, batch.rest, [one.rest for one in alone]) == "sum" else 1.0
 
@@ -187,14 +184,14 @@ def block_parameters(workspace: Workspace) -> list[Tensor]:
 def unknown_of(workspace: Workspace, data: Examples, ids: Sequence[int]) -> float:
     """Share of the gradient that no recognised loss explains, a penalty of the weights alone left aside.
 
-    That is the gradient at the layers' outputs; or, where the loss holds gradients itself, which come to the weights by
+    It is 0 where round-off may explain it, which keeps batches, and scores of that accuracy, where they are fast. That is the gradient at the layers' outputs; or, where the loss holds gradients itself, which come to the weights by
     other ways, what of it differs between two examples. A module that names its losses is taken by its word.
     """
     if workspace.objective.hook:
         return 0.0
     batch = batch_of(workspace, data, ids)
-    at_layers = unknown_share(workspace.module, workspace.objective, workspace.blocks, batch, len(ids))
-    if at_layers > UNKNOWN:
+    at_layers, round_off = unknown_share(workspace.module, workspace.objective, workspace.blocks, batch, len(ids))
+    if at_layers > round_off:
         return at_layers
     parameters, differences = block_parameters(workspace), []
     try:
@@ -202,9 +199,10 @@ def unknown_of(workspace: Workspace, data: Examples, ids: Sequence[int]) -> floa
         for mine, its in ((one.rest, other.rest), (one.loss, other.loss)):
             differences.append((total_gradient(mine, parameters) - total_gradient(its, parameters)).norm())
     except Exception:  # of one example only, or of a step that needs several; the user's own errors come elsewhere
-        return at_layers
+        return 0.0
     known = one.calls and other.calls and differences[1] > 0
-    return max(at_layers, float(differences[0] / differences[1])) if known else at_layers
+    share = float(differences[0] / differences[1]) if known else 0.0
+    return share if share > round_off else 0.0
 
 
 def batch_of(workspace: Workspace, data: Examples, ids: Sequence[int]) -> Batch:

@@ -16,11 +16,11 @@ from lightning_source.capture.coverage import Coverage, listed
 from lightning_source.capture.data import Examples
 from lightning_source.capture.layer_gradients import GradientCapture
 from lightning_source.capture.objective import NoLoss, ObjectiveSpec
-from lightning_source.capture.probe import HALF_TOLERANCE, probe
+from lightning_source.capture.probe import HALF_TOLERANCE, TOLERANCE, probe
 from lightning_source.layers import Block
 from lightning_source.layers.free import held_whole
 from lightning_source.names import named_parameters
-from lightning_source.passes.alone import PROBED, UNKNOWN, batch_of, calibrate_alone, examples_with_loss, unknown_of
+from lightning_source.passes.alone import PROBED, batch_of, calibrate_alone, examples_with_loss, unknown_of
 from lightning_source.passes.calibration import calibrate, evaluate, first_with_loss
 from lightning_source.passes.notices import warn_of_batch_idx, warn_of_partners
 from lightning_source.passes.rows import compared_ids, rows_differ
@@ -69,9 +69,9 @@ def prepare(
         workspace.blocks = checked.blocks
         reason = rows_differ(workspace, data, ids)
         unknown = unknown_of(workspace, data, probed)
-        if reason is None and unknown > UNKNOWN:
+        if reason is None and unknown:
             by_batches = Preparation(checked, spec)
-            reason = f"{unknown:.0%} of its gradient at the layers comes from losses that are none of torch's"
+            reason = f"{unknown:.1%} of its gradient at the layers comes from losses that are none of torch's"
         if reason is None and checked.left_out != coverage.left_out:
             reason = _gained_alone(workspace, coverage, checked, data)
     except FloatingPointError:
@@ -131,12 +131,13 @@ def _whole_where_reached_otherwise(workspace: Workspace, coverage: Coverage, dat
         gradients = torch.autograd.grad(rest, [own[name] for name in names], allow_unused=True)
         values = {n: torch.zeros_like(own[n]) if g is None else g for n, g in zip(names, gradients, strict=True)}
         expected.append([block.matrix(values) for block in coverage.blocks])
+    tolerance = HALF_TOLERANCE if recording.half else TOLERANCE
     blocks: list[Block] = []
     reasons = {}
     for block, one, other, here, there in zip(coverage.blocks, *found, *expected, strict=True):
         wanted = here - there
         left = wanted - (0 if one is None else one) + (0 if other is None else other)
-        if block.free or left.norm() <= HALF_TOLERANCE * torch.stack([wanted.norm(), 1e-4 * here.norm()]).max():
+        if block.free or left.norm() <= tolerance * torch.stack([wanted.norm(), 1e-4 * here.norm()]).max():
             blocks.append(block)
             continue
         whole = held_whole(block, workspace.module)
