@@ -11,8 +11,8 @@ from lightning_source._lightning import rank_zero_warn
 from lightning_source.capture.data import Examples
 from lightning_source.capture.isolation import isolated_rng
 from lightning_source.capture.objective import NoLoss
-from lightning_source.passes.alone import batch_of
 from lightning_source.passes.calibration import evaluate
+from lightning_source.passes.singles import batch_of
 from lightning_source.passes.workspace import Workspace
 
 
