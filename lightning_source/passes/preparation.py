@@ -16,7 +16,7 @@ from lightning_source.capture.objective import NoLoss, ObjectiveSpec
 from lightning_source.capture.probe import probe
 from lightning_source.passes.alone import calibrate_alone
 from lightning_source.passes.calibration import calibrate, first_with_loss
-from lightning_source.passes.notices import warn_of_batch_idx, warn_of_partners
+from lightning_source.passes.notices import warn_of_batch_idx, warn_of_carried_tensors, warn_of_partners
 from lightning_source.passes.rows import compared_ids, rows_differ
 from lightning_source.passes.singles import PROBED, batch_of, examples_with_loss
 from lightning_source.passes.unrecognised import counted_in_batches, unknown_of, whole_where_reached_otherwise
@@ -55,11 +55,12 @@ def prepare(
         MisconfigurationException: no block is left, or an example's loss depends on the others of its batch.
         FloatingPointError: the loss is not finite.
     """
+    ids = compared_ids(data, workspace.seed)
+    warn_of_carried_tensors(workspace, data, ids.tolist())
     reason: str | None
     by_batches: Preparation | None = None  # right as far as it goes
     try:
         spec = calibrate(workspace, data, examples_per_batch, maximize)
-        ids = compared_ids(data, workspace.seed)
         probed, _ = first_with_loss(workspace, data, min(len(data), data.batch_size, PROBED_AT_ONCE))
         checked = _probe(workspace, coverage, data, probed)
         workspace.blocks = checked.blocks
