@@ -20,9 +20,10 @@ FLOORS = [
     ("recording/", "what is kept while others train"),
     ("capture/", "the user's step, from outside"),
     ("layers/", "one kind of layer in each file"),
+    ("scores · plots/ · report/", "what comes out"),
     ("curvature/", "mathematics: torch alone"),
     (
-        "optimizers · scores · report · _student · random_streams · _files · _sealed · _provenance · _lightning"
+        "optimizers · _student · random_streams · _files · _sealed · _provenance · wording · _lightning"
         " · _trainer · _progress · distributed · names",
         "",
     ),

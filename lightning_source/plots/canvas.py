@@ -76,9 +76,9 @@ def score_matrix(scores: object) -> Tensor:
     return numbers(values, "scores", "queries", "training examples")
 
 
-def by_name(values: ArrayLike | Mapping[str, ArrayLike], name: str) -> Mapping[str, ArrayLike]:
-    """Several arrays by name; a single one gets its argument's."""
-    return some(values, name) if isinstance(values, Mapping) else {name: values}
+def by_name(values: ArrayLike | Mapping[str, ArrayLike], name: str, default: str) -> Mapping[str, ArrayLike]:
+    """Several arrays by name, at least one; a single one gets the default."""
+    return some(values, name) if isinstance(values, Mapping) else {default: values}
 
 
 def some(results: Mapping[str, _Named], name: str) -> Mapping[str, _Named]:

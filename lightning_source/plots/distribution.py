@@ -26,10 +26,10 @@ class Matrix(Protocol):
 def plot_histogram(scores: Matrix | ArrayLike, *, ax: Axes | None = None) -> Axes:
     """How many scores, all queries together, have which size, on a logarithmic axis of counts.
 
-    Bars of positive and of negative scores differ in colour; the grey one in the middle is around 0.
+    Scores of examples that helped and of ones that harmed differ in colour; the grey bar is around 0.
 
     Args:
-        scores: an ``InfluenceScores``, or values ``[Q, N]``.
+        scores: an ``InfluenceScores``, or values ``[Q, N]``, which are taken for scores of a loss: positive = helped.
         ax: matplotlib axes to draw on; those of a new figure by default.
 
     Returns:
@@ -43,12 +43,16 @@ def plot_histogram(scores: Matrix | ArrayLike, *, ax: Axes | None = None) -> Axe
     limit = float(values.abs().max()) or 1.0
     counts = torch.histc(values, _BINS, -limit, limit)
     edges = torch.linspace(-limit, limit, _BINS + 1, dtype=torch.float64)
-    half = _BINS // 2
-    colours = [HARMED] * half + [NEUTRAL] + [HELPED] * half
-    axes.bar(edges[:-1].numpy(), counts.numpy(), width=2 * limit / _BINS, align="edge", color=colours)
-    axes.axvline(0, color="black", linewidth=0.8)
+    half, width = _BINS // 2, 2 * limit / _BINS
+    sides = [("harmed", HARMED), ("helped", HELPED)]
+    left, right = sides if getattr(scores, "_lower_is_better", True) else sides[::-1]
+    parts = ((slice(0, half), *left), (slice(half, half + 1), None, NEUTRAL), (slice(half + 1, None), *right))
+    for part, label, colour in parts:
+        places, heights = edges[:-1][part].numpy(), counts[part].numpy()
+        axes.bar(places, heights, width=width, align="edge", color=colour, label=label)
     axes.set(xlabel="score (positive: removal raises the measurement)", ylabel="number of scores", yscale="log")
-    axes.set_ylim(bottom=0.5)
+    axes.set(ylim=(0.5, 2 * float(counts.max())), xlim=(float(values.min()) - width, float(values.max()) + width))
+    axes.legend(fontsize="small", frameon=False)
     return axes
 
 

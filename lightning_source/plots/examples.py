@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # In inches: a cell with a picture, one with a text, the lines above a cell, and between cells and groups of these.
-_PICTURE, _TEXT, _TITLE, _GAP, _HEADING = 0.95, 1.7, 0.36, 0.14, 0.3
-_MOST_QUERIES, _MOST_LINES = 8, 8
-_LETTER = 0.062  # width of a letter at 7 points
+_PICTURE, _TEXT, _TITLE, _GAP, _HEADING = 1.0, 1.7, 0.36, 0.14, 0.3
+_MOST_QUERIES, _MOST_LINES = 8, 7
+_LETTER = 0.06  # width of a letter at 7 points
 
 Cell = tuple[Tensor | str, str, str]  # what is shown, the lines above it, their colour
 
@@ -81,10 +81,12 @@ def plot_examples(
     starts = [_GAP + step * i + _GAP * ((i > 0) + (i > k)) for i in range(1 + 2 * k)]
     axes = axes_for(ax, wide, high, whole=True)
     axes.set_axis_off()
-    room = axes.get_window_extent()
-    scale = min(1.0, room.width / axes.figure.dpi / wide, room.height / axes.figure.dpi / high)
+    room, inch = axes.get_window_extent(), axes.figure.dpi
+    scale = min(room.width / inch / wide, room.height / inch / high)
+    wide, high = room.width / inch / scale, room.height / inch / scale  # other axes leave room at the right or below
+    cut = rows is None and len(chosen) < count
     for start, text, colour in (
-        (starts[0], "query", "black"),
+        (starts[0], f"{len(chosen)} of {count} queries" if cut else "query", "black"),
         (starts[1], "helped most", HELPED),
         (starts[1 + k], "harmed most", HARMED),
     ):
@@ -109,7 +111,7 @@ def _cells(
         cells: list[Cell] = [(content, _lines(int(scores.query_ids[row]), label, ""), "black")]
         for entry in ranked[2 * k * row : 2 * k * (row + 1)]:
             content, label = picture_or_text(training_example(train, entry.train), render)
-            score = f"{entry.score:+.3g}" + ("" if entry.stderr is None else f" ± {entry.stderr:.2g}")
+            score = f"{entry.score:+#.3g}".rstrip(".") + ("" if entry.stderr is None else f" ± {entry.stderr:.1g}")
             helped = (entry.score > 0) == scores._lower_is_better
             colour = NEUTRAL if entry.score == 0 else HELPED if helped else HARMED
             cells.append((content, _lines(entry.train, label, score), colour))
@@ -120,7 +122,8 @@ def _cells(
 def _lines(example: int, label: str | None, score: str) -> str:
     named = f"#{example}"
     if label is not None:
-        named += ", " + " ".join((label if len(label) <= 12 else label[:11] + "…").split())
+        named += ", label " if label.isdigit() else ", "
+        named += " ".join((label if len(label) <= 12 else label[:11] + "…").split())
     return f"{named}\n{score}" if score else named
 
 
@@ -128,7 +131,7 @@ def _draw(axes: Axes, cell: Cell, letters: int, scale: float) -> None:
     content, title, colour = cell
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_title(title, color=colour, size=8 * scale, pad=3 * scale, parse_math=False)
+    axes.set_title(title, color=colour, size=7.5 * scale, pad=3 * scale, parse_math=False)
     for spine in axes.spines.values():
         spine.set(color=colour, linewidth=(1 if colour == "black" else 2) * scale)
     if isinstance(content, Tensor):
@@ -136,5 +139,4 @@ def _draw(axes: Axes, cell: Cell, letters: int, scale: float) -> None:
         return
     wrapped = [part for line in content.splitlines() for part in textwrap.wrap(line, letters)]
     shown = "\n".join(wrapped if len(wrapped) <= _MOST_LINES else [*wrapped[: _MOST_LINES - 1], "…"])
-    text = axes.text(0.03, 0.95, shown, size=7 * scale, va="top", transform=axes.transAxes, parse_math=False)
-    text.set_clip_path(axes.patch)
+    axes.text(0.03, 0.95, shown, size=7 * scale, va="top", transform=axes.transAxes, clip_on=True, parse_math=False)

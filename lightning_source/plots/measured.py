@@ -85,12 +85,20 @@ def plot_lds(results: Mapping[str, LdsResult], *, ax: Axes | None = None) -> Axe
         result = results[name]
         low, high = numbers(result.interval, "interval", "2").tolist()
         left, right = numbers(result.control_interval, "control_interval", "2").tolist()
-        axes.barh(row, right - left, left=left, height=1.0, color="0.9", label="dealt at random", zorder=0)
+        axes.barh(row, right - left, left=left, height=1.0, color="0.9", label="dealt at random (95 %)", zorder=0)
         axes.hlines(row, low, high, color="C0", linewidth=2)
         axes.plot(float(result.lds), row, "o", color="C0")
         if result.reliability is not None and result.reliability > 0:
             ceiling = float(result.reliability) ** 0.5
-            axes.vlines(ceiling, row - 0.5, row + 0.5, color="black", linestyle="--", linewidth=1, label="ceiling")
+            axes.vlines(
+                ceiling,
+                row - 0.5,
+                row + 0.5,
+                color="black",
+                linestyle="--",
+                linewidth=1,
+                label="ceiling (√reliability)",
+            )
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="linear datamodeling score", ylim=(len(names) - 0.5, -0.5))
     handles, labels = axes.get_legend_handles_labels()
@@ -118,26 +126,26 @@ def plot_removal(results: Mapping[str, RemovalResult], *, ax: Axes | None = None
     """
     some(results, "results")
     axes = axes_for(ax)
+    for name, result in results.items():
+        _draw_removal(axes, name, result.sizes, result.flipped, result.interval)
     controls: list[list[list[float]]] = []  # methods that were measured together have one
     for name, result in results.items():
-        sizes = numbers(result.sizes, "sizes", "sizes")
-        own = numbers(result.interval, "interval", "sizes", "2")
-        line_with_band(axes, sizes, numbers(result.flipped, "flipped", "sizes"), own[:, 0], own[:, 1], name, **_POINTS)
-        random, chance = (
-            numbers(result.random, "random", "sizes"),
-            numbers(result.random_interval, "interval", "sizes", "2"),
-        )
-        if (control := [sizes.tolist(), random.tolist()]) not in controls:
+        if (control := [list(map(float, values)) for values in (result.sizes, result.random)]) not in controls:
             label = f"random{f', beside {name}' if controls else ''}"
-            line_with_band(
-                axes, sizes, random, chance[:, 0], chance[:, 1], label, color=NEUTRAL, linestyle=":", **_POINTS
-            )
+            style = {"color": NEUTRAL, "linestyle": ":"}
+            _draw_removal(axes, label, result.sizes, result.random, result.random_interval, **style)
             controls.append(control)
     axes.set(xlabel="training examples removed for each query", ylabel="share of queries flipped")
     in_percent(axes, "y")
     axes.set_ylim(-0.02, None)
     axes.legend(fontsize="small", frameon=False)
     return axes
+
+
+def _draw_removal(axes: Axes, label: str, sizes: Tensor, shares: Tensor, interval: Tensor, **style: Any) -> None:
+    x, middle = numbers(sizes, "sizes", "sizes"), numbers(shares, "shares", "sizes")
+    ends = numbers(interval, "interval", "sizes", "2")
+    line_with_band(axes, x, middle, ends[:, 0], ends[:, 1], label, **_POINTS, **style)
 
 
 def plot_further_training(curves: Mapping[str, Curve], *, ax: Axes | None = None) -> Axes:
@@ -156,12 +164,14 @@ def plot_further_training(curves: Mapping[str, Curve], *, ax: Axes | None = None
     """
     some(curves, "curves")
     axes = axes_for(ax)
+    axes.set_xscale("log")
     axes.axhline(0, color=NEUTRAL, linewidth=0.8)
     for name, curve in curves.items():
         x, mean = numbers(curve.epochs, "epochs", "epochs"), numbers(curve.mean, "mean", "epochs")
         error = None if curve.sem is None else numbers(curve.sem, "sem", "epochs")
         low, high = (None, None) if error is None else (mean - error, mean + error)
         line_with_band(axes, x, mean, low, high, name, **_POINTS)
-    axes.set(xscale="log", xlabel="epochs of further training", ylabel="cosine to further training")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="epochs of further training", ylabel="cosine to further training")
     axes.legend(fontsize="small", frameon=False)
     return axes

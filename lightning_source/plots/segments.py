@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike
 
-_MOST_TICKS, _MOST_NAMES = 20, 12
+_MOST_BARS, _MOST_NAMES = 60, 12  # with gaps between them; in the legend
 
 
 @runtime_checkable
@@ -52,6 +52,7 @@ def plot_segment_shares(scores: SegmentScores | ArrayLike, *, ax: Axes | None = 
     segments, queries = shares.shape
     axes = axes_for(ax, width=min(12.0, 4.5 + 0.15 * queries))
     import matplotlib
+    from matplotlib.ticker import MaxNLocator
 
     colours = matplotlib.colormaps["cividis"](torch.linspace(0.05, 0.95, segments).numpy())
     named = range(0, segments, math.ceil(segments / _MOST_NAMES))
@@ -60,13 +61,14 @@ def plot_segment_shares(scores: SegmentScores | ArrayLike, *, ax: Axes | None = 
         axes.bar(
             range(queries),
             shares[segment].numpy(),
-            width=0.85,
+            width=0.85 if queries <= _MOST_BARS else 1.0,
             bottom=bottoms[segment].numpy(),
             color=colours[segment],
             label=_name(segment, steps) if segment in named else None,
         )
-    ticks = range(0, queries, math.ceil(queries / _MOST_TICKS))
-    axes.set_xticks(ticks, [str(q if ids is None else ids[q]) for q in ticks])
+    names: dict[float, str] = {row: str(row if ids is None else ids[row]) for row in range(queries)}
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))  # as many as there is room for
+    axes.xaxis.set_major_formatter(lambda place, _: names.get(place, ""))
     axes.set(xlabel="query", ylabel="share of the absolute score", xlim=(-0.6, queries - 0.4))
     in_percent(axes, "y")
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), reverse=True, fontsize="small", frameon=False)

@@ -43,7 +43,7 @@ def plot_self_influence(
     """
     by_method = {
         name: numbers(values, "self_influence", "training examples")
-        for name, values in by_name(self_influence, "self_influence").items()
+        for name, values in by_name(self_influence, "self_influence", "self-influence").items()
     }
     if mislabelled is not None:
         wrong = _known_errors(mislabelled, by_method)

@@ -10,13 +10,13 @@ import torch
 
 from lightning_source._lightning import MisconfigurationException
 from lightning_source.curvature.unroll import segment_decay, segment_response
-from lightning_source.plots.canvas import HARMED, HELPED, axes_for, by_name, numbers
+from lightning_source.plots.canvas import axes_for, by_name, numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike
 
-_BINS, _DECADES = 60, 12
+_BINS, _DECADES, _MOST_NAMES = 60, 12, 12
 
 
 def plot_spectrum(
@@ -60,27 +60,45 @@ def plot_spectrum(
         )
     blocks = {
         name: numbers(values, "eigenvalues").clamp_min(0)
-        for name, values in by_name(eigenvalues, "eigenvalues").items()
+        for name, values in by_name(eigenvalues, "eigenvalues", "eigenvalues").items()
     }
-    axes = axes_for(ax)
+    axes = axes_for(ax, width=7.0)
+    import matplotlib
+    from matplotlib.transforms import ScaledTranslation
+
     whole = torch.cat([*blocks.values(), torch.tensor([0.1 / rate, 10 / rate], dtype=torch.float64)])
     high = math.log10(float(whole.max()))
     low = max(math.log10(float(whole[whole > 0].min())), high - _DECADES)
     edges = torch.logspace(low, high, _BINS + 1, dtype=torch.float64)
-    for name, values in blocks.items():
+    colours = matplotlib.colormaps["viridis"](torch.linspace(0.0, 0.9, len(blocks)).numpy())  # first to last block
+    named = range(0, len(blocks), math.ceil(len(blocks) / _MOST_NAMES))
+    for index, (name, values) in enumerate(blocks.items()):
         places = torch.bucketize(values, edges[1:-1], right=True)
         shares = torch.bincount(places, minlength=_BINS) / len(values)
-        axes.stairs(shares.numpy(), edges.numpy(), label=name, fill=len(blocks) == 1)
+        alone = len(blocks) == 1
+        colour, label = "0.75" if alone else colours[index], name if index in named else None
+        axes.stairs(shares.numpy(), edges.numpy(), label=label, fill=alone, color=colour)
     axes.set(xscale="log", xlabel="eigenvalue σ", ylabel="share of the eigenvalues", xlim=(edges[0], edges[-1]))
     twin = axes.twinx()
     sigma = torch.logspace(low, high, 400, dtype=torch.float64)
-    for function, label, colour in (
-        (segment_response(sigma, rate, weight_decay) / rate, "$F_r(σ)\\,/\\,Λ$", HELPED),
-        (segment_decay(sigma, rate, weight_decay), "$F_S(σ)$", HARMED),
+    for function, label, style in (
+        (segment_response(sigma, rate, weight_decay) / rate, "$F_r(σ)\\,/\\,Λ$", "-"),
+        (segment_decay(sigma, rate, weight_decay), "$F_S(σ)$", "--"),
     ):
-        twin.plot(sigma.numpy(), function.numpy(), color=colour, label=label)
+        twin.plot(sigma.numpy(), function.numpy(), color="black", linestyle=style, label=label)
     twin.axvline(1 / rate, color="black", linestyle=":", linewidth=1, label="$σ = 1/Λ$")
     twin.set(ylim=(0, 1.02), ylabel="response")
     handles, labels = (a + b for a, b in zip(*(x.get_legend_handles_labels() for x in (axes, twin)), strict=True))
-    twin.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.12, 1), fontsize="small", frameon=False)
+    beside = twin.transAxes + ScaledTranslation(
+        45 / 72, 0, twin.figure.dpi_scale_trans
+    )  # behind the right axis's label
+    twin.legend(
+        handles,
+        labels,
+        loc="upper left",
+        bbox_to_anchor=(1, 1.03),
+        bbox_transform=beside,
+        fontsize="small",
+        frameon=False,
+    )
     return axes
