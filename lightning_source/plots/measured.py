@@ -165,12 +165,12 @@ def plot_further_training(curves: Mapping[str, Curve], *, ax: Axes | None = None
     some(curves, "curves")
     axes = axes_for(ax)
     axes.set_xscale("log")
-    axes.axhline(0, color=NEUTRAL, linewidth=0.8)
     for name, curve in curves.items():
         x, mean = numbers(curve.epochs, "epochs", "epochs"), numbers(curve.mean, "mean", "epochs")
         error = None if curve.sem is None else numbers(curve.sem, "sem", "epochs")
         low, high = (None, None) if error is None else (mean - error, mean + error)
         line_with_band(axes, x, mean, low, high, name, **_POINTS)
+    axes.axhline(0, color=NEUTRAL, linewidth=0.8)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="epochs of further training", ylabel="cosine to further training")
     axes.legend(fontsize="small", frameon=False)

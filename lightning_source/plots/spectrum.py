@@ -74,11 +74,11 @@ def plot_spectrum(
     named = range(0, len(blocks), math.ceil(len(blocks) / _MOST_NAMES))
     for index, (name, values) in enumerate(blocks.items()):
         places = torch.bucketize(values, edges[1:-1], right=True)
-        shares = torch.bincount(places, minlength=_BINS) / len(values)
+        shares = torch.bincount(places, minlength=_BINS).double() / len(values)
         alone = len(blocks) == 1
         colour, label = "0.75" if alone else colours[index], name if index in named else None
         axes.stairs(shares.numpy(), edges.numpy(), label=label, fill=alone, color=colour)
-    axes.set(xscale="log", xlabel="eigenvalue σ", ylabel="share of the eigenvalues", xlim=(edges[0], edges[-1]))
+    axes.set(xscale="log", xlabel="eigenvalue σ", ylabel="share of the eigenvalues", xlim=(10**low, 10**high))
     twin = axes.twinx()
     sigma = torch.logspace(low, high, 400, dtype=torch.float64)
     for function, label, style in (

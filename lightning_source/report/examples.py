@@ -62,12 +62,23 @@ def training_example(train: object, train_id: int) -> object:
 
 
 def query_example(query: object, query_ids: Tensor, row: int) -> object:
-    """The example behind one row of the scores: of a dataset by its id, of a batch by its row."""
+    """The example behind one row of the scores: of a dataset by its id, of a batch by its row.
+
+    Raises:
+        MisconfigurationException: nothing in the batch has as many rows as the scores.
+    """
     if isinstance(query, DataLoader):
         query = query.dataset
     if isinstance(query, Dataset) or (hasattr(query, "__getitem__") and not isinstance(query, _BATCHES)):
         return query[int(query_ids[row])]
-    return _row(query, row, len(query_ids))
+    count = len(query_ids)
+    parts = query if isinstance(query, tuple | list) else ()
+    if not _has_rows(query, count) and not any(_has_rows(part, count) for part in parts):
+        raise MisconfigurationException(
+            f"`query` is of {type(query)} and nothing in it has {count} rows, one for each query of the scores. HINT:"
+            " pass the batch that was scored, or a dataset."
+        )
+    return _row(query, row, count)
 
 
 def labels_of(dataset: object) -> Tensor | None:
