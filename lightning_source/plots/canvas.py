@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Two colours that every kind of colour vision tells apart (of the palette of Okabe and Ito), as in the report.
 HELPED, HARMED, NEUTRAL = "#0072b2", "#d55e00", "#808080"
+MANY_LINES = 6
 
 _Named = TypeVar("_Named")
 
@@ -98,10 +99,17 @@ def some(results: Mapping[str, _Named], name: str) -> Mapping[str, _Named]:
 def line_with_band(
     ax: Axes, x: Tensor, middle: Tensor, low: Tensor | None, high: Tensor | None, label: str, **style: Any
 ) -> None:
-    """A line and, where its ends are known, a pale band; all ``[E]``."""
+    """A line and, where its ends are known, a pale band; all ``[E]``. The dashes change when colours are used up."""
+    style.setdefault("linestyle", ("-", "--", "-.", ":")[len(ax.get_lines()) // 10 % 4])
     (line,) = ax.plot(x.numpy(), middle.numpy(), label=label, **style)
     if low is not None and high is not None:
         ax.fill_between(x.numpy(), low.numpy(), high.numpy(), color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def legend(ax: Axes, lines: int) -> None:
+    """The names of lines: among them if they are few, else beside the axes."""
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)} if lines > MANY_LINES else {}
+    ax.legend(fontsize="small", frameon=False, **place)
 
 
 def in_percent(ax: Axes, *directions: str) -> None:

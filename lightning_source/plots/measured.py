@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from lightning_source.plots.canvas import NEUTRAL, axes_for, in_percent, line_with_band, numbers, some
+from lightning_source.plots.canvas import (
+    MANY_LINES,
+    NEUTRAL,
+    axes_for,
+    in_percent,
+    legend,
+    line_with_band,
+    numbers,
+    some,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,7 +134,7 @@ def plot_removal(results: Mapping[str, RemovalResult], *, ax: Axes | None = None
         MisconfigurationException: there are no results, shapes do not fit, or matplotlib is missing.
     """
     some(results, "results")
-    axes = axes_for(ax)
+    axes = axes_for(ax, width=6.0 if len(results) <= MANY_LINES else 8.0)
     for name, result in results.items():
         _draw_removal(axes, name, result.sizes, result.flipped, result.interval)
     controls: list[list[list[float]]] = []  # methods that were measured together have one
@@ -138,7 +147,7 @@ def plot_removal(results: Mapping[str, RemovalResult], *, ax: Axes | None = None
     axes.set(xlabel="training examples removed for each query", ylabel="share of queries flipped")
     in_percent(axes, "y")
     axes.set_ylim(-0.02, None)
-    axes.legend(fontsize="small", frameon=False)
+    legend(axes, len(results))
     return axes
 
 
@@ -163,7 +172,7 @@ def plot_further_training(curves: Mapping[str, Curve], *, ax: Axes | None = None
         MisconfigurationException: there are no curves, lengths differ, or matplotlib is missing.
     """
     some(curves, "curves")
-    axes = axes_for(ax)
+    axes = axes_for(ax, width=6.0 if len(curves) <= MANY_LINES else 8.0)
     axes.set_xscale("log")
     for name, curve in curves.items():
         x, mean = numbers(curve.epochs, "epochs", "epochs"), numbers(curve.mean, "mean", "epochs")
@@ -173,5 +182,5 @@ def plot_further_training(curves: Mapping[str, Curve], *, ax: Axes | None = None
     axes.axhline(0, color=NEUTRAL, linewidth=0.8)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="epochs of further training", ylabel="cosine to further training")
-    axes.legend(fontsize="small", frameon=False)
+    legend(axes, len(curves))
     return axes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_source._lightning import MisconfigurationException
-from lightning_source.plots.canvas import NEUTRAL, axes_for, by_name, in_percent, line_with_band, numbers
+from lightning_source.plots.canvas import NEUTRAL, axes_for, by_name, in_percent, legend, line_with_band, numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ def plot_self_influence(
         in_percent(axes, "x")
         axes.axhline(0, color=NEUTRAL, linewidth=0.8)
     if mislabelled is not None or len(by_method) > 1:
-        axes.legend(fontsize="small", frameon=False)
+        legend(axes, len(by_method))
     return axes
 
 

@@ -427,6 +427,17 @@ def test_further_training_over_epochs():
     assert points == {(1, 0.375), (1, 0.625), (5, 0.0), (5, 0.5)}
 
 
+def test_many_curves_are_told_apart_and_named_beside_the_axes():
+    few, many = ({f"method {n}": CURVES["a"] for n in range(count)} for count in (2, 14))
+    for curves in (few, many):
+        ax = plots.plot_further_training(curves)
+        ax.figure.canvas.draw()
+        assert len({(x.get_color(), x.get_linestyle()) for x in ax.get_lines()[: len(curves)]}) == len(curves)
+        beside = ax.get_legend().get_window_extent().x0 > ax.get_window_extent().x1
+        assert beside == (curves is many)
+        assert ax.get_legend().get_window_extent().x1 <= ax.figure.bbox.x1
+
+
 @pytest.mark.parametrize("draw", [plots.plot_lds, plots.plot_removal, plots.plot_further_training])
 @pytest.mark.parametrize("wrong", [{}, [lds_of()], lds_of()])
 def test_what_is_no_mapping_is_named(draw, wrong):
