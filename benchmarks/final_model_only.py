@@ -47,8 +47,9 @@ from lightning_source import SourceCallback, SourceScorer, attribute
 from lightning_source.curvature.unroll import damped_inverse, segment_response
 from lightning_source.estimators import estimator_for
 from lightning_source.evaluation.cosine import FinalModelCosine
-from lightning_source.evaluation.curves import CosineCurve, plot_curves
+from lightning_source.evaluation.curves import CosineCurve
 from lightning_source.evaluation.further_training import FurtherTraining, further_training
+from lightning_source.plots import plot_further_training
 
 EPOCHS = (1, 2, 3, 5, 8, 12, 20, 30, 50, 80, 125, 200, 300, 500)
 # Label -> (method, what it is told of the horizon). Methods that this version does not know are skipped with a note.
@@ -371,8 +372,7 @@ def summary(
         }
         report(task, curves, epochs, f"adjustment ({adjustment})", split)
         if plots:
-            means, errors = ({label: getattr(c, part) for label, c in curves.items()} for part in ("mean", "sem"))
-            figure = plot_curves(epochs, means, errors).get_figure()
+            figure = plot_further_training(curves).figure
             figure.savefig(plots / f"final_model_only_{task.name}_{adjustment}.png", dpi=150)
     released = RELEASED.get(task.name, {})
     if released:

@@ -23,8 +23,10 @@ from lightning_source._lightning import (
 from lightning_source._trainer import progress_of, ranks_of, scoring_device
 from lightning_source.capture.data import Examples
 from lightning_source.capture.objective import Measurement
+from lightning_source.recording.earlier import At
 from lightning_source.recording.scoring_store import ScoringStore, SharedStore, open_to_score
 from lightning_source.recording.store import RunStore, holds_run
+from lightning_source.runs.opening import open_as_of
 from lightning_source.runs.run import Run
 from lightning_source.scorer import SourceScorer
 from lightning_source.scores import InfluenceScores
@@ -70,7 +72,9 @@ class AttributingCallback(Callback):
         if getattr(trainer, "attribute", None) is None:
             trainer.attribute = _Attribute(trainer, self)  # type: ignore[attr-defined]
 
-    def _open(self, trainer: Trainer, pl_module: LightningModule, stage: int | str | None = None) -> Run:
+    def _open(
+        self, trainer: Trainer, pl_module: LightningModule, stage: int | str | None = None, at: At | None = None
+    ) -> Run:
         # Where child processes trained (ddp_spawn, notebooks), this one knows only where the run must be.
         path = self._path or (Path(self.dirpath).resolve() if self.dirpath else None)
         ranks = ranks_of(trainer)
@@ -81,7 +85,9 @@ class AttributingCallback(Callback):
             )
         store: RunStore
         if ranks.world_size > 1:
-            store = SharedStore(path, ranks)
+            store = SharedStore(lambda: open_as_of(path, at, stage), ranks)
+        elif at is not None:
+            store = open_as_of(path, at, stage)
         elif self._in_memory is not None and self._in_memory.fails:
             store = self._in_memory
         else:
@@ -103,10 +109,11 @@ class AttributingCallback(Callback):
         method: str = "source",
         stage: int | str | None = None,
         weights: Weights | None = None,
+        at: At | None = None,
         **options: Any,
     ) -> InfluenceScores:
         """See :func:`lightning_source.attribute`."""
-        with self.scorer(trainer, measurement, stage, weights) as scorer:
+        with self.scorer(trainer, measurement, stage, weights, at) as scorer:
             return scorer.score(query, train, method=method, **options)
 
     @contextmanager
@@ -116,6 +123,7 @@ class AttributingCallback(Callback):
         measurement: str | Measurement | None = None,
         stage: int | str | None = None,
         weights: Weights | None = None,
+        at: At | None = None,
     ) -> Iterator[SourceScorer]:
         """A scorer of this run, on the device that training ran on while the ``with`` lasts.
 
@@ -124,6 +132,7 @@ class AttributingCallback(Callback):
             measurement: what a query is measured by; the callback's own by default.
             stage: the stage whose examples are asked about, by index or name; the last by default.
             weights: see :func:`lightning_source.attribute`.
+            at: see :func:`lightning_source.attribute`.
         """
         if weights not in (None, "record", "module"):
             raise MisconfigurationException(f'`weights="{weights}"` is not known. HINT: "record" or "module".')
@@ -131,10 +140,10 @@ class AttributingCallback(Callback):
         if module is None:
             raise MisconfigurationException("there is nothing to attribute before `fit`.")
         with torch.inference_mode(False):  # else what is read and moved here could not be differentiated
-            run = self._open(trainer, module, stage)
+            run = self._open(trainer, module, stage, at)
             if weights == "module":
                 run.ask_at(module)
-            elif weights is None and (differing := run.differing(module)):
+            elif weights is None and at is None and (differing := run.differing(module)):
                 names = ", ".join(f"`{name}`" for name in differing[:3]) + (" …" if len(differing) > 3 else "")
                 rank_zero_warn(
                     f"{len(differing)} of {len(list(module.parameters()))} parameters of `{type(module).__name__}`"
@@ -171,6 +180,7 @@ def attribute(
     method: str = "source",
     stage: int | str | None = None,
     weights: Weights | None = None,
+    at: At | None = None,
     **options: Any,
 ) -> InfluenceScores:
     """Which training examples made the model do this? Also bound as ``trainer.attribute``.
@@ -190,6 +200,10 @@ def attribute(
         weights: at which weights queries are asked: ``"record"``, those that training ended with, or ``"module"``, the
             module's present ones, of the best checkpoint put back say. By default the first, with a warning where the
             two differ.
+        at: the moment of training that is asked about, as if it had ended there: optimizer steps since the run began,
+            a share of them as a float, or ``"epoch 3"`` for what three epochs of the stage had made. The run is known
+            where its snapshots end, and the nearest of these is taken, with a warning where that is another step. The
+            end of training by default.
         **options: further arguments of :meth:`SourceScorer.score`, such as ``per_segment=True`` or ``damping=``.
 
     Returns:
@@ -204,7 +218,15 @@ def attribute(
             "the Trainer has no SourceCallback. HINT: `Trainer(callbacks=[SourceCallback()])`."
         )
     return callbacks[0].attribute(
-        trainer, query, train=train, measurement=measurement, method=method, stage=stage, weights=weights, **options
+        trainer,
+        query,
+        train=train,
+        measurement=measurement,
+        method=method,
+        stage=stage,
+        weights=weights,
+        at=at,
+        **options,
     )
 
 
@@ -225,6 +247,7 @@ class AttributingTrainer(Protocol):
         method: str = "source",
         stage: int | str | None = None,
         weights: Weights | None = None,
+        at: At | None = None,
         **options: Any,
     ) -> InfluenceScores:
         """See :func:`lightning_source.attribute`."""
@@ -252,6 +275,7 @@ class AttributionTrainerMixin:
         method: str = "source",
         stage: int | str | None = None,
         weights: Weights | None = None,
+        at: At | None = None,
         **options: Any,
     ) -> InfluenceScores:
         """See :func:`lightning_source.attribute`."""
@@ -263,5 +287,6 @@ class AttributionTrainerMixin:
             method=method,
             stage=stage,
             weights=weights,
+            at=at,
             **options,
         )

@@ -60,6 +60,7 @@ class SourceCLI(LightningCLI):
     - ``--query``: ``val`` (the default), ``test``, ``predict`` or ``train``, whose DataLoader has the queries,
       or the path of a safetensors file that holds one batch: tensors named ``0``, ``1``, … are the list of them,
       other names make a dictionary.
+    - ``--at``: the moment of training that is asked about, ``"epoch 3"``; see :func:`lightning_source.attribute`.
     - ``--method``, ``--measurement``, ``--stage``, ``--per_segment``, ``--stderr``: see :meth:`SourceScorer.score`;
       ``--options.NAME``: the method's own options, ``--options.segments 3``.
     - ``--out``: the file to write, ``scores.safetensors`` or ``report.html``.
@@ -190,6 +191,8 @@ class SourceCLI(LightningCLI):
                     " `--ckpt_path null` where the config names one."
                 )
             _load_weights(self.model, asked.ckpt_path)
+            if asked.at is not None:
+                raise MisconfigurationException("`--at` is a moment of a run; `--ckpt_path` is a model without one.")
             scorer = SourceScorer.from_model(self.model, data.train, rate=asked.rate, **common)
         else:
             if asked.rate is not None:
@@ -202,7 +205,7 @@ class SourceCLI(LightningCLI):
                     "the config has no `SourceCallback` with a `dirpath`, so there is no run to ask. HINT: `--run DIR`,"
                     " or `--ckpt_path FILE` for a model without a record."
                 )
-            scorer = SourceScorer.from_run(run, self.model, stage=asked.stage, **common)
+            scorer = SourceScorer.from_run(run, self.model, stage=asked.stage, at=asked.at, **common)
         return scorer.score(
             data.query,
             data.train,
@@ -238,6 +241,7 @@ def _add_question(parser: LightningArgumentParser, command: str) -> None:
     add("--weights_only", type=bool | None, help="as in a config of `fit`; checkpoints are always read so")
     add("--query", type=str, default="val", help="val, test, predict, train or a safetensors file of one batch")
     add("--stage", type=int | str | None, help="stage whose examples are asked about; by default the last")
+    add("--at", type=int | float | str | None, help="moment that is asked about; by default the end of training")
     add("--method", type=methods_known, default="source", help="how scores are computed")
     add("--measurement", type=measurements | None, help="what scores predict; by default the SourceCallback's")
     add("--options", type=options, default={}, help="the method's own, `--options.segments 3`")

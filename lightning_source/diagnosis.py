@@ -134,6 +134,8 @@ def _of_objective(run: Run) -> list[Finding]:
     spec, findings = run.workspace.spec, []
     if spec is not None and spec.one_at_a_time is not None:
         findings.append(Finding("note", f"examples are run one at a time ({spec.one_at_a_time})."))
+    if spec is not None and spec.rest is not None:
+        findings.append(Finding("note", "a part of the loss is none of torch's: its Fisher is the empirical one."))
     if spec is not None and spec.fisher == "empirical":
         findings.append(Finding("note", "the empirical Fisher stands in for the true one: no distribution is known."))
     return findings

@@ -23,9 +23,10 @@ from lightning_source.estimators.columns import Columns
 from lightning_source.estimators.registry import Estimator, Options
 from lightning_source.estimators.source import self_influence
 from lightning_source.estimators.spread import Spread
+from lightning_source.recording.earlier import At
 from lightning_source.recording.manifest import Curvature, Settings
-from lightning_source.recording.scoring_store import open_to_score
 from lightning_source.runs.final_model import FurtherTraining, open_final_model, set_rate
+from lightning_source.runs.opening import open_as_of
 from lightning_source.runs.run import Run
 from lightning_source.runs.stage import index_of
 from lightning_source.scores import SIGN, InfluenceScores
@@ -64,6 +65,7 @@ class SourceScorer:
         stage: int | str | None = None,
         stage_models: Sequence[LightningModule] | None = None,
         stage_data: Mapping[int | str, object] | None = None,
+        at: At | None = None,
         memory: float = 4e9,
     ) -> SourceScorer:
         """Open a run in any process, on any day; scores are bit-equal to those of the training process.
@@ -77,12 +79,13 @@ class SourceScorer:
             stage_models: the LightningModule of each stage, where stages had models of different shapes.
             stage_data: training datasets, or loaders over them, of stages by index or name; for an earlier stage, those
                 of the later ones are needed where these have no factors yet.
+            at: the moment of training that is asked about; see :func:`lightning_source.attribute`.
             memory: bytes that query vectors may take.
 
         Raises:
             MisconfigurationException: no run, a damaged file, no finished segment, or a model that does not match.
         """
-        store = open_to_score(dirpath)
+        store = open_as_of(dirpath, at, stage)
         stages = store.manifest.stages
         data: dict[int, Examples | None] = {}
         for key, train in (stage_data or {}).items():
@@ -378,6 +381,7 @@ class SourceScorer:
             "sign": SIGN,
             "unit": estimator.unit,
             "stage": run.stage.name,
+            "step": run.snapshots[-1].last,
             "examples": run.examples,
             "segments": [
                 {"first": s.stretch.first, "last": s.stretch.last, "rates": list(s.stretch.rates)}

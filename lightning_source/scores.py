@@ -14,10 +14,12 @@ from lightning_source._files import DirectoryError
 from lightning_source._lightning import MisconfigurationException
 from lightning_source._sealed import read_sealed, write_sealed
 from lightning_source._student import student_quantile
+from lightning_source.plots import plot_concentration, plot_examples, plot_histogram, plot_segment_shares
 from lightning_source.report import write_report
 from lightning_source.tables import ScoreRow, arrow_of, html_of, pandas_of
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from pandas import DataFrame
     from pyarrow import Table
 
@@ -35,6 +37,12 @@ _SHAPES = {
     "stderr": "QN",
 }
 _REQUIRED = {"values", "train_ids", "query_ids"}
+_PLOTS: dict[str, Callable[..., Axes]] = {
+    "examples": plot_examples,
+    "segments": plot_segment_shares,
+    "histogram": plot_histogram,
+    "concentration": plot_concentration,
+}
 
 
 @dataclass(frozen=True)
@@ -263,6 +271,55 @@ class InfluenceScores:
             raise MisconfigurationException("scores by segment were not kept. HINT: score with `per_segment=True`.")
         sizes = self.by_segment.abs().sum(2)
         return sizes / sizes.sum(0, keepdim=True).clamp_min(torch.finfo(sizes.dtype).tiny)
+
+    def plot(
+        self,
+        kind: str | None = None,
+        *,
+        train: object = None,
+        query: object = None,
+        ax: Axes | None = None,
+        **options: Any,
+    ) -> Axes:
+        """Draw the scores with matplotlib, which is the extra ``plots``; :mod:`lightning_source.plots` has more.
+
+        Args:
+            kind: the picture. By default ``"examples"`` where ``train`` and ``query`` are given, else ``"segments"``
+                where the scores have any, else ``"histogram"``.
+
+                - ``"examples"``: each query beside the examples that helped and harmed it most
+                  (:func:`~lightning_source.plots.plot_examples`, which has further options: ``k``, ``rows``,
+                  ``render``).
+                - ``"segments"``: when in training each query's scores arose.
+                - ``"histogram"``: how many scores have which size.
+                - ``"concentration"``: how few training examples hold most of the absolute score.
+            train: the training dataset that was scored, for ``"examples"``.
+            query: the queries, for ``"examples"``: the batch, dataset or loader that was scored.
+            ax: matplotlib axes to draw on; those of a new figure by default.
+            options: the picture's own.
+
+        Returns:
+            The axes.
+
+        Raises:
+            MisconfigurationException: matplotlib is missing, there is no such kind, only one of ``train`` and ``query``
+                is given, they are missing or not wanted, or the scores lack what the picture shows.
+
+        Example::
+
+            scores.plot(train=dataset, query=query_batch, k=3).figure.savefig("examples.png")
+        """
+        given = {name: data for name, data in (("train", train), ("query", query)) if data is not None}
+        if kind is None:
+            kind = "examples" if given else "histogram" if self.by_segment is None else "segments"
+        if kind not in _PLOTS:
+            raise MisconfigurationException(f"there is no plot {kind!r}. HINT: {', '.join(map(repr, _PLOTS))}.")
+        if len(given) != (2 if kind == "examples" else 0):
+            raise MisconfigurationException(
+                f"the plot {kind!r} was given {' and '.join(given) or 'no examples'}. HINT: `train=` and `query=` are"
+                ' for "examples", which needs both.'
+            )
+        return _PLOTS[kind](self, ax=ax, **given, **options)
 
     def report(
         self,

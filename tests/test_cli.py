@@ -244,6 +244,15 @@ def test_questions_reach_the_scorer(place, tmp_path):
         assert torch.equal(getattr(written, name), getattr(expected, name))
 
 
+def test_an_earlier_moment_may_be_asked_about(place, tmp_path):
+    out = tmp_path / "scores.safetensors"
+    asked(place, "attribute", "--out", out, "--query", "test", "--at", 1)
+    scores = InfluenceScores.load(out)
+    assert scores.metadata["step"] == 1
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(scores.values, of_run(place, classes(3, seed=4)).values)
+
+
 @pytest.mark.parametrize("names", [("0", "1"), ("inputs", "targets")])
 def test_a_query_may_be_a_file_of_one_batch(place, tmp_path, names):
     class Named(Model):
@@ -371,10 +380,12 @@ def test_report_says_before_scoring_what_is_missing(place, tmp_path, capsys, mon
         (["--out", "nowhere/scores"], "there is no such folder"),
         (["--run", "nowhere"], "error: `nowhere` holds no run"),
         (["--stage", "7"], "error: "),
+        (["--at", "epoch 99"], "`at='epoch 99'` is no point of this run"),
         (["--rate", "1.0"], "HINT: give `--ckpt_path`, too"),
         (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
         (["--ckpt_path", __file__], "no checkpoint"),
         (["--ckpt_path", "CHECKPOINT"], "rate"),
+        (["--ckpt_path", "CHECKPOINT", "--at", "3"], "`--at` is a moment of a run"),
         (["--ckpt_path", "CHECKPOINT", "--run", "RUN"], "HINT: give one of them"),
     ],
 )

@@ -22,10 +22,11 @@ FLOORS = [
     ("recording/", "what is kept while others train"),
     ("capture/", "the user's step, from outside"),
     ("layers/", "one kind of layer in each file"),
+    ("scores · tables · plots/ · report/", "what comes out"),
     ("curvature/", "mathematics: torch alone"),
     (
-        "optimizers · scores · tables · report · _student · random_streams · _files · _sealed · _provenance"
-        " · _lightning · wording · _trainer · _progress · distributed · names",
+        "optimizers · _student · random_streams · _files · _sealed · _provenance · wording · _lightning"
+        " · _trainer · _progress · distributed · names",
         "",
     ),
 ]

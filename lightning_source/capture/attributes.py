@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_source._lightning import LightningModule, is_lightning_module
 from lightning_source.names import named_modules
@@ -77,6 +78,20 @@ def read_attributes(module: nn.Module, step: int) -> Reading:
             if (text := _encoded(value)) is not None:
                 values[form.format(key)] = text
     return Reading(step, values)
+
+
+def tensors_beside(module: nn.Module) -> dict[str, list[tuple[Tensor, int]]]:
+    """The tensors that attributes hold beside the ``state_dict``, by place, each with torch's count of its writes.
+
+    While the answer is kept, another tensor in an attribute is known by its ``id``.
+    """
+    found = {}
+    for form, holder in places(module):
+        for key, value in holder.items():
+            leaves = [] if key in _FRAMEWORK else [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+            if leaves:
+                found[form.format(key)] = [(leaf, 0 if leaf.is_inference() else leaf._version) for leaf in leaves]
+    return found
 
 
 def with_reading(readings: Sequence[Reading], reading: Reading, steps: Collection[int]) -> tuple[Reading, ...]:

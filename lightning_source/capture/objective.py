@@ -29,6 +29,7 @@ from lightning_source._lightning import LightningModule, MisconfigurationExcepti
 from lightning_source.capture.batch_copies import copied
 from lightning_source.capture.data import Batch
 from lightning_source.capture.layer_gradients import GradientCapture
+from lightning_source.capture.loss_calls import joined
 from lightning_source.capture.losses import Information, LossCall, read_call
 from lightning_source.capture.manual_optimization import ManualStep
 from lightning_source.capture.masked_rows import by_owner, owners_of
@@ -92,6 +93,8 @@ class ObjectiveSpec:
     one_at_a_time: str | None = None
     # What multiplies the part of an example's own loss that no call holds; None where none is counted.
     rest: float | None = None
+    # Whether a batch's loss has the mean or the sum of its examples' parts that no call holds.
+    rest_kind: Kind = "sum"
 
 
 @dataclass
@@ -178,7 +181,11 @@ class Losses:
                 for i, scale in enumerate(spec.calls)
             ]
         )
-        return known if spec.rest is None else known + spec.rest * self.rest
+        return known if spec.rest is None else self._with_rest(known, spec, spec.rest)
+
+    def _with_rest(self, known: Tensor, spec: ObjectiveSpec, factor: float) -> Tensor:
+        """Values of the recognised part, and the sum over examples of the rest at a multiple: one number, ``[1]``."""
+        return (known.sum() + factor * (self.size if spec.rest_kind == "mean" else 1) * self.rest).reshape(1)
 
     def fisher_target(self, spec: ObjectiveSpec, generator: torch.Generator) -> Tensor:
         """``[B]`` (or their sum) whose gradients have ``H`` as second moment, labels sampled from the model."""
@@ -192,7 +199,7 @@ class Losses:
             terms.append(h.sqrt() * elements)
         known = self.of_examples(terms)
         # Drawn labels have a mean gradient of 0, so that the second moment of the sum is the sum of second moments.
-        return known if spec.rest is None else known + abs(spec.rest) ** 0.5 * self.rest
+        return known if spec.rest is None else self._with_rest(known, spec, abs(spec.rest) ** 0.5)
 
     def curvatures(self, spec: ObjectiveSpec) -> list[Tensor]:
         """What multiplies each element's Fisher information in ``H``, by call, shaped like its elements.
@@ -227,7 +234,7 @@ class Losses:
             return self.of_targets(measurement)
         if spec.origin == "whole":
             return (self.loss * (self.size if spec.calls[0].kind == "mean" else 1)).reshape(1)
-        if spec.rest is not None:
+        if spec.rest is not None and self.size == 1:
             return self.loss.reshape(1)
         total = []
         for i, scale in enumerate(spec.calls):
@@ -236,7 +243,7 @@ class Losses:
             if scale.kind != "sum":
                 value = value / self.by_example(i, weights).sum(1).clamp_min(1e-12)
             total.append(scale.alone * value)
-        return _sum(total)
+        return _sum(total) if spec.rest is None else self._with_rest(_sum(total), spec, 1.0)
 
     def of_targets(self, measurement: str) -> Tensor:
         """``[B]``: ``"margin"`` or ``"log-prob"`` of the one loss that has such targets."""
@@ -324,12 +331,13 @@ class Objective:
             loss = self.step(batch, manual) if hook is None else self._hooked(hook, batch, tap)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise NoLoss("`training_step` returned no scalar loss for this batch")
-        calls, scales = tap.calls, []
+        calls: list[LossCall] = tap.calls
+        scales: list[Tensor] = []
         if calls and loss.requires_grad:
             elements = [call.elements for call in calls]
             factors = torch.autograd.grad(loss, elements, retain_graph=True, allow_unused=True)
             used = [(call, scale) for call, scale in zip(calls, factors, strict=True) if scale is not None]
-            calls, scales = [call for call, _ in used], [scale for _, scale in used]
+            calls, scales = _of_whole_batches([(call, scale) for call, scale in used if len(scale.flatten())], size)
         return Losses(loss, calls, scales, size)
 
     def step(self, batch: Batch, manual: ManualStep | None = None) -> Any:
@@ -370,6 +378,23 @@ class Objective:
             )
         tap.calls.append(call)
         return call.value
+
+
+def _of_whole_batches(used: Sequence[tuple[LossCall, Tensor]], size: int) -> tuple[list[LossCall], list[Tensor]]:
+    """Calls with their scales, those of one loss that are on pieces of a batch of ``size`` taken as one."""
+    pieces: dict[str, list[tuple[LossCall, Tensor]]] = {}
+    for call, scale in used:
+        piece = scale.dim() and len(scale) < size and owners_of(call.elements, size) is None
+        pieces.setdefault(f"{call.name} {tuple(scale.shape[1:])}" if piece else f"{id(call)}", []).append((call, scale))
+    calls, scales = [call for call, _ in used], [scale for _, scale in used]
+    for of_one in pieces.values():
+        if len(of_one) > 1 and sum(len(scale) for _, scale in of_one) == size:
+            whole, *rest = (next(i for i, known in enumerate(calls) if known is call) for call, _ in of_one)
+            calls[whole] = joined([call for call, _ in of_one])
+            scales[whole] = torch.cat([scale for _, scale in of_one])
+            for index in reversed(rest):
+                del calls[index], scales[index]
+    return calls, scales
 
 
 def _plain_call(

@@ -81,15 +81,18 @@ def _may_be_held_whole(block: Block, reason: str, size: int) -> bool:
     return size == 1 or reason.startswith((_ELSEWHERE, _DIFFERS))  # other reasons are that examples mix in a batch
 
 
-def unknown_share(module: nn.Module, objective: Objective, blocks: Sequence[Block], batch: Batch, size: int) -> float:
-    """Norm of the layers' output gradients that known elements do not explain, over that of all.
+def unknown_share(
+    module: nn.Module, objective: Objective, blocks: Sequence[Block], batch: Batch, size: int
+) -> tuple[float, float]:
+    """Norm of the layers' output gradients that known elements do not explain, over that of all; and its round-off.
 
     A penalty on the weights themselves, which belongs to no example, has no gradient there.
     """
     recording = GradientCapture(module, [block for block in blocks if not block.free])
     losses = objective.evaluate(batch, size, recording)
+    round_off = HALF_TOLERANCE if recording.half else TOLERANCE
     if not losses.calls:
-        return 0.0
+        return 0.0, round_off
     everything = recording.captured(losses.loss, size, True, {})
     known = recording.captured(losses.recognised, size, False, {})
     total, rest = 0.0, 0.0
@@ -97,7 +100,7 @@ def unknown_share(module: nn.Module, objective: Objective, blocks: Sequence[Bloc
         unexplained = captured.gradients - known[name].gradients if name in known else captured.gradients
         total += float(captured.gradients.square().sum())
         rest += float(unexplained.square().sum())
-    return (rest / total) ** 0.5 if total else 0.0
+    return (rest / total) ** 0.5 if total else 0.0, round_off
 
 
 def _check(

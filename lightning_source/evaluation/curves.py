@@ -8,9 +8,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from lightning_source.plots import plot_further_training
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True)
@@ -61,36 +68,24 @@ def write_curves(
 
 
 def plot_curves(
-    x: Sequence[float], means: Mapping[str, Sequence[float]], errors: Mapping[str, Sequence[float]], ax: Any = None
-) -> Any:
-    """Lines with bands of one standard error, over the amount of further training on a logarithmic axis.
+    x: Sequence[float],
+    means: Mapping[str, ArrayLike],
+    errors: Mapping[str, ArrayLike],
+    ax: Axes | None = None,
+) -> Axes:
+    """:func:`~lightning_source.plots.plot_further_training` of numbers in place of curves.
 
     Args:
         x: ``[E]``, epochs (or ``Λ``) of further training.
         means: ``[E]`` by method.
         errors: ``[E]`` by method; a method may be missing.
-        ax: matplotlib axes to draw on; new ones by default.
+        ax: matplotlib axes to draw on; those of a new figure by default.
 
     Returns:
         The axes.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+        MisconfigurationException: lengths differ, or matplotlib is missing.
     """
-    if ax is None:
-        try:
-            import matplotlib.pyplot as plt
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError('plots need matplotlib. HINT: pip install "lightning_source[plots]".') from None
-        _, ax = plt.subplots()
-    for name, mean in means.items():
-        (line,) = ax.plot(x, mean, label=name)
-        if name in errors:
-            low, high = (
-                [float(m) + sign * float(e) for m, e in zip(mean, errors[name], strict=True)] for sign in (-1, 1)
-            )
-            ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    ax.set(xscale="log", xlabel="epochs of further training", ylabel="cosine to further training")
-    ax.axhline(0, color="grey", linewidth=0.8)
-    ax.legend()
-    return ax
+    curves = {name: SimpleNamespace(epochs=x, mean=mean, sem=errors.get(name)) for name, mean in means.items()}
+    return plot_further_training(curves, ax=ax)

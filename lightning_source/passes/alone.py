@@ -9,22 +9,20 @@ import torch
 from torch import Tensor
 
 from lightning_source._lightning import MisconfigurationException
-from lightning_source.capture.data import Batch, Examples, to_module
-from lightning_source.capture.objective import CallScale, Kind, Losses, NoLoss, ObjectiveSpec
-from lightning_source.capture.probe import HALF_TOLERANCE, unknown_share
-from lightning_source.names import named_parameters
-from lightning_source.passes.calibration import TRIED_BATCHES, evaluate, gone_up, hook_ratio, weighted_otherwise
+from lightning_source.capture.data import Examples
+from lightning_source.capture.objective import CallScale, Kind, Losses, ObjectiveSpec
+from lightning_source.passes.calibration import evaluate, gone_up, hook_ratio, weighted_otherwise
 from lightning_source.passes.factors import factor_ids
-from lightning_source.passes.rows import COMPARED, total_gradient
+from lightning_source.passes.rows import total_gradient
+from lightning_source.passes.singles import PROBED, block_parameters, examples_with_loss, share_of_sum
+from lightning_source.passes.unrecognised import unknown_of, with_rest
 from lightning_source.passes.workspace import Workspace
 
 # What single examples leave unexplained of their batch's gradient, as a share of it: round-off is below 1e-3 in float32
 # and 1e-2 in half precision, what couples examples is most of the gradient.
 COUPLED = 5e-2
-# Examples on which blocks are probed one at a time: one alone may skip a layer.
-PROBED = 3
-# Share of the gradient beyond which what no recognised loss explains is counted, at a cost.
-UNKNOWN = HALF_TOLERANCE
+# Examples of a training batch that are all run alone, where a few do not tell how it weights them.
+LARGEST = 64
 
 
 def calibrate_alone(
@@ -46,101 +44,101 @@ def calibrate_alone(
     noisy = not torch.equal(batch.loss, again.loss)
     named = {tuple(call.name for call in losses.calls) for losses in (batch, *alone)}
     if len(named) > 1 or not batch.calls:  # none is known, or each example has calls of its own
-        spec = _whole(batch, alone, workspace, examples_per_batch)
+        spec = _whole(workspace, data, batch, alone, examples_per_batch, noisy)
     else:
         ratio, single = hook_ratio(workspace, data, ids, max(1, len(ids) // 2), examples_per_batch)
         scales = []
         for index, call in enumerate(batch.calls):
-            kind = _kind_of(batch, alone, index, noisy)
+            try:
+                kind, size = _kind_of(batch, alone, index, noisy)
+            except MisconfigurationException:  # of a batch of this size
+                kind, size = _kind_of(*_as_in_training(workspace, data), index, noisy, any_size=True)
             weight = _weight_of_example(workspace, data, alone, index, kind)
             factor = examples_per_batch if kind == "sum" else 1 / weight
-            scales.append(CallScale(call.name, kind, factor * ratio, single))
+            scales.append(CallScale(call.name, kind, size * factor * ratio, single))
         hook = workspace.objective.hook
         spec = ObjectiveSpec(
             "hook" if hook else "recognised",
             "empirical" if hook == "attribution_losses" else "true",
             tuple(scales),
-            rest=_rest(workspace, data, batch, alone, examples_per_batch),
         )
+        if any(unknown_of(workspace, data.one_at_a_time(), [index]) for index in ids[:PROBED]):
+            spec = with_rest(workspace, spec, batch, alone, examples_per_batch)
     if len(ids) > 1 and not noisy:  # noise of the step's own tells nothing of other examples
         _refuse_coupled(workspace, batch, alone, spec)
     workspace.spec = gone_up(spec) if maximize else spec
     return workspace.spec
 
 
-def examples_with_loss(workspace: Workspace, data: Examples) -> tuple[list[int], list[Losses]]:
-    """A few examples that have a loss of their own, drawn at random, and these losses.
+def _whole(
+    workspace: Workspace,
+    data: Examples,
+    batch: Losses,
+    alone: Sequence[Losses],
+    examples_per_batch: float,
+    noisy: bool,
+) -> ObjectiveSpec:
+    """The loss as a whole, a mean or a sum over examples, or a part of a sum, by the size of its gradient."""
+    share = share_of_sum(workspace, batch.loss, [one.loss for one in alone])
+    mean = share < len(alone) ** -0.5
+    part = 1.0
+    if not noisy and abs((share * len(alone) if mean else share) - 1) > COUPLED:
+        as_in_training, singles = _as_in_training(workspace, data)
+        part, mean = share_of_sum(workspace, as_in_training.loss, [one.loss for one in singles]), False
+    scale = CallScale("whole", "mean", 1.0) if mean else CallScale("whole", "sum", examples_per_batch * part)
+    return ObjectiveSpec("whole", "empirical", (scale,))
 
-    Raises:
-        NoLoss: none has.
+
+def _as_in_training(workspace: Workspace, data: Examples) -> tuple[Losses, list[Losses]]:
+    """A batch of training's size, and each of its examples alone.
+
+    A step that cuts its batch into pieces may weight them by how many there should have been: an example alone, which
+    is one piece, then weighs less than in training.
     """
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(workspace.seed)).tolist()
-    ids: list[int] = []
-    alone = []
-    for index in order[: TRIED_BATCHES * COMPARED]:
-        try:
-            alone.append(evaluate(workspace, data.one_at_a_time(), [index]))
-        except (NoLoss, FloatingPointError):  # a mean over nothing, say
-            continue
-        ids.append(index)
-        if len(ids) == COMPARED:
-            break
-    if not ids:
-        raise NoLoss(f"`{type(workspace.module).__name__}.training_step` gave no loss for any example by itself")
-    return ids, alone
+    ids, alone = examples_with_loss(workspace, data, min(data.batch_size, LARGEST))
+    return evaluate(workspace, data, ids), alone
 
 
-def _whole(batch: Losses, alone: Sequence[Losses], workspace: Workspace, examples_per_batch: float) -> ObjectiveSpec:
-    """The loss as a whole, a mean or a sum over examples, by the size of its gradient."""
-    kind = _share(workspace, batch.loss, [one.loss for one in alone])
-    return ObjectiveSpec(
-        "whole", "empirical", (CallScale("whole", kind, examples_per_batch if kind == "sum" else 1.0),)
-    )
-
-
-def _share(workspace: Workspace, batch: Tensor, alone: Sequence[Tensor]) -> Kind:
-    """Whether a batch's value is the mean or the sum of those of its examples alone, by the size of its gradient."""
-    parameters = block_parameters(workspace)
-    together = total_gradient(batch, parameters)
-    separate = sum((total_gradient(one, parameters) for one in alone), together.new_zeros(()))
-    share = float((together * separate).sum() / separate.square().sum().clamp_min(1e-30))
-    return "mean" if share < len(alone) ** -0.5 else "sum"
-
-
-def _rest(
-    workspace: Workspace, data: Examples, batch: Losses, alone: Sequence[Losses], examples_per_batch: float
-) -> float | None:
-    """What multiplies the part of an example's loss that is in no call; ``None`` where that is next to nothing."""
-    ids, _ = examples_with_loss(workspace, data)
-    shares = (unknown_of(workspace, data.one_at_a_time(), [index]) for index in ids[:PROBED])
-    if max(shares) <= UNKNOWN:
-        return None
-    return examples_per_batch if _share(workspace, batch.rest, [one.rest for one in alone]) == "sum" else 1.0
-
-
-def _kind_of(batch: Losses, alone: Sequence[Losses], index: int, noisy: bool) -> Kind:
+def _kind_of(
+    batch: Losses, alone: Sequence[Losses], index: int, noisy: bool, any_size: bool = False
+) -> tuple[Kind, float]:
     """What a call's elements are divided by: that under which they weigh as much in the batch as alone.
 
+    Args:
+        batch: losses of some examples together.
+        alone: of each of them by itself.
+        index: of the call.
+        noisy: whether the step draws weights, which agree only in sum.
+        any_size: whether elements may weigh all of them some other number of times as much in the batch as alone.
+
+    Returns:
+        The kind and that number.
+
     Raises:
-        MisconfigurationException: under none.
+        MisconfigurationException: there is no such kind.
     """
 
     def weights(losses: Losses, kind: Kind) -> Tensor:
         return (losses.weights(index, kind)[0] * (losses.calls[index].weights != 0)).flatten()
 
-    def mismatch(kind: Kind) -> float:
+    def compared(kind: Kind) -> tuple[float, float]:
         together, separate = weights(batch, kind), torch.cat([weights(losses, kind) for losses in alone])
         if noisy or len(together) != len(separate):  # drawn weights, and padding, agree only in sum
             together, separate = together.sum(), separate.sum()
         else:
             together, separate = together.sort().values, separate.sort().values
-        return round(float((together - separate).norm() / separate.norm().clamp_min(1e-30)), 4)
+        norm = separate.norm().clamp_min(1e-30)
+        size = float((together * separate).sum() / norm.square()) if any_size else 1.0
+        return round(float((together - size * separate).norm() / norm), 4), size
 
     kinds: list[Kind] = ["mean", "sum", "examples"]
-    best = min(sorted(kinds, key=lambda kind: kind != batch.calls[index].reduction), key=mismatch)
-    if not noisy and mismatch(best) > 1e-2:
+    kinds.sort(key=lambda kind: kind != batch.calls[index].reduction)
+    found = {kind: compared(kind) for kind in kinds}
+    best = min(kinds, key=lambda kind: found[kind][0])
+    mismatch, size = found[best]
+    if not noisy and mismatch > 1e-2:
         raise MisconfigurationException(weighted_otherwise(batch.calls[index].name))
-    return best
+    return best, size
 
 
 def _weight_of_example(workspace: Workspace, data: Examples, alone: Sequence[Losses], index: int, kind: Kind) -> float:
@@ -176,39 +174,3 @@ def _unspanned(workspace: Workspace, batch: Tensor, alone: Sequence[Tensor]) -> 
     separate = torch.stack([total_gradient(one, parameters) for one in alone]).double()
     weights = torch.linalg.lstsq(separate @ separate.T, separate @ together, driver="gelsd").solution
     return float((together - weights @ separate).norm() / together.norm().clamp_min(1e-30))
-
-
-def block_parameters(workspace: Workspace) -> list[Tensor]:
-    """The parameters of all blocks."""
-    own = named_parameters(workspace.module)
-    return [own[name] for block in workspace.blocks for name in block.parameters]
-
-
-def unknown_of(workspace: Workspace, data: Examples, ids: Sequence[int]) -> float:
-    """Share of the gradient that no recognised loss explains, a penalty of the weights alone left aside.
-
-    That is the gradient at the layers' outputs; or, where the loss holds gradients itself, which come to the weights by
-    other ways, what of it differs between two examples. A module that names its losses is taken by its word.
-    """
-    if workspace.objective.hook:
-        return 0.0
-    batch = batch_of(workspace, data, ids)
-    at_layers = unknown_share(workspace.module, workspace.objective, workspace.blocks, batch, len(ids))
-    if at_layers > UNKNOWN:
-        return at_layers
-    parameters, differences = block_parameters(workspace), []
-    try:
-        one, other = (evaluate(workspace, data.one_at_a_time(), [index]) for index in ids[:2])
-        for mine, its in ((one.rest, other.rest), (one.loss, other.loss)):
-            differences.append((total_gradient(mine, parameters) - total_gradient(its, parameters)).norm())
-    except Exception:  # of one example only, or of a step that needs several; the user's own errors come elsewhere
-        return at_layers
-    known = one.calls and other.calls and differences[1] > 0
-    return max(at_layers, float(differences[0] / differences[1])) if known else at_layers
-
-
-def batch_of(workspace: Workspace, data: Examples, ids: Sequence[int]) -> Batch:
-    """One batch of some examples, on the module's device, for the next call of the user's step."""
-    (_, batch), *_ = data.in_batches_of(len(ids)).batches(list(ids))
-    workspace.begin_step()
-    return to_module(batch, workspace.module, workspace.hooks)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_source._lightning import rank_zero_warn
-from lightning_source.capture.data import Examples
+from lightning_source.capture.attributes import tensors_beside
+from lightning_source.capture.data import Batch, Examples
 from lightning_source.capture.isolation import isolated_rng
 from lightning_source.capture.objective import NoLoss
-from lightning_source.passes.alone import batch_of
 from lightning_source.passes.calibration import evaluate
+from lightning_source.passes.singles import batch_of
 from lightning_source.passes.workspace import Workspace
 
 
@@ -66,4 +67,37 @@ def warn_of_partners(workspace: Workspace, data: Examples, ids: Sequence[int]) -
             f"`{type(workspace.module).__name__}.training_step` draws other examples of the batch into an example's"
             f" loss (mixup, say): one has {loss.item():.4g} among some and {among.item():.4g} among others. A score"
             " counts all of a row's loss for the example that stands in it."
+        )
+
+
+def warn_of_carried_tensors(workspace: Workspace, data: Examples, ids: Sequence[int]) -> None:
+    """One warning if the loss reads tensors that an earlier call of the step left on the module: of another batch.
+
+    Truncated backpropagation hands a hidden state on so. What is in the ``state_dict`` is recorded with the snapshots.
+    """
+    module = workspace.module
+
+    def loss_of(batch: Batch) -> Tensor:
+        with isolated_rng(0):
+            return workspace.objective.evaluate(batch, len(ids)).loss.detach()
+
+    try:
+        batch = batch_of(workspace, data, ids)
+        before = tensors_beside(module)
+        first = loss_of(batch)
+        after = tensors_beside(module)
+        second = loss_of(batch)
+        rewound = loss_of(batch_of(workspace, data, ids))
+    except Exception:  # as above
+        return
+
+    def known(tensors: Sequence[tuple[Tensor, int]]) -> list[tuple[int, int]]:
+        return [(id(tensor), writes) for tensor, writes in tensors]
+
+    left = [f"`{name}`" for name, tensors in after.items() if known(before.get(name, [])) != known(tensors)]
+    if left and torch.equal(first, rewound) and not torch.equal(first, second):
+        rank_zero_warn(
+            f"The loss of `{type(module).__name__}.training_step` depends on what its earlier calls left in"
+            f" {', '.join(left)}: one batch has {first.item():.4g} at first and {second.item():.4g} after itself."
+            " Scores take every batch as the first one after training, whose examples owe nothing to other batches."
         )

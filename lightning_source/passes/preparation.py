@@ -9,21 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from lightning_source._lightning import MisconfigurationException, rank_zero_warn
 from lightning_source.capture.coverage import Coverage, listed
 from lightning_source.capture.data import Examples
-from lightning_source.capture.layer_gradients import GradientCapture
 from lightning_source.capture.objective import NoLoss, ObjectiveSpec
-from lightning_source.capture.probe import HALF_TOLERANCE, probe
-from lightning_source.layers import Block
-from lightning_source.layers.free import held_whole
-from lightning_source.names import named_parameters
-from lightning_source.passes.alone import PROBED, UNKNOWN, batch_of, calibrate_alone, examples_with_loss, unknown_of
-from lightning_source.passes.calibration import calibrate, evaluate, first_with_loss
-from lightning_source.passes.notices import warn_of_batch_idx, warn_of_partners
+from lightning_source.capture.probe import probe
+from lightning_source.passes.alone import calibrate_alone
+from lightning_source.passes.calibration import calibrate, first_with_loss
+from lightning_source.passes.notices import warn_of_batch_idx, warn_of_carried_tensors, warn_of_partners
 from lightning_source.passes.rows import compared_ids, rows_differ
+from lightning_source.passes.singles import PROBED, batch_of, examples_with_loss
+from lightning_source.passes.unrecognised import counted_in_batches, unknown_of, whole_where_reached_otherwise
 from lightning_source.passes.workspace import Workspace
 
 # Examples of the batch that blocks are probed on, which is run and differentiated several times.
@@ -59,19 +55,24 @@ def prepare(
         MisconfigurationException: no block is left, or an example's loss depends on the others of its batch.
         FloatingPointError: the loss is not finite.
     """
+    ids = compared_ids(data, workspace.seed)
+    warn_of_carried_tensors(workspace, data, ids.tolist())
     reason: str | None
     by_batches: Preparation | None = None  # right as far as it goes
     try:
         spec = calibrate(workspace, data, examples_per_batch, maximize)
-        ids = compared_ids(data, workspace.seed)
         probed, _ = first_with_loss(workspace, data, min(len(data), data.batch_size, PROBED_AT_ONCE))
         checked = _probe(workspace, coverage, data, probed)
         workspace.blocks = checked.blocks
         reason = rows_differ(workspace, data, ids)
         unknown = unknown_of(workspace, data, probed)
-        if reason is None and unknown > UNKNOWN:
-            by_batches = Preparation(checked, spec)
-            reason = f"{unknown:.0%} of its gradient at the layers comes from losses that are none of torch's"
+        if reason is None and unknown:
+            counted = counted_in_batches(workspace, checked, data, spec, examples_per_batch, maximize)
+            if counted is None:
+                by_batches = Preparation(checked, spec)
+                reason = f"{unknown:.1%} of its gradient at the layers comes from losses that are none of torch's"
+            else:
+                workspace.spec = spec = counted
         if reason is None and checked.left_out != coverage.left_out:
             reason = _gained_alone(workspace, coverage, checked, data)
     except FloatingPointError:
@@ -99,7 +100,7 @@ def prepare(
         raise MisconfigurationException(f"there is no loss to attribute: {error}.") from None
     checked = _probed_alone(workspace, coverage, data)
     if spec.rest is not None:
-        checked = _whole_where_reached_otherwise(workspace, checked, data)
+        checked = whole_where_reached_otherwise(workspace, checked, data)
     workspace.blocks, workspace.spec = checked.blocks, spec
     return Preparation(checked, spec)
 
@@ -109,41 +110,6 @@ def _probed_alone(workspace: Workspace, coverage: Coverage, data: Examples) -> C
     for example in examples_with_loss(workspace, data)[0][:PROBED]:
         coverage = _probe(workspace, coverage, data.one_at_a_time(), [example])
     return coverage
-
-
-def _whole_where_reached_otherwise(workspace: Workspace, coverage: Coverage, data: Examples) -> Coverage:
-    """Parameters that the unrecognised part of the loss reaches by other ways than their layers' outputs: held whole.
-
-    A penalty on gradients, say, is differentiated through them. What penalises the weights themselves is the same for
-    all examples, so that differences between two are compared. A parameter too large to be held is left out.
-    """
-    ids, _ = examples_with_loss(workspace, data)
-    if len(ids) < 2:
-        return coverage
-    recording = GradientCapture(workspace.module, coverage.blocks)
-    found, expected = [], []
-    for example in ids[:2]:
-        rest = evaluate(workspace, data.one_at_a_time(), [example], recording=recording).rest
-        captured = recording.captured(rest, 1, True, {}, rest.reshape(1))
-        found.append([g.per_example().sum(1) if (g := captured.get(b.name)) else None for b in coverage.blocks])
-        own = named_parameters(workspace.module)
-        names = [name for block in coverage.blocks for name in block.parameters]
-        gradients = torch.autograd.grad(rest, [own[name] for name in names], allow_unused=True)
-        values = {n: torch.zeros_like(own[n]) if g is None else g for n, g in zip(names, gradients, strict=True)}
-        expected.append([block.matrix(values) for block in coverage.blocks])
-    blocks: list[Block] = []
-    reasons = {}
-    for block, one, other, here, there in zip(coverage.blocks, *found, *expected, strict=True):
-        wanted = here - there
-        left = wanted - (0 if one is None else one) + (0 if other is None else other)
-        if block.free or left.norm() <= HALF_TOLERANCE * torch.stack([wanted.norm(), 1e-4 * here.norm()]).max():
-            blocks.append(block)
-            continue
-        whole = held_whole(block, workspace.module)
-        if not whole:
-            reasons[block.name] = "the unrecognised part of the loss reaches it by another way than its output"
-        blocks += whole or [block]
-    return replace(coverage, blocks=tuple(blocks)).without(reasons)
 
 
 def _gained_alone(workspace: Workspace, coverage: Coverage, checked: Coverage, data: Examples) -> str | None:

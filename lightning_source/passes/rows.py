@@ -32,7 +32,7 @@ def compared_ids(data: Examples, seed: int) -> Tensor:
     return order[:count].sort().values
 
 
-def rows_differ(workspace: Workspace, data: Examples, ids: Tensor) -> str | None:
+def rows_differ(workspace: Workspace, data: Examples, ids: Tensor, tolerance: float = TOLERANCE) -> str | None:
     """Compare examples' gradients in a batch with those of the examples alone.
 
     Call it inside :meth:`Workspace.at`, with a calibrated objective and blocks that were probed.
@@ -41,6 +41,7 @@ def rows_differ(workspace: Workspace, data: Examples, ids: Tensor) -> str | None
         workspace: the model.
         data: where the examples come from.
         ids: the examples that make the batch.
+        tolerance: share of a row's norm that it may differ by.
 
     Returns:
         ``None`` where every row is its example's own, else the reason in a few words.
@@ -50,13 +51,13 @@ def rows_differ(workspace: Workspace, data: Examples, ids: Tensor) -> str | None
     batch = data.in_batches_of(len(ids))
     first, again = (_flat(workspace, batch, ids) for _ in range(2))
     alone = data.in_batches_of(1)
-    if not _close(first, again).all():
+    if not _close(first, again, tolerance).all():
         return _random_rows_differ(workspace, batch, alone, ids)
     separate = [_alone(workspace, alone, index) for index in ids.split(1)]
     known = torch.tensor([gradient is not None for gradient in separate])
     if not known.any():
         return "no example has a loss by itself"
-    close = _close(first[known], torch.cat([gradient for gradient in separate if gradient is not None]))
+    close = _close(first[known], torch.cat([gradient for gradient in separate if gradient is not None]), tolerance)
     if bool(close.all()):
         return None
     return f"gradients of {int((~close).sum())} of {len(ids)} examples are others in a batch than alone"
@@ -72,10 +73,10 @@ def _random_rows_differ(workspace: Workspace, batch: Examples, alone: Examples, 
     return "the step draws noise, and examples in a batch cannot be told from the same ones alone"
 
 
-def _close(one: Tensor, other: Tensor) -> Tensor:
+def _close(one: Tensor, other: Tensor, tolerance: float = TOLERANCE) -> Tensor:
     """Which rows agree, ``[B]``; a gradient that is small beside the others' may differ by as much as theirs do."""
     sizes = other.norm(dim=1)
-    return (one - other).norm(dim=1) <= TOLERANCE * torch.maximum(sizes, 1e-2 * sizes.mean()) + 1e-12
+    return (one - other).norm(dim=1) <= tolerance * torch.maximum(sizes, 1e-2 * sizes.mean()) + 1e-12
 
 
 def _alone(workspace: Workspace, data: Examples, index: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -105,20 +105,20 @@ class ScoringStore(RunStore):
         self.claim.release()
 
 
-class PartialStore(ScoringStore):
-    """A run that has not ended, as a scorer may complete it: what is made of it goes into a folder of its own.
+class ApartStore(ScoringStore):
+    """What a scorer makes of a run as it was, or as it would be if it ended now: in a folder of its own inside the run.
 
     Whoever records the run, or resumes it one day, finds it as it was.
 
     Args:
         base: the run.
+        folder: the place inside of it.
+        manifest: what is asked in place of the run; ``partial_of`` says of which state it is.
     """
 
-    def __init__(self, base: RunStore) -> None:
-        manifest = copy.deepcopy(base.manifest)
-        manifest.partial_of = PartialOf(run_id=manifest.run_id, bins=list(manifest.bins))
-        super().__init__(base.path / PARTIAL, manifest)
-        self.base = base.path
+    def __init__(self, base: RunStore, folder: str, manifest: Manifest) -> None:
+        super().__init__(base.path / folder, manifest)
+        self.base = base
         try:
             self._take_up()
         except (OSError, DirectoryError) as error:
@@ -127,7 +127,7 @@ class PartialStore(ScoringStore):
 
     def _take_up(self) -> None:
         """Go on with what an earlier scorer made of the same state of the run; what is of another one goes."""
-        self.path.mkdir(exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         self.claim.take(WAIT)
         if holds_run(self.path):
             earlier = read_manifest(Manifest, self.path / MANIFEST)
@@ -140,32 +140,36 @@ class PartialStore(ScoringStore):
         """See :meth:`RunStore.read`."""
         if name in self._kept or (self.path / name).exists():
             return super().read(name, device)
-        return RunStore(self.base, self.manifest).read(name, device)
+        return self.base.read(name, device)
 
     def _place_of(self, name: str) -> Path:
         own = self.path / name
-        return own if own.exists() else self.base / name
+        return own if own.exists() else self.base._place_of(name)
 
 
 def open_to_score(path: str | os.PathLike[str]) -> ScoringStore:
     """An existing run, finished or not; see :meth:`RunStore.open`."""
     store = ScoringStore.open(path)
-    return PartialStore(store) if store.manifest.bins else store
+    if not store.manifest.bins:
+        return store
+    manifest = copy.deepcopy(store.manifest)
+    manifest.partial_of = PartialOf(run_id=manifest.run_id, bins=list(manifest.bins))
+    return ApartStore(store, PARTIAL, manifest)
 
 
 class SharedStore(RunStore):
     """A run that several ranks work on together: rank 0 reads and writes, and all see the same. Calls are collective.
 
     Args:
-        path: the directory as rank 0 sees it.
+        opened: gives the run, on rank 0.
         ranks: who works together.
     """
 
-    def __init__(self, path: str | os.PathLike[str], ranks: Ranks) -> None:
+    def __init__(self, opened: Callable[[], RunStore], ranks: Ranks) -> None:
         self._own: RunStore | None = None
 
         def open_it() -> tuple[Path, Manifest]:
-            self._own = open_to_score(path)
+            self._own = opened()
             return self._own.path, self._own.manifest
 
         super().__init__(*ranks.on_rank_zero(open_it))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_source._lightning import MisconfigurationException
+
 _LONGEST_TEXT, _MOST_NUMBERS = 2000, 24
 _BATCHES = (Tensor, Mapping, tuple, list)
 _LABELS = ("labels", "label", "target", "targets", "y")
@@ -24,24 +26,59 @@ def shown(example: object, render: Render | None, pixels: int) -> Shown:
 
     Args:
         example: what the dataset gives at an index.
+        render: as :func:`picture_or_text` takes it.
+        pixels: the longer side of a picture at most.
+    """
+    content, label = picture_or_text(example, render)
+    what = {"text": content} if isinstance(content, str) else {"image": _png(content, pixels)}
+    return what if label is None else what | {"label": label}
+
+
+def picture_or_text(example: object, render: Render | None) -> tuple[Tensor | str, str | None]:
+    """An example as ``[H, W]`` or ``[H, W, 3]`` between 0 and 1, or as a text; and its label, where it has one.
+
+    Args:
+        example: what the dataset gives at an index.
         render: takes the example and gives back a text or a picture (a tensor ``[H, W]`` or ``[C, H, W]``); ``None``
             guesses.
-        pixels: the longer side of a picture at most.
     """
     inputs, label = _parts(example)
     content = inputs if render is None else render(example)
     picture = _picture(content)
-    what = {"text": _text(content)} if picture is None else {"image": _png(picture, pixels)}
-    return what if label is None else what | {"label": _text(label)}
+    return _text(content) if picture is None else picture, None if label is None else _text(label)
+
+
+def training_example(train: object, train_id: int) -> object:
+    """What the training dataset gives at an index.
+
+    Raises:
+        MisconfigurationException: it cannot be indexed.
+    """
+    if not hasattr(train, "__getitem__"):
+        raise MisconfigurationException(
+            f"`train` is a {type(train).__name__}, which cannot be indexed. HINT: pass the training dataset."
+        )
+    return train[train_id]
 
 
 def query_example(query: object, query_ids: Tensor, row: int) -> object:
-    """The example behind one row of the scores: of a dataset by its id, of a batch by its row."""
+    """The example behind one row of the scores: of a dataset by its id, of a batch by its row.
+
+    Raises:
+        MisconfigurationException: nothing in the batch has as many rows as the scores.
+    """
     if isinstance(query, DataLoader):
         query = query.dataset
     if isinstance(query, Dataset) or (hasattr(query, "__getitem__") and not isinstance(query, _BATCHES)):
         return query[int(query_ids[row])]
-    return _row(query, row, len(query_ids))
+    count = len(query_ids)
+    parts = query if isinstance(query, tuple | list) else ()
+    if not _has_rows(query, count) and not any(_has_rows(part, count) for part in parts):
+        raise MisconfigurationException(
+            f"`query` is of {type(query)} and nothing in it has {count} rows, one for each query of the scores. HINT:"
+            " pass the batch that was scored, or a dataset."
+        )
+    return _row(query, row, count)
 
 
 def labels_of(dataset: object) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_source._files import write_text
 from lightning_source._lightning import MisconfigurationException
-from lightning_source.report.examples import Render, labels_of, query_example, shown
+from lightning_source.report.examples import Render, labels_of, query_example, shown, training_example
 
 _MOST_CLASSES, _BINS, _MOST_IMAGE_BYTES = 20, 41, 7_000_000
 _PIXELS = (96, 64, 40, 24, 16)
@@ -72,7 +72,7 @@ def write_report(
         raise MisconfigurationException(f"`k={k}` must be at least 1.")
     content = _numbers(scores, min(k, scores.values.shape[1]), self_influence, labels_of(train))
     for pixels in _PIXELS:
-        examples = {str(n): shown(_item(train, n), render, pixels) for n in sorted(content.ids)}
+        examples = {str(n): shown(training_example(train, n), render, pixels) for n in sorted(content.ids)}
         queries = [shown(query_example(query, scores.query_ids, q), render, pixels) for q in range(count)]
         if sum(len(e.get("image", "")) for e in (*examples.values(), *queries)) <= _MOST_IMAGE_BYTES:
             break
@@ -101,14 +101,6 @@ def require_report_packages() -> None:
 
 def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
-
-
-def _item(dataset: object, n: int) -> object:
-    if not hasattr(dataset, "__getitem__"):
-        raise MisconfigurationException(
-            f"`train` is a {type(dataset).__name__}, which cannot be indexed. HINT: pass the training dataset."
-        )
-    return dataset[n]
 
 
 class _Content:

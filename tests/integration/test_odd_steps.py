@@ -120,6 +120,45 @@ class Target(Classifier):
         return F.cross_entropy(outputs, y) + F.mse_loss(outputs, self.target(x.flip(1)).detach())
 
 
+class Recurrent(Classifier):
+    """Truncated backpropagation: the hidden state goes from batch to batch of an epoch, or is kept and not read."""
+
+    def __init__(self, carries: str) -> None:
+        super().__init__(nn.RNN(6, 40, batch_first=True))  # too large a state for the record
+        self.carries = carries
+        self.hidden = torch.zeros(1, 8, 40)
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets = batch
+        start = torch.zeros(1, len(inputs), 40) if self.carries == "unread" else self.hidden[:, : len(inputs)].clone()
+        outputs, hidden = self.net(inputs[:, None], start)
+        if self.carries == "in place":
+            self.hidden[:, : len(inputs)] = hidden.detach()
+        else:
+            self.hidden = hidden.detach()
+        return self.loss(outputs[:, -1], targets)
+
+    def on_train_epoch_end(self):
+        self.hidden = torch.zeros(1, 8, 40)
+
+
+@pytest.mark.parametrize("carries", ["in place", "anew", "unread"])
+def test_a_state_that_goes_from_batch_to_batch_is_named(tmp_path, recwarn, carries):
+    module = Recurrent(carries)
+    trainer = fit(tmp_path, module)
+    said = [str(w.message) for w in recwarn if "earlier calls left in `hidden`" in str(w.message)]
+    assert len(said) == (carries != "unread")
+    scores = trainer.attribute(list(classes().tensors), method="grad-dot").values
+
+    def begun_anew(example):  # as every batch of a pass is
+        module.on_train_epoch_end()
+        return module.training_step([x[None] for x in example], 0)
+
+    rows = gradient_rows(map(begun_anew, classes()), [*module.parameters()])
+    found = rows @ rows.T
+    close(scores, (scores * found).sum() / found.square().sum() * found)
+
+
 def test_a_target_that_is_synchronised_late_is_recorded(tmp_path):
     module = Target()
     scores = fit(tmp_path, module).attribute(list(classes().tensors), method="grad-dot").values

@@ -1,8 +1,11 @@
-"""Losses that are torch's in part: what stands beside them counts, at the cost of a pass for each example.
+"""Losses that are torch's in part: what stands beside them counts, in batches where their rows hold it by example.
 
 The oracle is autograd on one example's loss at a time. Scores of ``"grad-dot"`` are compared up to one factor, the sum
 of learning rates over the number of examples.
 """
+
+import re
+import warnings
 
 import lightning as L
 import pytest
@@ -36,11 +39,11 @@ def scored(tmp_path, loss, match: str | None = "none of torch's"):
         return module, trainer
 
     alone, _ = trained()
-    if match is None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
         module, trainer = trained(SourceCallback(str(tmp_path / "run")))
-    else:
-        with pytest.warns(UserWarning, match=match):
-            module, trainer = trained(SourceCallback(str(tmp_path / "run")))
+    said = " ".join(str(warning.message) for warning in seen)
+    assert re.search(match, said) if match else "one at a time" not in said
     assert all(torch.equal(p, q) for p, q in zip(alone.parameters(), module.parameters(), strict=True))
     return module, trainer.attribute(list(classes().tensors), method="grad-dot").values, trainer
 
@@ -58,29 +61,45 @@ def hidden(module, x):
     return module.net[0](x).square().sum(1)
 
 
-def on_gradients(module, x, y):
+def on_gradients(weight):
     """A penalty that is differentiated through the layers' gradients, not through their outputs alone."""
-    inputs = x.clone().requires_grad_(True)
-    outputs = module.net(inputs)
-    (gradient,) = torch.autograd.grad(outputs.logsumexp(1).sum(), inputs, create_graph=True)
-    return F.cross_entropy(outputs, y) + 3 * gradient.square().sum(1).mean()
+
+    def loss(module, x, y):
+        inputs = x.clone().requires_grad_(True)
+        outputs = module.net(inputs)
+        (gradient,) = torch.autograd.grad(outputs.logsumexp(1).sum(), inputs, create_graph=True)
+        return F.cross_entropy(outputs, y) + weight * gradient.square().sum(1).mean()
+
+    return loss
 
 
-@pytest.mark.check("loss", "a penalty beside a recognised loss", "scores of the whole loss, one example at a time")
+def between_passes(module, x, y):
+    """Two passes over other views of an example must agree, by a divergence whose target has a gradient as well."""
+    one, other = (module.net(scale * x).log_softmax(1) for scale in (1, 0.8))
+    return F.nll_loss(one, y) + 0.5 * F.kl_div(one, other, log_target=True, reduction="batchmean")
+
+
+@pytest.mark.check("loss", "a penalty beside a recognised loss", "scores of the whole loss")
 @pytest.mark.parametrize(
-    ("loss", "in_the_end"),
+    ("loss", "in_the_end", "match"),
     [
-        (lambda m, x, y: known(m, x, y) + 0.2 * hidden(m, x).mean(), None),
+        (lambda m, x, y: known(m, x, y) + 0.2 * hidden(m, x).mean(), None, None),
+        (lambda m, x, y: known(m, x, y) + 0.002 * hidden(m, x).mean(), None, None),
         (
             lambda m, x, y: known(m, x, y) + 0.1 * m.current_epoch * hidden(m, x).mean(),
             lambda m, x, y: known(m, x, y) + 0.1 * 2 * hidden(m, x).mean(),
+            None,
         ),
-        (on_gradients, None),
+        (between_passes, None, None),
+        (on_gradients(3), None, "none of torch's"),
+        (on_gradients(1), None, "none of torch's"),
+        (on_gradients(0.1), None, "none of torch's"),
     ],
-    ids=["on a layer", "annealed", "on gradients"],
+    ids=["on a layer", "small", "annealed", "between passes", "on gradients", "a third of it", "small on gradients"],
 )
-def test_what_stands_beside_a_known_loss_counts(tmp_path, loss, in_the_end):
-    module, scores, trainer = scored(tmp_path, loss)
+def test_what_stands_beside_a_known_loss_counts(tmp_path, loss, in_the_end, match):
+    """Examples are run one at a time only where no batch tells what each of them adds."""
+    module, scores, trainer = scored(tmp_path, loss, match)
     gradients = rows(module, in_the_end or loss)
     assert off(scores, gradients @ gradients.T) < 1e-5
     assert trainer.attribute(list(classes().tensors)).values.isfinite().all()
@@ -89,7 +108,7 @@ def test_what_stands_beside_a_known_loss_counts(tmp_path, loss, in_the_end):
 def test_a_penalty_that_is_a_sum_weighs_as_in_training(tmp_path):
     """A batch of 8 has the mean of 8 losses and the sum of 8 penalties; a query is a batch of one."""
     loss = lambda m, x, y: known(m, x, y) + 0.05 * hidden(m, x).sum()  # noqa: E731
-    module, scores, _ = scored(tmp_path, loss)
+    module, scores, _ = scored(tmp_path, loss, match=None)
     trained = rows(module, known) + 8 * rows(module, lambda m, x, y: 0.05 * hidden(m, x).sum())
     assert off(scores, rows(module, loss) @ trained.T) < 1e-5
 
@@ -102,7 +121,7 @@ def test_a_penalty_of_the_weights_belongs_to_no_example(tmp_path, recwarn):
     assert off(scores, gradients @ gradients.T) < 1e-5
     assert not [w for w in recwarn if "one at a time" in str(w.message)]
     both = lambda m, x, y: known(m, x, y) + 0.2 * hidden(m, x).mean()  # noqa: E731
-    module, scores, _ = scored(tmp_path / "b", lambda m, x, y: both(m, x, y) + weights(m))
+    module, scores, _ = scored(tmp_path / "b", lambda m, x, y: both(m, x, y) + weights(m), match=None)
     gradients = rows(module, both)
     assert off(scores, gradients @ gradients.T) < 1e-5
 

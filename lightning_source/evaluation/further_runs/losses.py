@@ -9,7 +9,9 @@ from lightning_source.capture.batch_copies import copied
 from lightning_source.capture.coverage import find_blocks
 from lightning_source.capture.objective import Objective
 from lightning_source.evaluation.further_runs.recipe import Recipe
-from lightning_source.passes.calibration import calibrate
+from lightning_source.passes.calibration import calibrate, evaluate
+from lightning_source.passes.singles import examples_with_loss
+from lightning_source.passes.unrecognised import unknown_of, with_rest
 from lightning_source.passes.workspace import Workspace
 
 
@@ -24,7 +26,16 @@ class StepLoss:
         blocks = find_blocks(recipe.module, groups).blocks
         workspace = Workspace(recipe.module, blocks, self.objective, hooks=recipe.hooks)
         with workspace.at({}):
-            self.spec = calibrate(workspace, recipe.data, len(recipe.data) / recipe.steps_per_epoch)
+            size = len(recipe.data) / recipe.steps_per_epoch
+            self.spec = calibrate(workspace, recipe.data, size)
+            ids, alone = examples_with_loss(workspace, recipe.data)
+            if unknown_of(workspace, recipe.data, ids):
+                self.spec = with_rest(workspace, self.spec, evaluate(workspace, recipe.data, ids), alone, size)
+
+    @property
+    def in_part_unknown(self) -> bool:
+        """Whether some of the loss, or all of it, is made of no call that is recognised."""
+        return self.spec.origin == "whole" or self.spec.rest is not None
 
     def batch(self, batch: object, size: int, dropped: int | None) -> Tensor:
         """A step's loss on a batch of ``size`` examples, without the part of the one at position ``dropped``."""
@@ -32,7 +43,7 @@ class StepLoss:
         if dropped is None:
             return losses.loss
         by_example = losses.each()
-        if by_example.shape != (size,):
+        if by_example.shape != (size,) or self.in_part_unknown:
             raise MisconfigurationException(
                 f'`removal="mask"` needs the losses of single examples, which `{type(self.recipe.module).__name__}`\'s'
                 ' `training_step` does not show. HINT: use torch\'s losses, pass `loss=`, or take `removal="shift"`.'

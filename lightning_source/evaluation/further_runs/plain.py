@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lightning_source._lightning import MisconfigurationException
-from lightning_source.capture.data import Examples
 from lightning_source.evaluation.further_runs.losses import GivenLoss, StepLoss
 from lightning_source.evaluation.further_runs.recipe import Pair, Recipe, Trace, unchanged
 
@@ -24,12 +23,8 @@ class PlainRuns:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.loss = GivenLoss(recipe) if recipe.loss is not None else StepLoss(recipe)
-        if (
-            isinstance(self.loss, StepLoss)
-            and self.loss.spec.origin == "whole"
-            and isinstance(recipe.queries, Examples)
-        ):
-            recipe = replace(recipe, queries=replace(recipe.queries, batch_size=1))  # a loss as a whole tells no others
+        if isinstance(self.loss, StepLoss) and self.loss.in_part_unknown:  # a batch tells no query's own
+            recipe = replace(recipe, queries=recipe.queries.one_at_a_time())
         self._queries = recipe.query_batches()
         with unchanged(recipe.module):
             self.start = self._measure()
@@ -83,7 +78,6 @@ class PlainRuns:
             if values.shape != (size,):
                 raise MisconfigurationException(
                     f"a batch of {size} queries was measured by a tensor {list(values.shape)}, not one value each."
-                    " HINT: a measurement gives `[B]`; a loss that is only known for a batch as a whole needs the"
-                    " queries as a Dataset."
+                    " HINT: a measurement gives `[B]`."
                 )
         return torch.cat(by_batch)
