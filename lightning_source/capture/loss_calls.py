@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypedDict, cast
 
 import torch
@@ -47,26 +47,6 @@ class LossCall:
     def value(self) -> Tensor:
         """What the user's call returns."""
         return self.elements if self.reduction == "none" else self.elements.sum() / self.normalizer
-
-
-def joined(pieces: Sequence[LossCall]) -> LossCall:
-    """Calls of one loss on pieces of a batch, in their order, as one call on all of it."""
-
-    def read(name: str) -> Callable[[], Tensor] | None:
-        readers = [getattr(piece, name) for piece in pieces]
-        return None if None in readers else lambda: torch.cat([reader() for reader in readers])
-
-    return replace(
-        pieces[0],
-        elements=torch.cat([piece.elements for piece in pieces]),
-        weights=torch.cat([piece.weights for piece in pieces]),
-        curvature=torch.cat([piece.curvature for piece in pieces]),
-        sample=lambda generator: torch.cat([piece.sample(generator) for piece in pieces]),
-        margin=read("margin"),
-        log_prob=read("log_prob"),
-        outputs=(),
-        information=None,
-    )
 
 
 class LossArguments(TypedDict, total=False):

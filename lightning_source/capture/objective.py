@@ -29,10 +29,10 @@ from lightning_source._lightning import LightningModule, MisconfigurationExcepti
 from lightning_source.capture.batch_copies import copied
 from lightning_source.capture.data import Batch
 from lightning_source.capture.layer_gradients import GradientCapture
-from lightning_source.capture.loss_calls import joined
 from lightning_source.capture.losses import Information, LossCall, read_call
 from lightning_source.capture.manual_optimization import ManualStep
 from lightning_source.capture.masked_rows import by_owner, owners_of
+from lightning_source.capture.pieces import of_whole_batches
 from lightning_source.capture.trainer_view import in_trained_precision
 
 Measurement = Callable[[Any, Any], Tensor]
@@ -175,13 +175,18 @@ class Losses:
         if spec.origin == "whole":
             scale = spec.calls[0]
             return self.loss * scale.factor * (self.size if scale.kind == "mean" else 1)
-        known = self.of_examples(
-            [
-                self.weights(i, scale.kind)[0] * scale.factor * self.calls[i].elements
-                for i, scale in enumerate(spec.calls)
-            ]
-        )
+        known = self.of_examples(self._trained(spec))
         return known if spec.rest is None else self._with_rest(known, spec, spec.rest)
+
+    def _trained(self, spec: ObjectiveSpec) -> list[Tensor]:
+        """``B s_j ℓ_j`` of training batches, by call."""
+        return [
+            self.weights(i, scale.kind)[0] * scale.factor * self.calls[i].elements for i, scale in enumerate(spec.calls)
+        ]
+
+    def data_elements(self, spec: ObjectiveSpec) -> Tensor:
+        """``[B, E]``: the parts of :meth:`data_target` that are each element's, those of a text's tokens say."""
+        return torch.cat([self.by_example(i, values) for i, values in enumerate(self._trained(spec))], 1)
 
     def _with_rest(self, known: Tensor, spec: ObjectiveSpec, factor: float) -> Tensor:
         """Values of the recognised part, and the sum over examples of the rest at a multiple: one number, ``[1]``."""
@@ -231,22 +236,29 @@ class Losses:
         elements of ``log(p / (1 - p))`` of the target class, ``"log-prob"`` the summed log-probability of its targets.
         """
         if measurement != "loss":
-            return self.of_targets(measurement)
+            return self.target_elements(measurement).sum(1)
         if spec.origin == "whole":
             return (self.loss * (self.size if spec.calls[0].kind == "mean" else 1)).reshape(1)
         if spec.rest is not None and self.size == 1:
             return self.loss.reshape(1)
-        total = []
+        known = self.measured_elements(spec, measurement).sum(1)
+        return known if spec.rest is None else self._with_rest(known, spec, 1.0)
+
+    def measured_elements(self, spec: ObjectiveSpec, measurement: str) -> Tensor:
+        """``[B, E]``: the parts of :meth:`measurement` that are each element's, as far as elements are known."""
+        if measurement != "loss":
+            return self.target_elements(measurement)
+        parts = []
         for i, scale in enumerate(spec.calls):
             h, weights = self.weights(i, scale.kind)
-            value = self.by_example(i, h * self.calls[i].elements).sum(1)
+            values = self.by_example(i, h * self.calls[i].elements)
             if scale.kind != "sum":
-                value = value / self.by_example(i, weights).sum(1).clamp_min(1e-12)
-            total.append(scale.alone * value)
-        return _sum(total) if spec.rest is None else self._with_rest(_sum(total), spec, 1.0)
+                values = values / self.by_example(i, weights).sum(1, keepdim=True).clamp_min(1e-12)
+            parts.append(scale.alone * values)
+        return torch.cat(parts, 1)
 
-    def of_targets(self, measurement: str) -> Tensor:
-        """``[B]``: ``"margin"`` or ``"log-prob"`` of the one loss that has such targets."""
+    def target_elements(self, measurement: str) -> Tensor:
+        """``"margin"`` or ``"log-prob"`` of the one loss that has such targets, ``[B, E]``."""
         readers = [
             (i, call, r)
             for i, call in enumerate(self.calls)
@@ -260,8 +272,8 @@ class Losses:
             )
         i, call, reader = readers[0]
         valid = call.weights != 0
-        values = self.by_example(i, torch.where(valid, reader(), 0.0)).sum(1)
-        return values if measurement == "log-prob" else values / self.by_example(i, valid).sum(1).clamp_min(1)
+        values = self.by_example(i, torch.where(valid, reader(), 0.0))
+        return values if measurement == "log-prob" else values / self.by_example(i, valid).sum(1, True).clamp_min(1)
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
@@ -337,7 +349,7 @@ class Objective:
             elements = [call.elements for call in calls]
             factors = torch.autograd.grad(loss, elements, retain_graph=True, allow_unused=True)
             used = [(call, scale) for call, scale in zip(calls, factors, strict=True) if scale is not None]
-            calls, scales = _of_whole_batches([(call, scale) for call, scale in used if len(scale.flatten())], size)
+            calls, scales = of_whole_batches([(call, scale) for call, scale in used if len(scale.flatten())], size)
         return Losses(loss, calls, scales, size)
 
     def step(self, batch: Batch, manual: ManualStep | None = None) -> Any:
@@ -378,23 +390,6 @@ class Objective:
             )
         tap.calls.append(call)
         return call.value
-
-
-def _of_whole_batches(used: Sequence[tuple[LossCall, Tensor]], size: int) -> tuple[list[LossCall], list[Tensor]]:
-    """Calls with their scales, those of one loss that are on pieces of a batch of ``size`` taken as one."""
-    pieces: dict[str, list[tuple[LossCall, Tensor]]] = {}
-    for call, scale in used:
-        piece = scale.dim() and len(scale) < size and owners_of(call.elements, size) is None
-        pieces.setdefault(f"{call.name} {tuple(scale.shape[1:])}" if piece else f"{id(call)}", []).append((call, scale))
-    calls, scales = [call for call, _ in used], [scale for _, scale in used]
-    for of_one in pieces.values():
-        if len(of_one) > 1 and sum(len(scale) for _, scale in of_one) == size:
-            whole, *rest = (next(i for i, known in enumerate(calls) if known is call) for call, _ in of_one)
-            calls[whole] = joined([call for call, _ in of_one])
-            scales[whole] = torch.cat([scale for _, scale in of_one])
-            for index in reversed(rest):
-                del calls[index], scales[index]
-    return calls, scales
 
 
 def _plain_call(

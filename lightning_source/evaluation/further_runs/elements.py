@@ -30,7 +30,7 @@ def measured(recipe: Recipe, example_losses: ExampleLoss, size: int) -> ExampleL
     def read(module: object, batch: object) -> Tensor:
         with _Tap(read_call, lambda call: call.value) as tap:
             loss = objective.step(batch)
-        return Losses(loss, tap.calls, [], size).of_targets(name)
+        return Losses(loss, tap.calls, [], size).target_elements(name).sum(1)
 
     return read
 
