@@ -19,8 +19,10 @@ from lightning_source.capture.data import Examples, GivenBatches, examples_of, q
 from lightning_source.capture.objective import Measurement
 from lightning_source.diagnosis import Diagnosis, Finding, diagnose
 from lightning_source.estimators import MatrixSink, Metadata, Query, ScoreSink, estimator_for
+from lightning_source.estimators.by_element import element_scores
 from lightning_source.estimators.columns import Columns
 from lightning_source.estimators.registry import Estimator, Options
+from lightning_source.estimators.sinks import require_finite_scores
 from lightning_source.estimators.source import self_influence
 from lightning_source.estimators.spread import Spread
 from lightning_source.recording.earlier import At
@@ -253,7 +255,7 @@ class SourceScorer:
         errors = torch.zeros(len(queries), columns.count) if stderr else None
         if columns.count:
             extra_metadata = self._compute(estimator, options, queries, data, columns.ids, sink, errors)
-        _require_finite(sink.values, queries.positions, columns.positions)
+        require_finite_scores(sink.values, queries.positions, columns.positions)
         weights = extra_metadata.kernel_weights
         return InfluenceScores(
             columns.spread(sink.values),
@@ -314,14 +316,42 @@ class SourceScorer:
         Returns:
             ``[N]``, float32, in the order of the dataset or of ``train_ids``: the diagonal of :meth:`score`.
         """
-        self._use(train)
-        self.run.calibrate()
-        self._require_trained()
+        self._ready(train)
         columns = Columns.of(self.run.data, _ids(train_ids, self.run.data.positions_in_all))
         ids = torch.arange(columns.count) if columns.ids is None else columns.ids
         values = self_influence(self.run, ids, self._queries_at_once()) if columns.count else torch.zeros(0)
-        _require_finite(values[None], torch.arange(1), columns.positions)
+        require_finite_scores(values[None], torch.arange(1), columns.positions)
         return columns.spread(values)
+
+    @torch.inference_mode(False)
+    def tokens(
+        self, query: object, example: int, train: object = None, *, row: int = 0, method: str = "source", **options: Any
+    ) -> Tensor:
+        """Which elements of a training example's loss made which of a query's: for texts, which token which token.
+
+        Args:
+            query: as :meth:`score` takes it, and so the further arguments.
+            example: position of the training example in its dataset.
+            train: the run's training dataset; only omitted where the scorer already has it.
+            row: which of the queries.
+            method: one whose scores are sums over elements.
+            **options: its own.
+
+        Returns:
+            ``[query elements, example elements]``, which sum to the pair's score, in the losses' order: of a loss on
+            the next token, element ``t`` is the prediction of token ``t + 1``.
+
+        Raises:
+            MisconfigurationException: wrong input, or a loss or method without elements.
+        """
+        estimator = estimator_for(method, options)
+        self._ready(train)
+        ids = Columns.of(self.run.data, _ids([example], self.run.data.positions_in_all)).ids
+        if ids is None or not len(ids):
+            raise MisconfigurationException(f"example {example} is none of those that were trained on.")
+        asked = self.run.queries(query_of(query, self.run.stage.examples)), row
+        at_once = self._queries_at_once(estimator.floats_per_parameter(options))
+        return element_scores(self.run, estimator, options, self.measurement, asked, int(ids), at_once)
 
     @torch.inference_mode(False)
     def diagnose(self, train: object = None) -> Diagnosis:
@@ -360,6 +390,11 @@ class SourceScorer:
                 " mean nothing. HINT: `scorer.diagnose()` shows the figures; train with a smaller learning rate."
             )
 
+    def _ready(self, train: object) -> None:
+        self._use(train)
+        self.run.calibrate()
+        self._require_trained()
+
     def _use(self, train: object) -> None:
         self.run.use(
             None if train is None else examples_of(train, self.run.stage.record.batch_size, self.run.stage.examples)
@@ -392,21 +427,6 @@ class SourceScorer:
             "run_id": run.store.manifest.run_id,
             "versions": versions(),
         }
-
-
-def _require_finite(values: Tensor, queries: Tensor, examples: Tensor) -> None:
-    """Refuse scores of which some are NaN or infinite, by the ids of the first of them.
-
-    Raises:
-        FloatingPointError: some are.
-    """
-    if not values.isfinite().all():
-        query, example = (~values.isfinite()).nonzero()[0].tolist()
-        raise FloatingPointError(
-            f"{int((~values.isfinite()).sum())} of {values.numel()} scores are not finite, the first one of query"
-            f" {int(queries[query])} and example {int(examples[example])}. HINT: `scorer.diagnose()` says what is known"
-            " of the run."
-        )
 
 
 def _ids(ids: Sequence[int] | Tensor | None, total: int) -> Tensor | None:

@@ -56,3 +56,18 @@ class MatrixSink:
                 " HINT: register the method without `segments=True`, or give each of its terms its `segment`."
             )
         self.by_segment[segment, rows, columns] += values
+
+
+def require_finite_scores(values: Tensor, queries: Tensor, examples: Tensor) -> None:
+    """Refuse scores of which some are NaN or infinite, by the ids of the first of them.
+
+    Raises:
+        FloatingPointError: some are.
+    """
+    if not values.isfinite().all():
+        query, example = (~values.isfinite()).nonzero()[0].tolist()
+        raise FloatingPointError(
+            f"{int((~values.isfinite()).sum())} of {values.numel()} scores are not finite, the first one of query"
+            f" {int(queries[query])} and example {int(examples[example])}. HINT: `scorer.diagnose()` says what is known"
+            " of the run."
+        )

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_source.capture.data import Examples
 from lightning_source.curvature.ekfac import Basis
 from lightning_source.estimators.sinks import ScoreSink
+from lightning_source.passes.elements import Elements
 from lightning_source.passes.query_gradients import QueryGradients
 from lightning_source.passes.workspace import State, Workspace
 
@@ -36,7 +37,9 @@ class Contraction:
     segment: int | None = None
     normalize: bool = False
 
-    def compute(self, workspace: Workspace, data: Examples, ids: Tensor | None, sink: ScoreSink, rows: slice) -> None:
+    def compute(
+        self, workspace: Workspace, data: Examples | Elements, ids: Tensor | None, sink: ScoreSink, rows: slice
+    ) -> None:
         """Add the term for the examples ``ids`` (``None``: all) to the queries ``rows``, batch by batch."""
 
         def add(columns: slice, products: Tensor) -> None:

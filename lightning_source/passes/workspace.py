@@ -39,6 +39,7 @@ from lightning_source.curvature.ekfac import (
 from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.layers import Block
 from lightning_source.names import named_parameters, named_tensors
+from lightning_source.passes.elements import Elements
 from lightning_source.passes.query_gradients import QueryGradients
 from lightning_source.passes.states import State as State
 from lightning_source.passes.states import moment_of, naming
@@ -188,12 +189,12 @@ class Workspace:
                 raise FloatingPointError(f"the objective is {total} on {what} {shorten(data.named(index))}")
             yield index, recording.captured(values, len(index))
 
-    def shard(self, data: Examples, ids: Tensor | None) -> Tensor | None:
+    def shard(self, data: Examples | Elements, ids: Tensor | None) -> Tensor | None:
         """This rank's part of the examples: whole batches, so that no batch depends on the number of ranks."""
         if self.ranks.world_size == 1:
             return ids
         order = torch.arange(len(data)) if ids is None else ids
-        mine = self.ranks.shard(order.split(data.batch_size))
+        mine = self.ranks.shard(order.split(data.batch_size if isinstance(data, Examples) else 1))
         return torch.cat([*mine]) if mine else order[:0]
 
     def target(self, values: Callable[[Losses, ObjectiveSpec, Tensor], Tensor]) -> Target:
@@ -223,8 +224,10 @@ class Workspace:
             )
         return losses
 
-    def trained(self) -> Target:
-        """Gradients ``g(z)`` as training applied them (method §4)."""
+    def trained(self, data: Examples | GivenBatches | None = None) -> Target:
+        """Gradients ``g(z)`` as training applied them (method §4), or what elements of one example add to it."""
+        if isinstance(data, Elements):
+            return self.target(lambda losses, spec, ids: data.pick(losses.data_elements(spec), ids))
         return self.target(lambda losses, spec, ids: losses.data_target(spec))
 
     def sampled(self, draw: int = 0) -> Target:
@@ -240,8 +243,10 @@ class Workspace:
 
         return self.target(values)
 
-    def measured(self, measurement: str | Measurement) -> Target:
-        """Gradients of a measurement of queries."""
+    def measured(self, measurement: str | Measurement, queries: Examples | GivenBatches | None = None) -> Target:
+        """Gradients of a measurement of queries, or of its parts that are elements of one of them."""
+        if isinstance(queries, Elements) and not callable(measurement):
+            return self.target(lambda losses, spec, ids: queries.pick(losses.measured_elements(spec, measurement), ids))
         if not callable(measurement):
             return self.target(lambda losses, spec, ids: losses.measurement(spec, measurement))
 
@@ -277,7 +282,7 @@ class Workspace:
         gradients: dict[str, Tensor] = {}
         rows: dict[str, list[Rows]] = {}
         with self.at(state):
-            for index, captured in self.captures(queries, self.measured(measurement), what="queries"):
+            for index, captured in self.captures(queries, self.measured(measurement, queries), what="queries"):
                 for name, block_gradients in captured.items():
                     basis = bases[name] if bases else Basis(None, None)
                     if block_gradients.vocabulary is not None:
@@ -312,7 +317,7 @@ class Workspace:
     def inner_products(
         self,
         state: State,
-        data: Examples,
+        data: Examples | Elements,
         ids: Tensor | None,
         vectors: QueryGradients,
         receive: Callable[[slice, Tensor], None],
@@ -346,7 +351,7 @@ class Workspace:
         def own_part() -> None:
             keep = hand_over if self.ranks.world_size == 1 else own.append
             with self.at(state):
-                for index, captured in self.captures(data, self.trained(), self.shard(data, ids)):
+                for index, captured in self.captures(data, self.trained(data), self.shard(data, ids)):
                     for name in captured.keys() & (vectors.values.keys() - met.keys()):
                         basis = bases[name] if bases else IDENTITY
                         met[name] = meeting_place(vectors.values[name], basis, captured[name].shape[2] * total)

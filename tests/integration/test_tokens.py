@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Classifier, close, fitted
+from helpers import Classifier, classes, close, fitted, gradient_rows
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -90,3 +91,61 @@ def test_an_embedding_is_the_linear_layer_of_its_one_hot_rows(tmp_path):
     for method in METHODS:
         one, two = (score[method] for score in scores)
         close(one, two)
+
+
+@pytest.fixture
+def small_gpt(tmp_path):
+    module = Classifier(GPT(), language_loss, lambda parameters: torch.optim.AdamW(parameters, lr=0.01))
+    return fitted(tmp_path, module, text(12), batch_size=4, segments=2, snapshots_per_segment=2)
+
+
+@pytest.mark.check("architecture", "a GPT, token by token", "parts sum to the pair's score")
+@pytest.mark.parametrize("measurement", ["loss", "log-prob", "margin"])
+@pytest.mark.parametrize("method", ["source", "fast-source", "influence", "tracin", "grad-dot"])
+def test_tokens_of_a_pair_sum_to_its_score(small_gpt, measurement, method):
+    queries = text(4, seed=1)
+    with small_gpt.callbacks[0].scorer(small_gpt, measurement) as scorer:
+        whole = scorer.score(queries, method=method).values
+        parts = scorer.tokens(queries, 7, row=2, method=method)
+        assert parts.shape == (6, 6)
+        assert (parts.sum() - whole[2, 7]).abs() < 1e-5 * parts.norm()  # in which tokens may cancel
+        scorer.memory = 0  # one element after another
+        close(scorer.tokens([x[2:3] for x in queries.tensors], 7, method=method), parts, 1e-4)
+
+
+def test_a_part_is_the_product_of_two_tokens_gradients(small_gpt):
+    """By autograd on the loss of each token alone."""
+    queries = text(4, seed=1)
+    module = small_gpt.lightning_module.eval()
+    parameters = [*module.parameters()]
+
+    def rows(data, index):
+        x, y = data[index]
+        each = (F.cross_entropy(module.net(x[None])[0], y, reduction="none")[t] / len(y) for t in range(len(y)))
+        return gradient_rows(each, parameters)
+
+    with small_gpt.callbacks[0].scorer(small_gpt) as scorer:
+        parts = scorer.tokens(queries, 7, row=2, method="grad-dot")
+    products = rows(queries, 2) @ rows(text(12), 7).T
+    close(parts, (parts * products).sum() / products.square().sum() * products, 1e-4)
+
+
+def test_what_has_no_tokens_is_refused(small_gpt):
+    queries = text(4, seed=1)
+    with small_gpt.callbacks[0].scorer(small_gpt) as scorer:
+        with pytest.raises(MisconfigurationException, match=r'"grad-cos"` are not sums over the elements.*HINT'):
+            scorer.tokens(queries, 7, method="grad-cos")
+        with pytest.raises(MisconfigurationException, match=r"no example 4 among 4"):
+            scorer.tokens(queries, 7, row=4)
+        with pytest.raises(MisconfigurationException, match=r"12 training examples"):
+            scorer.tokens(queries, 12)
+    with small_gpt.callbacks[0].scorer(small_gpt, lambda module, batch: module.net(batch[0])[:, 0, 0]) as scorer:  # noqa: SIM117
+        with pytest.raises(MisconfigurationException, match="a callable measurement has no elements"):
+            scorer.tokens(queries, 7)
+
+
+def test_a_loss_that_is_known_as_a_whole_has_no_tokens(tmp_path):
+    module = Classifier(loss=lambda outputs, labels: (outputs - F.one_hot(labels, 3)).abs().pow(1.5).mean())
+    trainer = fitted(tmp_path, module)
+    with trainer.callbacks[0].scorer(trainer) as scorer, pytest.raises(MisconfigurationException, match="as a whole"):
+        scorer.tokens(classes(), 0)
