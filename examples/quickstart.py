@@ -7,8 +7,12 @@ One in ten training labels is wrong on purpose: the last lines say how well self
 
 import argparse
 import logging
+import os
+import sys
 import time
 import warnings
+import webbrowser
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -58,6 +62,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dirpath", default="source-run", help="where the run is recorded")
     parser.add_argument("--report", default="report.html", help="where the page with the answers is written")
+    shown = sys.stdout.isatty() and (sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
+    parser.add_argument("--open", action=argparse.BooleanOptionalAction, default=bool(shown), help="show the page")
     parser.add_argument("--epochs", type=int, default=20)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -131,6 +137,8 @@ def main() -> None:
         title="Which digits made the model say that?",
     )
     print(f"\nThe same with pictures: {arguments.report}")
+    if arguments.open:
+        webbrowser.open(Path(arguments.report).resolve().as_uri())
 
 
 if __name__ == "__main__":

@@ -423,6 +423,7 @@ class SourceScorer:
                 for s in run.segments(options.get("segments"))
             ],
             "coverage": run.coverage.share,
+            "left_out": [[name, size / run.coverage.trainable, why] for name, size, why in run.coverage.left_out],
             "fisher": run.workspace.spec.fisher if run.workspace.spec else None,
             "run_id": run.store.manifest.run_id,
             "versions": versions(),

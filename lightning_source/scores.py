@@ -15,7 +15,7 @@ from lightning_source._lightning import MisconfigurationException
 from lightning_source._sealed import read_sealed, write_sealed
 from lightning_source._student import student_quantile
 from lightning_source.plots import plot_concentration, plot_examples, plot_histogram, plot_segment_shares
-from lightning_source.report import write_report
+from lightning_source.report import LdsResult, write_report
 from lightning_source.tables import ScoreRow, arrow_of, html_of, pandas_of
 
 if TYPE_CHECKING:
@@ -332,24 +332,27 @@ class InfluenceScores:
         self_influence: Tensor | None = None,
         predictions: Sequence[object] | None = None,
         losses: Sequence[float] | Tensor | None = None,
+        validation: LdsResult | None = None,
         title: str = "Which training examples did this?",
     ) -> None:
         """Write one HTML file that shows the scores beside the examples; it needs no network to be read.
 
-        For each query: the examples that helped and harmed most, with score and share of the query's absolute score,
-        the shares of segments and of training labels where these are known. Over all queries: the same for the mean
-        score, a histogram, and how concentrated the scores are.
+        For each query: the examples that helped and harmed most, with score, standard error and share of the query's
+        absolute score, the shares of segments and of training labels where these are known. Over all queries: the same
+        for the mean score, scores by query and training label, a histogram, and how concentrated the scores are.
 
         Args:
             path: the file, which is replaced.
             train: the training dataset that was scored, read at the ids shown.
             query: the queries: the batch, dataset or loader that was scored.
             render: takes what the dataset gives at an index and gives back a text or a picture (a tensor ``[H, W]`` or
-                ``[C, H, W]``); markup in a text is shown, never run. ``None`` guesses: pictures, texts, numbers.
+                ``[C, H, W]``); markup in a text is shown, never run. ``None`` guesses: pictures, texts, rows of tables
+                (mappings), waveforms, numbers.
             k: examples listed on each side.
             self_influence: ``[N]``, as ``SourceScorer.self_influence`` gives it; lists the labels to look at first.
             predictions: what the model said to each query.
             losses: of each query.
+            validation: what :func:`~lightning_source.evaluation.linear_datamodeling_score` found for these scores.
             title: of the page.
 
         Raises:
@@ -366,6 +369,7 @@ class InfluenceScores:
             self_influence=self_influence,
             predictions=predictions,
             losses=losses,
+            validation=validation,
             title=title,
         )
 

@@ -17,25 +17,13 @@ from lightning_source.plots.canvas import (
     numbers,
     some,
 )
+from lightning_source.report import LdsResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike
 
 _POINTS: dict[str, Any] = {"marker": "o", "markersize": 3}
-
-
-class LdsResult(Protocol):
-    """What :func:`plot_lds` takes from a result of ``linear_datamodeling_score``."""
-
-    @property
-    def lds(self) -> Tensor: ...  # noqa: D102
-    @property
-    def interval(self) -> Tensor: ...  # noqa: D102
-    @property
-    def control_interval(self) -> Tensor: ...  # noqa: D102
-    @property
-    def reliability(self) -> Tensor | None: ...  # noqa: D102
 
 
 class RemovalResult(Protocol):

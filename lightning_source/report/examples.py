@@ -6,6 +6,7 @@ import base64
 import importlib
 import io
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +15,19 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_source._lightning import MisconfigurationException
 
 _LONGEST_TEXT, _MOST_NUMBERS = 2000, 24
+_MOST_CELLS, _SHORTEST_WAVE, _WAVE_POINTS = 40, 256, 160
 _BATCHES = (Tensor, Mapping, tuple, list)
 _LABELS = ("labels", "label", "target", "targets", "y")
 
 Render = Callable[[object], object]
-Shown = dict[str, str]
+Shown = dict[str, Any]  # what JSON can hold
 
 
 def shown(example: object, render: Render | None, pixels: int) -> Shown:
-    """``{"text": ...}`` or ``{"image": data URI}``, and ``"label"`` where the example has one.
+    """How the page shows an example, and ``"label"`` where it has one.
+
+    ``{"text": ...}``; ``{"image": data URI}``; ``{"cells": [[name, text], ...]}``, a row of a table; or
+    ``{"wave": [[low, high], ...]}``, the outline of a waveform between -1 and 1.
 
     Args:
         example: what the dataset gives at an index.
@@ -30,7 +35,13 @@ def shown(example: object, render: Render | None, pixels: int) -> Shown:
         pixels: the longer side of a picture at most.
     """
     content, label = picture_or_text(example, render)
-    what = {"text": content} if isinstance(content, str) else {"image": _png(content, pixels)}
+    what: Shown = {"text": content} if isinstance(content, str) else {"image": _png(content, pixels)}
+    if render is None and "text" in what:
+        inputs = _parts(example)[0]
+        if isinstance(inputs, Mapping) and 1 < len(inputs) <= _MOST_CELLS:
+            what = {"cells": [[str(name), _text(value)] for name, value in inputs.items()]}
+        elif (wave := _outline(inputs)) is not None:
+            what = {"wave": wave}
     return what if label is None else what | {"label": label}
 
 
@@ -131,6 +142,17 @@ def _picture(content: object) -> Tensor | None:
     picture = picture.nan_to_num(0.0, 0.0, 0.0)
     low, high = picture.min(), picture.max()
     return (picture - low) / (high - low).clamp_min(1e-12)
+
+
+def _outline(content: object) -> list[list[float]] | None:
+    """Lowest and highest value in each stretch of a long series ``[T]`` or ``[1, T]``, over its largest size."""
+    if not isinstance(content, Tensor) or not content.is_floating_point() or content.numel() < _SHORTEST_WAVE:
+        return None
+    if content.numel() != content.shape[-1]:
+        return None
+    wave = content.detach().flatten().float().cpu().nan_to_num(0.0, 0.0, 0.0)
+    pieces = (wave / wave.abs().max().clamp_min(1e-30)).tensor_split(_WAVE_POINTS)
+    return [[round(float(piece.min()), 3), round(float(piece.max()), 3)] for piece in pieces]
 
 
 def _png(picture: Tensor, pixels: int) -> str:

@@ -35,9 +35,24 @@ class Scores(Protocol):
     @property
     def by_segment(self) -> Tensor | None: ...  # noqa: D102
     @property
+    def stderr(self) -> Tensor | None: ...  # noqa: D102
+    @property
     def metadata(self) -> Mapping[str, object]: ...  # noqa: D102
     @property
     def _lower_is_better(self) -> bool: ...
+
+
+class LdsResult(Protocol):
+    """What pictures take from a result of ``linear_datamodeling_score``."""
+
+    @property
+    def lds(self) -> Tensor: ...  # noqa: D102
+    @property
+    def interval(self) -> Tensor: ...  # noqa: D102
+    @property
+    def control_interval(self) -> Tensor: ...  # noqa: D102
+    @property
+    def reliability(self) -> Tensor | None: ...  # noqa: D102
 
 
 def write_report(
@@ -51,6 +66,7 @@ def write_report(
     self_influence: Tensor | None = None,
     predictions: Sequence[object] | None = None,
     losses: Sequence[float] | Tensor | None = None,
+    validation: LdsResult | None = None,
     title: str = "Which training examples did this?",
 ) -> None:
     """Write ``InfluenceScores.report``'s file; its arguments are described there.
@@ -83,6 +99,8 @@ def write_report(
         if losses is not None:
             entry["loss"] = f"{float(losses[q]):.4g}"
     data = content.data | {"examples": examples, "queries": queries, "header": _header(scores)}
+    if validation is not None:
+        data["validation"] = _validation(validation)
     write_text(path, _page(data, title))
 
 
@@ -110,10 +128,14 @@ class _Content:
         self.data: dict[str, object] = {}
         self.ids: set[int] = set()
 
-    def ranked(self, values: Tensor, ids: Tensor, k: int, largest: bool) -> list[list[float]]:
-        """``[[id, value, column]]``, most extreme first."""
+    def ranked(
+        self, values: Tensor, ids: Tensor, k: int, largest: bool, errors: Tensor | None = None
+    ) -> list[list[float]]:
+        """``[[id, value, column]]``, most extreme first, with a fourth number where values have errors."""
         top, columns = values.topk(k, largest=largest)
         rows = [[int(ids[c]), float(v), int(c)] for v, c in zip(top, columns.tolist(), strict=True)]
+        if errors is not None:
+            rows = [[*row, float(errors[int(row[2])])] for row in rows]
         self.ids |= {int(row[0]) for row in rows}
         return rows
 
@@ -123,8 +145,13 @@ def _numbers(scores: Scores, k: int, self_influence: Tensor | None, labels: Tens
     helps_high = scores._lower_is_better
     sides = {"helpful": helps_high, "harmful": not helps_high}
     sizes = values.abs().sum(1)
+    content.data["helps_high"] = helps_high
     content.data["tops"] = [
-        {side: content.ranked(row, scores.train_ids, k, largest) for side, largest in sides.items()} for row in values
+        {
+            side: content.ranked(row, scores.train_ids, k, high, None if scores.stderr is None else scores.stderr[q])
+            for side, high in sides.items()
+        }
+        for q, row in enumerate(values)
     ]
     content.data["sizes"] = sizes.tolist()
     mean = values.mean(0)
@@ -132,6 +159,7 @@ def _numbers(scores: Scores, k: int, self_influence: Tensor | None, labels: Tens
     content.data["overall_size"] = float(mean.abs().sum())
     if scores.by_segment is not None:
         totals = scores.by_segment.double().abs().sum(2)
+        content.data["segments"] = _segment_names(scores, len(totals))
         content.data["shares"] = (totals / totals.sum(0).clamp_min(1e-300)).T.tolist()
     if self_influence is not None:
         content.data["suspects"] = content.ranked(
@@ -161,9 +189,31 @@ def _by_label(values: Tensor, train_ids: Tensor, labels: Tensor | None) -> dict[
     return {"labels": kinds.tolist(), "sums": sums.tolist()}
 
 
+def _segment_names(scores: Scores, count: int) -> list[str]:
+    """What each segment is called: its steps, where they are known."""
+    known = scores.metadata.get("segments")
+    records = known if isinstance(known, list) and len(known) == count else [None] * count
+    return [
+        f"steps {_short(record.get('first'))} to {_short(record.get('last'))}"
+        if isinstance(record, Mapping)
+        else f"segment {number}"
+        for number, record in enumerate(records)
+    ]
+
+
+def _validation(result: LdsResult) -> dict[str, object]:
+    reliability = result.reliability
+    return {
+        "lds": float(result.lds),
+        "interval": [float(end) for end in result.interval],
+        "control": [float(end) for end in result.control_interval],
+        "ceiling": None if reliability is None or not reliability > 0 else float(reliability) ** 0.5,
+    }
+
+
 def _header(scores: Scores) -> list[tuple[str, str]]:
     metadata, rows = scores.metadata, []
-    for name in ("method", "measurement", "run_id", "unit", "sign"):
+    for name in ("method", "measurement", "stage", "step", "run_id", "unit", "sign"):
         if metadata.get(name) is not None:
             rows.append((name.replace("_", " "), str(metadata[name])))
     rows.append(("training examples scored", str(scores.values.shape[1])))
@@ -176,6 +226,14 @@ def _header(scores: Scores) -> list[tuple[str, str]]:
             rows.append((f"segment {number}", f"{steps}; sum of learning rates Λ = {listed}"))
     if isinstance(share := metadata.get("coverage"), float | int):
         rows.append(("parameters attributed", f"{share:.1%}" if share < 1 else "all"))
+    left_out = metadata.get("left_out")
+    for entry in left_out if isinstance(left_out, list) else []:
+        if isinstance(entry, list | tuple) and len(entry) == 3:
+            rows.append(
+                (f"not attributed: {_short(entry[0])}", f"{entry[1]:.1%} of the parameters, {_short(entry[2])}")
+            )
+    if isinstance(bar := metadata.get("error_bar"), Mapping):
+        rows.append(("± at a score", f"its standard error over {_short(bar.get('over'))}"))
     return rows
 
 

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import re
 import shutil
+from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from lightning_source import InfluenceScores
 from lightning_source._lightning import MisconfigurationException
-from lightning_source.report.examples import query_example
+from lightning_source.report.examples import query_example, shown
 
 pytest.importorskip("jinja2")
 pytest.importorskip("PIL")
@@ -129,7 +131,83 @@ def test_wrong_lengths_are_named(tmp_path, wrong, named):
         scores_of().report(tmp_path / "r.html", train=Texts(), query=Texts(), **wrong)
 
 
-def test_every_control_in_a_browser(hostile):
+class Retrained(NamedTuple):
+    """As ``linear_datamodeling_score`` gives it."""
+
+    lds: torch.Tensor = torch.tensor(0.4)
+    interval: torch.Tensor = torch.tensor([0.3, 0.5])
+    control_interval: torch.Tensor = torch.tensor([-0.1, 0.1])
+    reliability: torch.Tensor | None = torch.tensor(0.81)
+
+
+@pytest.fixture
+def full(tmp_path):
+    """Pictures with labels, one of them twice, and all that the page can say of scores."""
+    pictures = torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    pictures[3] = pictures[2]
+    scores = scores_of()
+    bar = {"over": "snapshots", "degrees": 5}
+    left_out = [["head.scale", 0.25, "complex numbers"]]
+    scores = replace(
+        scores,
+        stderr=scores.values.abs() / 10,
+        metadata={**scores.metadata, "error_bar": bar, "coverage": 0.75, "left_out": left_out},
+    )
+    scores.report(
+        tmp_path / "full.html",
+        train=TensorDataset(pictures, torch.arange(10) % 3),
+        query=[pictures[:3], torch.tensor([1, 2, 1])],
+        self_influence=torch.rand(10),
+        losses=[0.1, 0.2, 0.3],
+        validation=Retrained(),
+    )
+    return tmp_path / "full.html", scores
+
+
+def test_errors_coverage_and_retraining_are_on_the_page(full):
+    path, scores = full
+    data = data_in(path)
+    for q, tops in enumerate(data["tops"]):
+        for train, value, column, error in (*tops["helpful"], *tops["harmful"]):
+            assert (value, error) == pytest.approx((float(scores.values[q, column]), float(scores.stderr[q, column])))
+            assert int(scores.train_ids[column]) == train
+    assert ["not attributed: head.scale", "25.0% of the parameters, complex numbers"] in data["header"]
+    assert ["± at a score", "its standard error over snapshots"] in data["header"]
+    assert data["validation"] == {
+        "lds": pytest.approx(0.4),
+        "interval": pytest.approx([0.3, 0.5]),
+        "control": pytest.approx([-0.1, 0.1]),
+        "ceiling": pytest.approx(0.9),
+    }
+    assert data["segments"] == ["segment 0", "segment 1"]  # of which the metadata know one only
+
+
+@pytest.mark.parametrize(
+    ("example", "expected"),
+    [
+        (({"age": 31, "<b>": 0.5}, 1), {"cells": [["age", "31"], ["<b>", "0.5"]], "label": "1"}),
+        ((torch.zeros(1, 4, 4), 1), "image"),
+        ((torch.zeros(300), 1), {"wave": [[0.0, 0.0]] * 160, "label": "1"}),
+        ((torch.zeros(30), 1), "text"),
+        ({"text": "abc", "label": 1}, {"text": "abc", "label": "1"}),
+    ],
+    ids=["a row", "a picture", "a waveform", "numbers", "a text"],
+)
+def test_how_an_example_is_shown_is_guessed(example, expected):
+    found = shown(example, None, 8)
+    assert set(found) == {expected, "label"} if isinstance(expected, str) else found == expected
+
+
+def test_a_waveform_is_its_outline():
+    wave = torch.linspace(-0.5, 0.25, 320)
+    outline = torch.tensor(shown(wave[None], None, 8)["wave"])
+    torch.testing.assert_close(outline, wave.view(160, 2) / 0.5, rtol=0, atol=1e-3)  # three decimals
+
+
+@pytest.mark.parametrize("page", ["hostile", "full"])
+def test_every_control_in_a_browser(request, page):
+    found = request.getfixturevalue(page)
+    path = found[0] if isinstance(found, tuple) else found
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("no chromium is installed")
@@ -140,13 +218,22 @@ def test_every_control_in_a_browser(hostile):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     try:
-        driver.get(hostile.as_uri())
+        driver.get(path.as_uri())
         for view in ("#overview", "#query-0", "#query-2", "#query-99"):
             driver.execute_script("location.hash = arguments[0]", view)
             for index in range(len(driver.find_elements("css selector", "button, a, input[type=checkbox], summary"))):
                 controls = driver.find_elements("css selector", "button, a, input[type=checkbox], summary")
                 if index < len(controls):
                     driver.execute_script("arguments[0].click()", controls[index])
+        if page == "full":
+            driver.execute_script("location.hash = '#overview'")
+            said = driver.find_element("id", "main").text
+            for part in ("Sum of scores by label", "Held against retraining", "0.400", "Scores against loss", "±"):
+                assert (part in said) is (part != "±")  # errors are of single queries
+            driver.execute_script("location.hash = '#query-0'")
+            said = driver.find_element("id", "main").text
+            assert "±" in said
+            assert said.count("looks like ") == 2  # all ten examples are in both lists
         driver.execute_script("location.hash = '#query-1'")
         driver.find_element("id", "next").click()
         assert driver.execute_script("return location.hash") == "#query-2"
@@ -157,7 +244,7 @@ def test_every_control_in_a_browser(hostile):
         assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
         sent = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
         urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
-        assert [url for url in urls if not url.startswith(("file:", "data:"))] == []
+        assert [url for url in urls if not url.startswith(("file:", "data:", "blob:"))] == []
     finally:
         driver.quit()
 
