@@ -61,8 +61,8 @@ class SourceCLI(LightningCLI):
       or the path of a safetensors file that holds one batch: tensors named ``0``, ``1``, … are the list of them,
       other names make a dictionary.
     - ``--at``: the moment of training that is asked about, ``"epoch 3"``; see :func:`lightning_source.attribute`.
-    - ``--method``, ``--measurement``, ``--stage``, ``--per_segment``, ``--stderr``: see :meth:`SourceScorer.score`;
-      ``--options.NAME``: the method's own options, ``--options.segments 3``.
+    - ``--method``, ``--measurement``, ``--stage``, ``--per_segment``, ``--per_layer``, ``--stderr``: see
+      :meth:`SourceScorer.score`; ``--options.NAME``: the method's own options, ``--options.segments 3``.
     - ``--out``: the file to write, ``scores.safetensors`` or ``report.html``.
     - ``-k``: examples listed on each side of a query.
     - ``--json`` (``attribute``): print what was found as JSON, with the strongest examples of each query.
@@ -211,6 +211,7 @@ class SourceCLI(LightningCLI):
             data.train,
             method=asked.method,
             per_segment=asked.per_segment,
+            per_layer=asked.per_layer,
             stderr=asked.stderr,
             **asked.options,
         )
@@ -246,6 +247,7 @@ def _add_question(parser: LightningArgumentParser, command: str) -> None:
     add("--measurement", type=measurements | None, help="what scores predict; by default the SourceCallback's")
     add("--options", type=options, default={}, help="the method's own, `--options.segments 3`")
     add("--per_segment", type=bool, default=False, help="keep each segment's share of the scores")
+    add("--per_layer", type=bool, default=False, help="keep each layer's share of the scores")
     add("--stderr", type=bool, default=False, help="give scores an error bar")
     add("-k", "--k", type=PositiveInt, default=5 if command == "attribute" else 10, help="examples on each side")
     if command == "attribute":

@@ -17,7 +17,8 @@ def ensemble(scores: Sequence[InfluenceScores]) -> InfluenceScores:
     """The mean of the scores that one method gave on several runs, same queries and training examples in each.
 
     Scores of ``"trak"`` are averaged as the paper does: the mean of the kernels ``φ(q)ᵀ (ΦᵀΦ)⁻¹ φ(z_n)`` times the mean
-    of the weights ``∂L/∂f(z_n)``. Segments' shares are averaged where every member has the same number of them.
+    of the weights ``∂L/∂f(z_n)``. Segments' shares are averaged where every member has the same number of them,
+    layers' shares where every member has the same layers.
     Of two members or more, except of ``"trak"``, the mean has an error bar: how far it may be from that over all seeds.
 
     Args:
@@ -54,7 +55,13 @@ def ensemble(scores: Sequence[InfluenceScores]) -> InfluenceScores:
     by_segment = None
     if len(shares) == len(scores) and len({len(share) for share in shares}) == 1:
         by_segment = _mean(shares)
+    parts = [member.by_layer for member in scores if member.by_layer is not None]
+    by_layer = None
+    if len(parts) == len(scores) and all(s.metadata["layers"] == first.metadata["layers"] for s in scores):
+        by_layer = _mean(parts)
     metadata = {key: first.metadata[key] for key in _SHARED if key in first.metadata}
+    if by_layer is not None:
+        metadata["layers"] = first.metadata["layers"]
     metadata["members"] = [member.metadata.get("run_id") for member in scores]
     metadata["options"] = [member.metadata.get("options") for member in scores]
     weights = [member.kernel_weights.double() for member in scores if member.kernel_weights is not None]
@@ -64,7 +71,9 @@ def ensemble(scores: Sequence[InfluenceScores]) -> InfluenceScores:
         if len(scores) > 1:
             stderr = stacked.std(0) / len(scores) ** 0.5
             metadata["error_bar"] = {"over": "runs", "degrees": len(scores) - 1}
-        return InfluenceScores(stacked.mean(0), first.train_ids, first.query_ids, by_segment, metadata, stderr=stderr)
+        mean = stacked.mean(0)
+        ids = first.train_ids, first.query_ids
+        return InfluenceScores(mean, *ids, by_segment, metadata, stderr=stderr, by_layer=by_layer)
     if len(weights) != len(scores):
         lacking = ", ".join(str(index) for index, member in enumerate(scores) if member.kernel_weights is None)
         raise MisconfigurationException(

@@ -18,7 +18,7 @@ from lightning_source._provenance import name_of, versions
 from lightning_source.capture.data import Examples, GivenBatches, examples_of, query_of
 from lightning_source.capture.objective import Measurement
 from lightning_source.diagnosis import Diagnosis, Finding, diagnose
-from lightning_source.estimators import MatrixSink, Metadata, Query, ScoreSink, estimator_for
+from lightning_source.estimators import MatrixSink, Metadata, Query, estimator_for
 from lightning_source.estimators.by_element import element_scores
 from lightning_source.estimators.columns import Columns
 from lightning_source.estimators.registry import Estimator, Options
@@ -200,6 +200,7 @@ class SourceScorer:
         *,
         method: str = "source",
         per_segment: bool = False,
+        per_layer: bool = False,
         stderr: bool = False,
         train_ids: Sequence[int] | Tensor | None = None,
         batch_size: int | None = None,
@@ -220,6 +221,9 @@ class SourceScorer:
                 - ``"trak"``: a linear model in randomly projected gradients;
                 - ``"tracin"``, ``"grad-dot"``, ``"grad-cos"``, ``"repsim"``: products of gradients, of representations.
             per_segment: keep each segment's share in ``by_segment``; refused where a method's scores have none.
+            per_layer: keep each layer's share in ``by_layer``, one for each module whose parameters are attributed, at
+                no further pass; refused where a method's scores are no sums over layers (``"trak"``, ``"repsim"``).
+                A layer's share is as large in memory as the scores.
             stderr: give the scores an error bar, ``scores.stderr``: a jackknife over the snapshots of this run, for
                 methods whose scores are sums over them (``"source"``, ``"tracin"``), at no further pass. What it covers
                 and what not: method §7.6. The bar that covers other training seeds is that of an :func:`ensemble`.
@@ -238,6 +242,8 @@ class SourceScorer:
         estimator = estimator_for(method, options)
         if per_segment:
             estimator.require_segments()
+        if per_layer:
+            estimator.require_layers()
         if batch_size is not None and batch_size < 1:
             raise MisconfigurationException(f"`batch_size={batch_size}` must be at least 1.")
         self._use(train)
@@ -248,9 +254,10 @@ class SourceScorer:
         queries, data = run.queries(queries), run.data
         if batch_size is not None and data.batch_size > 1:
             data = replace(data, batch_size=batch_size)
-        columns = Columns.of(data, _ids(train_ids, data.positions_in_all))
+        columns = Columns.of(data, train_ids)
         segments = len(run.segments(options.get("segments"))) if per_segment else None
-        sink = MatrixSink(len(queries), columns.count, segments)
+        layers = run.workspace.layers if per_layer else None
+        sink = MatrixSink(len(queries), columns.count, segments, None if layers is None else len(layers))
         extra_metadata = Metadata()
         errors = torch.zeros(len(queries), columns.count) if stderr else None
         if columns.count:
@@ -262,9 +269,10 @@ class SourceScorer:
             columns.positions,
             queries.positions,
             None if sink.by_segment is None else columns.spread(sink.by_segment),
-            self._metadata(estimator, options) | extra_metadata.to_json(),
+            self._metadata(estimator, options) | extra_metadata.to_json() | ({"layers": layers} if layers else {}),
             None if weights is None else columns.spread(weights if columns.ids is None else weights[columns.ids], 1.0),
             None if errors is None else columns.spread(errors),
+            None if sink.by_layer is None else columns.spread(sink.by_layer),
         )
 
     def _compute(
@@ -274,7 +282,7 @@ class SourceScorer:
         queries: Examples | GivenBatches,
         data: Examples,
         ids: Tensor | None,
-        sink: ScoreSink,
+        sink: MatrixSink,
         errors: Tensor | None = None,
     ) -> Metadata:
         """Scores into ``sink``, block by block of queries and term by term; gives back the method's own metadata.
@@ -292,9 +300,11 @@ class SourceScorer:
                 elif errors is None:
                     item.compute(self.run.workspace, data, ids, sink, rows)
                 else:
-                    term = MatrixSink(len(block), errors.shape[1])
+                    term, everything = MatrixSink(len(block), errors.shape[1], layers=sink.layers), slice(None)
                     item.compute(self.run.workspace, data, ids, term, slice(0, len(block)))
-                    sink.add(rows, slice(0, errors.shape[1]), term.values, item.segment)
+                    sink.add(rows, everything, term.values, item.segment)
+                    if term.by_layer is not None:
+                        sink.add_layers(rows, everything, term.by_layer)
                     spread.add(term.values, item.segment)
             if errors is not None:
                 errors[rows] = spread.stderr()
@@ -317,7 +327,7 @@ class SourceScorer:
             ``[N]``, float32, in the order of the dataset or of ``train_ids``: the diagonal of :meth:`score`.
         """
         self._ready(train)
-        columns = Columns.of(self.run.data, _ids(train_ids, self.run.data.positions_in_all))
+        columns = Columns.of(self.run.data, train_ids)
         ids = torch.arange(columns.count) if columns.ids is None else columns.ids
         values = self_influence(self.run, ids, self._queries_at_once()) if columns.count else torch.zeros(0)
         require_finite_scores(values[None], torch.arange(1), columns.positions)
@@ -346,7 +356,7 @@ class SourceScorer:
         """
         estimator = estimator_for(method, options)
         self._ready(train)
-        ids = Columns.of(self.run.data, _ids([example], self.run.data.positions_in_all)).ids
+        ids = Columns.of(self.run.data, [example]).ids
         if ids is None or not len(ids):
             raise MisconfigurationException(f"example {example} is none of those that were trained on.")
         asked = self.run.queries(query_of(query, self.run.stage.examples)), row
@@ -428,14 +438,3 @@ class SourceScorer:
             "run_id": run.store.manifest.run_id,
             "versions": versions(),
         }
-
-
-def _ids(ids: Sequence[int] | Tensor | None, total: int) -> Tensor | None:
-    if ids is None:
-        return None
-    chosen = torch.as_tensor(ids, dtype=torch.int64)
-    if chosen.dim() != 1 or not len(chosen) or int(chosen.min()) < 0 or int(chosen.max()) >= total:
-        raise MisconfigurationException(
-            f"`train_ids` must name some of the {total} training examples, 0 to {total - 1}."
-        )
-    return chosen

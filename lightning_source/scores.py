@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_source import plots
 from lightning_source._files import DirectoryError
 from lightning_source._lightning import MisconfigurationException
 from lightning_source._sealed import read_sealed, write_sealed
 from lightning_source._student import student_quantile
-from lightning_source.plots import plot_concentration, plot_examples, plot_histogram, plot_segment_shares
 from lightning_source.report import LdsResult, write_report
 from lightning_source.tables import ScoreRow, arrow_of, html_of, pandas_of
 
@@ -27,7 +27,7 @@ SIGN = "Positive: removing the training example raises the measurement. For a lo
 HIGHER_IS_BETTER = ("margin", "log-prob")
 
 _METADATA = "influence_scores"  # the file's metadata entry, which marks it as scores
-# The file's tensors and their shapes: S segments, Q queries, N training examples.
+# The file's tensors and their shapes: S segments, L layers, Q queries, N examples.
 _SHAPES = {
     "values": "QN",
     "train_ids": "N",
@@ -35,13 +35,15 @@ _SHAPES = {
     "by_segment": "SQN",
     "kernel_weights": "N",
     "stderr": "QN",
+    "by_layer": "LQN",
 }
 _REQUIRED = {"values", "train_ids", "query_ids"}
 _PLOTS: dict[str, Callable[..., Axes]] = {
-    "examples": plot_examples,
-    "segments": plot_segment_shares,
-    "histogram": plot_histogram,
-    "concentration": plot_concentration,
+    "examples": plots.plot_examples,
+    "segments": plots.plot_segment_shares,
+    "layers": plots.plot_layer_shares,
+    "histogram": plots.plot_histogram,
+    "concentration": plots.plot_concentration,
 }
 
 
@@ -64,6 +66,9 @@ class InfluenceScores:
             ``None``.
         stderr: ``[Q, N]``, the standard errors of ``values`` (:meth:`significant`); or ``None``. What they are taken
             over, ``"snapshots"`` of one run or ``"runs"``, and their degrees of freedom are ``metadata["error_bar"]``.
+        by_layer: ``[L, Q, N]``, the shares of the modules named in ``metadata["layers"]``, in the model's order, which
+            sum to ``values``; or ``None``. All parameters that a module holds itself are one layer, and one that
+            modules share counts for the first of them.
     """
 
     values: Tensor
@@ -73,6 +78,7 @@ class InfluenceScores:
     metadata: dict[str, Any] = field(default_factory=dict)
     kernel_weights: Tensor | None = None
     stderr: Tensor | None = None
+    by_layer: Tensor | None = None
 
     def topk(self, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
         """The ``k`` highest (or lowest) scores of each query, best first.
@@ -192,6 +198,8 @@ class InfluenceScores:
         complaint = _complaint(tensors)
         if complaint is None and "stderr" in tensors and not _is_error_bar(metadata.get("error_bar")):
             complaint = "its metadata does not say what `stderr` is taken over"
+        if complaint is None and "by_layer" in tensors and not _are_names(metadata.get("layers"), tensors["by_layer"]):
+            complaint = "its metadata does not name the layers"
         if complaint:
             raise _refused(path, complaint)
         return cls(**tensors, metadata=metadata)
@@ -269,8 +277,19 @@ class InfluenceScores:
         """
         if self.by_segment is None:
             raise MisconfigurationException("scores by segment were not kept. HINT: score with `per_segment=True`.")
-        sizes = self.by_segment.abs().sum(2)
-        return sizes / sizes.sum(0, keepdim=True).clamp_min(torch.finfo(sizes.dtype).tiny)
+        return _shares(self.by_segment)
+
+    def layer_shares(self) -> Tensor:
+        """Each layer's share of the absolute score, ``[L, Q]``; shares of a query sum to 1.
+
+        Where layers pull a score in opposite directions, their shares are those of the sizes of their parts.
+
+        Raises:
+            MisconfigurationException: the scores were computed without ``per_layer=True``.
+        """
+        if self.by_layer is None:
+            raise MisconfigurationException("scores by layer were not kept. HINT: score with `per_layer=True`.")
+        return _shares(self.by_layer)
 
     def plot(
         self,
@@ -284,13 +303,14 @@ class InfluenceScores:
         """Draw the scores with matplotlib, which is the extra ``plots``; :mod:`lightning_source.plots` has more.
 
         Args:
-            kind: the picture. By default ``"examples"`` where ``train`` and ``query`` are given, else ``"segments"``
-                where the scores have any, else ``"histogram"``.
+            kind: the picture. By default ``"examples"`` where ``train`` and ``query`` are given, else ``"segments"`` or
+                ``"layers"`` where the scores have any, else ``"histogram"``.
 
                 - ``"examples"``: each query beside the examples that helped and harmed it most
                   (:func:`~lightning_source.plots.plot_examples`, which has further options: ``k``, ``rows``,
                   ``render``).
                 - ``"segments"``: when in training each query's scores arose.
+                - ``"layers"``: where in the model they arose.
                 - ``"histogram"``: how many scores have which size.
                 - ``"concentration"``: how few training examples hold most of the absolute score.
             train: the training dataset that was scored, for ``"examples"``.
@@ -311,7 +331,9 @@ class InfluenceScores:
         """
         given = {name: data for name, data in (("train", train), ("query", query)) if data is not None}
         if kind is None:
-            kind = "examples" if given else "histogram" if self.by_segment is None else "segments"
+            shares = {"segments": self.by_segment, "layers": self.by_layer}
+            kept = (name for name, parts in shares.items() if parts is not None)
+            kind = "examples" if given else next(kept, "histogram")
         if kind not in _PLOTS:
             raise MisconfigurationException(f"there is no plot {kind!r}. HINT: {', '.join(map(repr, _PLOTS))}.")
         if len(given) != (2 if kind == "examples" else 0):
@@ -338,8 +360,8 @@ class InfluenceScores:
         """Write one HTML file that shows the scores beside the examples; it needs no network to be read.
 
         For each query: the examples that helped and harmed most, with score, standard error and share of the query's
-        absolute score, the shares of segments and of training labels where these are known. Over all queries: the same
-        for the mean score, scores by query and training label, a histogram, and how concentrated the scores are.
+        absolute score, the shares of segments, layers and training labels where these are known. Over all queries: the
+        same for the mean score, scores by query and training label, a histogram, and how concentrated the scores are.
 
         Args:
             path: the file, which is replaced.
@@ -399,6 +421,16 @@ def _complaint(tensors: Mapping[str, Tensor]) -> str | None:
         if not tensors[name].isfinite().all():
             return f"`{name}` is not finite"
     return None
+
+
+def _shares(parts: Tensor) -> Tensor:
+    """Shares ``[S, Q]`` of the absolute score by parts ``[S, Q, N]``."""
+    sizes = parts.abs().sum(2)
+    return sizes / sizes.sum(0, keepdim=True).clamp_min(torch.finfo(sizes.dtype).tiny)
+
+
+def _are_names(said: object, parts: Tensor) -> bool:
+    return isinstance(said, list) and len(said) == len(parts) and all(isinstance(name, str) for name in said)
 
 
 def _is_error_bar(said: object) -> bool:

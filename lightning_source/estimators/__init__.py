@@ -15,6 +15,7 @@ from lightning_source.estimators.registry import estimator_for as estimator_for
 from lightning_source.estimators.registry import floats_per_parameter_of as floats_per_parameter_of
 from lightning_source.estimators.registry import register_estimator as register_estimator
 from lightning_source.estimators.registry import unit_of as unit_of
+from lightning_source.estimators.sinks import LayerSink as LayerSink
 from lightning_source.estimators.sinks import MatrixSink as MatrixSink
 from lightning_source.estimators.sinks import ScoreSink as ScoreSink
 from lightning_source.estimators.terms import Contraction as Contraction

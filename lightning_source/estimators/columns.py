@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_source._lightning import MisconfigurationException
 from lightning_source.capture.data import Examples
 
 
@@ -27,8 +29,13 @@ class Columns:
     count: int
 
     @classmethod
-    def of(cls, data: Examples, asked: Tensor | None) -> Columns:
-        """Columns for some positions in the dataset, for all of them by default."""
+    def of(cls, data: Examples, train_ids: Sequence[int] | Tensor | None) -> Columns:
+        """Columns for some positions in the dataset, for all of them by default.
+
+        Raises:
+            MisconfigurationException: there are no such positions.
+        """
+        asked = None if train_ids is None else _positions(train_ids, data.positions_in_all)
         positions = torch.arange(data.positions_in_all) if asked is None else asked
         if len(data) == data.positions_in_all:
             return cls(positions, asked, None, len(positions))
@@ -44,3 +51,12 @@ class Columns:
         spread = values.new_full((*values.shape[:-1], len(self.positions)), untrained)
         spread[..., self.trained] = values
         return spread
+
+
+def _positions(ids: Sequence[int] | Tensor, total: int) -> Tensor:
+    chosen = torch.as_tensor(ids, dtype=torch.int64)
+    if chosen.dim() != 1 or not len(chosen) or int(chosen.min()) < 0 or int(chosen.max()) >= total:
+        raise MisconfigurationException(
+            f"`train_ids` must name some of the {total} training examples, 0 to {total - 1}."
+        )
+    return chosen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -28,6 +28,7 @@ class Estimator:
         floats_per_parameter: how many numbers it holds at once for each query and attributed parameter, given its
             options.
         segments: whether each of its terms belongs to a segment of training.
+        layers: whether each of its terms is a sum over layers.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Estimator:
     unit: str
     floats_per_parameter: Callable[[Options], float]
     segments: bool
+    layers: bool
 
     def __call__(self, query: Query, **options: object) -> Iterator[Term | Metadata]:
         """What the method yields for a query."""
@@ -66,11 +68,25 @@ class Estimator:
             MisconfigurationException: they do.
         """
         if not self.segments:
-            others = ", ".join(f'"{estimator.name}"' for estimator in _ESTIMATORS.values() if estimator.segments)
-            raise MisconfigurationException(
-                f'`per_segment=True`: the scores of `method="{self.name}"` are not made of shares of the segments of'
-                f" training. HINT: leave `per_segment` out, or ask one of {others}."
-            )
+            others = [estimator.name for estimator in _ESTIMATORS.values() if estimator.segments]
+            raise self._without_shares("per_segment", "segments of training", others)
+
+    def require_layers(self) -> None:
+        """Refuse to tell layers' shares where the method's scores are no sums over layers.
+
+        Raises:
+            MisconfigurationException: they are not.
+        """
+        if not self.layers:
+            others = [estimator.name for estimator in _ESTIMATORS.values() if estimator.layers]
+            raise self._without_shares("per_layer", "layers", others)
+
+    def _without_shares(self, argument: str, parts: str, others: Sequence[str]) -> MisconfigurationException:
+        listed = ", ".join(f'"{name}"' for name in others)
+        return MisconfigurationException(
+            f'`{argument}=True`: the scores of `method="{self.name}"` are not made of shares of the {parts}.'
+            f" HINT: leave `{argument}` out, or ask one of {listed}."
+        )
 
 
 _ESTIMATORS: dict[str, Estimator] = {}
@@ -82,6 +98,7 @@ def register_estimator(
     unit: str = CHANGE,
     floats_per_parameter: float | Callable[[Options], float] = 3,
     segments: bool = False,
+    layers: bool = True,
 ) -> Callable[[EstimatorFunction], EstimatorFunction]:
     """Decorator: the function ``(query, **options)`` yields the terms of ``method=name``.
 
@@ -91,11 +108,14 @@ def register_estimator(
         floats_per_parameter: how many numbers it holds at once for each query and attributed parameter, or a function
             of its options that says so; the default is for gradients, responses and one temporary.
         segments: whether each of its terms belongs to a segment of training, which ``per_segment=True`` asks for.
+        layers: whether each of its terms is a sum over layers, which ``per_layer=True`` asks for: so is every
+            :class:`~lightning_source.estimators.Contraction`, and no
+            :class:`~lightning_source.estimators.DirectScores`.
     """
 
     def enter(function: EstimatorFunction) -> EstimatorFunction:
         floats = floats_per_parameter if callable(floats_per_parameter) else lambda options: floats_per_parameter
-        _ESTIMATORS[name] = Estimator(name, function, unit, floats, segments)
+        _ESTIMATORS[name] = Estimator(name, function, unit, floats, segments, layers)
         return function
 
     return enter

@@ -14,11 +14,12 @@ from lightning_source.estimators.query import Query
 from lightning_source.estimators.registry import register_estimator
 from lightning_source.estimators.terms import DirectScores, Metadata
 from lightning_source.names import named_modules
-from lightning_source.passes.workspace import State, Workspace, shorten
+from lightning_source.passes.finite import shorten
+from lightning_source.passes.workspace import State, Workspace
 from lightning_source.scores import HIGHER_IS_BETTER
 
 
-@register_estimator("repsim", unit="cosine of representations")
+@register_estimator("repsim", unit="cosine of representations", layers=False)
 def repsim(query: Query, *, module: str | None = None) -> Iterator[DirectScores | Metadata]:
     """Cosine of the query's and the example's input of one module at the final model, in [-1, 1].
 

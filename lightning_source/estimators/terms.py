@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from lightning_source._lightning import MisconfigurationException
 from lightning_source.capture.data import Examples
 from lightning_source.curvature.ekfac import Basis
-from lightning_source.estimators.sinks import ScoreSink
+from lightning_source.estimators.sinks import LayerSink, ScoreSink
 from lightning_source.passes.elements import Elements
 from lightning_source.passes.query_gradients import QueryGradients
 from lightning_source.passes.workspace import State, Workspace
@@ -41,11 +42,16 @@ class Contraction:
         self, workspace: Workspace, data: Examples | Elements, ids: Tensor | None, sink: ScoreSink, rows: slice
     ) -> None:
         """Add the term for the examples ``ids`` (``None``: all) to the queries ``rows``, batch by batch."""
+        layers = _layers_of(sink)
 
-        def add(columns: slice, products: Tensor) -> None:
+        def add(columns: slice, products: Tensor, parts: Tensor | None) -> None:
             sink.add(rows, columns, self.weight * products, self.segment)
+            if layers is not None and parts is not None:
+                layers.add_layers(rows, columns, self.weight * parts)
 
-        workspace.inner_products(self.state(), data, ids, self.vectors, add, self.bases, self.normalize)
+        workspace.inner_products(
+            self.state(), data, ids, self.vectors, add, self.bases, self.normalize, by_layer=layers is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,16 @@ class DirectScores:
     segment: int | None = None
 
     def compute(self, workspace: Workspace, data: Examples, ids: Tensor | None, sink: ScoreSink, rows: slice) -> None:
-        """Add the term for the examples ``ids`` (``None``: all) to the queries ``rows``, as one block."""
+        """Add the term for the examples ``ids`` (``None``: all) to the queries ``rows``, as one block.
+
+        Raises:
+            MisconfigurationException: the sink keeps the layers' parts, and this term has none.
+        """
+        if _layers_of(sink) is not None:
+            raise MisconfigurationException(
+                "`per_layer=True`: a term of the score is no sum over layers, so the shares would not sum to it. HINT:"
+                " register the method with `layers=False`, which refuses this before anything is computed."
+            )
         values = self.values(data, ids)
         sink.add(rows, slice(0, values.shape[1]), values, self.segment)
 
@@ -92,6 +107,11 @@ class Metadata:
     def to_json(self) -> dict[str, JsonValue]:
         """What goes into the scores' metadata; the weights are a tensor of their own."""
         return {**self.values} if self.residual is None else {**self.values, "residual": self.residual}
+
+
+def _layers_of(sink: ScoreSink) -> LayerSink | None:
+    """The sink as one that keeps the layers' parts; ``None`` if it does not."""
+    return sink if isinstance(sink, LayerSink) and sink.layers is not None else None
 
 
 Term = Contraction | DirectScores

@@ -16,7 +16,8 @@ from lightning_source.estimators.query import Query
 from lightning_source.estimators.registry import register_estimator
 from lightning_source.estimators.terms import DirectScores, Metadata
 from lightning_source.layers import Block
-from lightning_source.passes.workspace import State, Target, Workspace, require_finite_gradients
+from lightning_source.passes.finite import require_finite_gradients
+from lightning_source.passes.workspace import State, Target, Workspace
 
 # The projection is drawn anew for this many examples, in pieces of about this many parameters.
 _EXAMPLES, _PARAMETERS = 512, 1 << 14
@@ -28,6 +29,7 @@ _SMALLEST = 1e-12
     "trak",
     unit="change of the measurement on removing the example, but for the curvature of the loss in the output",
     floats_per_parameter=0.01,
+    layers=False,
 )
 def trak(
     query: Query,

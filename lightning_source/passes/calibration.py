@@ -18,7 +18,8 @@ from lightning_source.curvature.block_gradients import (
 )
 from lightning_source.names import named_parameters
 from lightning_source.passes.factors import factor_ids
-from lightning_source.passes.workspace import Workspace, shorten
+from lightning_source.passes.finite import shorten
+from lightning_source.passes.workspace import Workspace
 
 # Batches that are looked at for one with a loss.
 TRIED_BATCHES = 16

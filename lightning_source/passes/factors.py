@@ -28,7 +28,8 @@ from lightning_source.curvature.ekfac import (
     eigenvalue_sums,
     mean_covariances,
 )
-from lightning_source.passes.workspace import State, Workspace, require_finite
+from lightning_source.passes.finite import require_finite
+from lightning_source.passes.workspace import State, Workspace
 
 # A snapshot visits at least so many drawn labels, and examples, where there are so many.
 FEWEST_LABELS, FEWEST_EXAMPLES = 512, 64

@@ -24,7 +24,8 @@ from lightning_source.curvature.batched_autograd import batched_gradients
 from lightning_source.curvature.block_gradients import BlockGradients, chunks, contract
 from lightning_source.layers import Block
 from lightning_source.names import named_parameters
-from lightning_source.passes.workspace import State, Workspace, shorten
+from lightning_source.passes.finite import shorten
+from lightning_source.passes.workspace import State, Workspace
 
 # Vectors that run through a batch's graph at once: each holds what one backward holds.
 VECTORS_AT_ONCE = 32

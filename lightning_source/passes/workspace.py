@@ -40,6 +40,7 @@ from lightning_source.distributed import SINGLE_PROCESS, Ranks
 from lightning_source.layers import Block
 from lightning_source.names import named_parameters, named_tensors
 from lightning_source.passes.elements import Elements
+from lightning_source.passes.finite import require_finite, require_finite_gradients, shorten
 from lightning_source.passes.query_gradients import QueryGradients
 from lightning_source.passes.states import State as State
 from lightning_source.passes.states import moment_of, naming
@@ -85,6 +86,19 @@ class Workspace:
     progress: Progress = field(default_factory=NoProgress, repr=False, compare=False)
     doing: str = "scores"
     _rewind: StateRestorer | None = field(default=None, init=False, repr=False)  # inside :meth:`at`
+
+    @property
+    def layer_of(self) -> dict[str, str]:
+        """The layer of each block by the block's name: the name of its module, or of the LightningModule's class.
+
+        Several blocks of one module are one layer; what modules share is the first one's.
+        """
+        return {block.name: block.module or type(self.module).__name__ for block in self.blocks}
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers' names, in the order of the model."""
+        return list(dict.fromkeys(self.layer_of.values()))
 
     # ---------------------------------------------------------------- parameters
 
@@ -320,9 +334,10 @@ class Workspace:
         data: Examples | Elements,
         ids: Tensor | None,
         vectors: QueryGradients,
-        receive: Callable[[slice, Tensor], None],
+        receive: Callable[[slice, Tensor, Tensor | None], None],
         bases: Mapping[str, Basis] | None = None,
         normalize: bool = False,
+        by_layer: bool = False,
     ) -> None:
         """``⟨vectors[q], g(z_n)⟩`` over all blocks: one pass over the examples, which hands over batch by batch.
 
@@ -331,19 +346,22 @@ class Workspace:
             data: the examples.
             ids: which of them; all by default.
             vectors: the queries' vectors.
-            receive: is given each batch's products, ``[Q, B]`` on the CPU, and where its examples stand among all that
-                are asked for, in their order: as they come, or where ranks share the pass at its end, on every rank.
+            receive: is given where a batch's examples stand among all that are asked for, in their order, its products,
+                ``[Q, B]`` on the CPU, and each layer's part of them or ``None``: batches as they come, or where ranks
+                share the pass at its end, on every rank.
             bases: the eigenbases that ``vectors`` are written in; parameter space by default.
             normalize: divide by the norm of the example's gradient (cosine similarity).
+            by_layer: hand over the parts of :attr:`layers` as well, ``[L, Q, B]``.
         """
-        own: list[Tensor] = []  # with several ranks
+        own: list[tuple[Tensor, Tensor | None]] = []  # with several ranks
         start = 0
 
-        def hand_over(products: Tensor) -> None:
+        def hand_over(found: tuple[Tensor, Tensor | None]) -> None:
             nonlocal start
+            products, parts = found
             examples = slice(start, start + products.shape[1])
             start = examples.stop
-            receive(examples, products)
+            receive(examples, products, parts)
 
         total = len(data) if ids is None else len(ids)
         met: dict[str, tuple[Tensor, Basis]] = {}
@@ -355,11 +373,11 @@ class Workspace:
                     for name in captured.keys() & (vectors.values.keys() - met.keys()):
                         basis = bases[name] if bases else IDENTITY
                         met[name] = meeting_place(vectors.values[name], basis, captured[name].shape[2] * total)
-                    keep(self._products(data.named(index), captured, met, vectors, normalize))
+                    keep(self._products(data.named(index), captured, met, vectors, normalize, by_layer))
 
         self.ranks.on_all_ranks(own_part)
-        for products in self.ranks.gather(own):
-            hand_over(products)
+        for found in self.ranks.gather(own):
+            hand_over(found)
 
     def _products(
         self,
@@ -368,22 +386,32 @@ class Workspace:
         met: Mapping[str, tuple[Tensor, Basis]],
         vectors: QueryGradients,
         normalize: bool,
-    ) -> Tensor:
-        """Products ``[Q, B]`` of a batch with ``vectors``, which are ``met`` in other bases than their own."""
+        by_layer: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Products ``[Q, B]`` of a batch with ``vectors``, which are ``met`` in other bases than their own.
+
+        With ``by_layer`` also the layers' parts, ``[L, Q, B]``; the products are the same with and without.
+        """
         queries = len(next(iter(vectors.values.values())))
         total = torch.zeros(queries, len(index), device=self.module.device)
+        parts = {layer: torch.zeros_like(total) for layer in self.layers} if by_layer else {}
+        layer_of = self.layer_of
         norms = torch.zeros(len(index), device=self.module.device)
         for name, block_gradients in captured.items():
             if normalize:
                 norms += squared_norms(block_gradients)
             if name in met:
                 there, basis = met[name]
-                total += contract(basis.rotate(block_gradients), there, vectors.columns.get(name))
+                products = contract(basis.rotate(block_gradients), there, vectors.columns.get(name))
+                total += products
+                if by_layer:
+                    parts[layer_of[name]] += products
         if not torch.isfinite(total).all():
             for name, one in captured.items():
                 require_finite_gradients(one, name, index)
             raise FloatingPointError(f"scores overflow on examples {shorten(index)}")
-        return (total / norms.sqrt().clamp_min(1e-30) if normalize else total).cpu()
+        length = norms.sqrt().clamp_min(1e-30) if normalize else torch.ones_like(norms)
+        return (total / length).cpu(), torch.stack([*parts.values()]).div(length).cpu() if by_layer else None
 
     def capture_examples(
         self, state: State, data: Examples, ids: Tensor, bases: Mapping[str, Basis] | None, query: bool
@@ -401,26 +429,3 @@ class Workspace:
 
 def _does_not_match(module: nn.Module, missing: Sequence[str]) -> str:
     return f"`{type(module).__name__}` does not match the run: it has no {', '.join(missing[:5])}."
-
-
-def require_finite(values: Tensor, name: str, what: str) -> None:
-    """Raise ``FloatingPointError`` that names the block and the quantity where a value is NaN or infinite."""
-    if not values.numel():
-        return
-    lowest, highest = values.aminmax()  # NaN comes through, and one pass is enough
-    if not (torch.isfinite(lowest) and torch.isfinite(highest)):
-        raise FloatingPointError(f"non-finite {what} at `{name}`")
-
-
-def require_finite_gradients(gradients: BlockGradients, name: str, ids: Tensor) -> None:
-    """Raise ``FloatingPointError`` that names the block and the examples whose gradient there is NaN or infinite."""
-    seen = [gradients.gradients] if gradients.vocabulary else [gradients.activations, gradients.gradients]
-    bad = ~torch.stack([values.isfinite().transpose(0, 1).flatten(1).all(1) for values in seen]).all(0)
-    if bad.any():
-        raise FloatingPointError(f"non-finite gradients of examples {shorten(ids[bad.cpu()])} at `{name}`")
-
-
-def shorten(ids: Tensor) -> str:
-    """The first five ids and how many more there are, for a message."""
-    listed = ", ".join(map(str, ids[:5].tolist()))
-    return listed + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")

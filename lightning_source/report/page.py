@@ -19,7 +19,7 @@ from lightning_source._files import write_text
 from lightning_source._lightning import MisconfigurationException
 from lightning_source.report.examples import Render, labels_of, query_example, shown, training_example
 
-_MOST_CLASSES, _BINS, _MOST_IMAGE_BYTES = 20, 41, 7_000_000
+_MOST_CLASSES, _MOST_LAYERS, _BINS, _MOST_IMAGE_BYTES = 20, 12, 41, 7_000_000
 _PIXELS = (96, 64, 40, 24, 16)
 
 
@@ -34,6 +34,8 @@ class Scores(Protocol):
     def query_ids(self) -> Tensor: ...  # noqa: D102
     @property
     def by_segment(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def by_layer(self) -> Tensor | None: ...  # noqa: D102
     @property
     def stderr(self) -> Tensor | None: ...  # noqa: D102
     @property
@@ -158,9 +160,11 @@ def _numbers(scores: Scores, k: int, self_influence: Tensor | None, labels: Tens
     content.data["overall"] = {side: content.ranked(mean, scores.train_ids, k, high) for side, high in sides.items()}
     content.data["overall_size"] = float(mean.abs().sum())
     if scores.by_segment is not None:
-        totals = scores.by_segment.double().abs().sum(2)
-        content.data["segments"] = _segment_names(scores, len(totals))
-        content.data["shares"] = (totals / totals.sum(0).clamp_min(1e-300)).T.tolist()
+        content.data["segments"] = _segment_names(scores, len(scores.by_segment))
+        content.data["shares"] = _shares(scores.by_segment).tolist()
+    if scores.by_layer is not None:
+        names = _layer_names(scores, len(scores.by_layer))
+        content.data["layers"] = [_largest(names, shares) for shares in _shares(scores.by_layer)]
     if self_influence is not None:
         content.data["suspects"] = content.ranked(
             self_influence.double(), scores.train_ids, min(5 * k, len(self_influence)), True
@@ -187,6 +191,27 @@ def _by_label(values: Tensor, train_ids: Tensor, labels: Tensor | None) -> dict[
         return None
     sums = values.new_zeros(len(values), len(kinds)).index_add_(1, index, values)
     return {"labels": kinds.tolist(), "sums": sums.tolist()}
+
+
+def _shares(parts: Tensor) -> Tensor:
+    """Shares ``[Q, S]`` of each query's absolute score by parts ``[S, Q, N]``."""
+    sizes = parts.double().abs().sum(2)
+    return (sizes / sizes.sum(0).clamp_min(1e-300)).T
+
+
+def _layer_names(scores: Scores, count: int) -> list[str]:
+    known = scores.metadata.get("layers")
+    return [_short(name) for name in (known if isinstance(known, list) and len(known) == count else range(count))]
+
+
+def _largest(names: Sequence[str], shares: Tensor) -> list[tuple[str, float]]:
+    """The largest shares by name, in the order of the model, and the sum of the rest."""
+    shown = sorted(shares.topk(min(_MOST_LAYERS, len(names))).indices.tolist())
+    rows = [(names[index], float(shares[index])) for index in shown]
+    if (rest := len(names) - len(shown)) > 0:
+        others = float(shares.sum()) - sum(share for _, share in rows)
+        rows.append((f"{rest} other layer{'s' if rest > 1 else ''}", max(0.0, others)))
+    return rows
 
 
 def _segment_names(scores: Scores, count: int) -> list[str]:

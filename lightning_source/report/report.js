@@ -114,12 +114,14 @@ function overview() {
     return el("tr", {}, el("td", {}, box), el("td", {}, show(D.examples[r[0]], "training example " + r[0])), el("td", { class: "num" }, r[0]), el("td", {}, D.examples[r[0]].label || ""), el("td", { class: "num" }, number(r[1])));
   })))));
 }
+const shares = (title, entries) => el("section", {}, el("h3", {}, title), ...entries.map(([name, share]) => el("div", { class: "entry" }, el("span", {}, name), el("span", { class: "num" }, percent(share)), bar(share))));
 function one(q) {
   const e = D.queries[q];
   main.replaceChildren(el("h2", {}, "Query " + e.id), el("div", { class: "big" }, show(e, "query " + e.id)),
     el("p", {}, ["label", "prediction", "loss"].filter((k) => e[k] !== undefined).map((k) => k + ": " + e[k]).join(" · ")), sides(D.tops[q], D.sizes[q]));
   const parts = el("div", { class: "two" });
-  if (D.shares) parts.append(el("section", {}, el("h3", {}, "When: share of each segment"), ...D.shares[q].map((s, i) => el("div", { class: "entry" }, el("span", {}, D.segments[i]), el("span", { class: "num" }, percent(s)), bar(s)))));
+  if (D.shares) parts.append(shares("When: share of each segment", D.shares[q].map((share, i) => [D.segments[i], share])));
+  if (D.layers) parts.append(shares("Where: share of each layer", D.layers[q]));
   if (D.classes) {
     const sums = D.classes.sums[q], most = Math.max(...sums.map(Math.abs), 1e-300);
     parts.append(el("section", {}, el("h3", {}, "Sum of scores by training label"), el("p", { class: "soft" }, "To the right: helped. To the left: harmed."), ...D.classes.labels.map((l, i) => el("div", { class: "entry" }, el("span", {}, "label " + l), el("span", { class: "num" }, number(sums[i])), balance(sums[i], most)))));

@@ -64,7 +64,7 @@ def test_the_first_stage_is_carried_through_the_second(two_stages):
             for snapshot, weight in zip(one.snapshots, one.weights, strict=True):
                 shaped = {block.name: vectors.view(4, *block.shape)}
 
-                def add(examples, products, weight=weight):
+                def add(examples, products, parts, weight=weight):
                     total[:, examples] += weight / 24 * products
 
                 run.workspace.inner_products(run.state(snapshot, "mean"), run.data, None, QueryGradients(shaped), add)
