@@ -228,6 +228,8 @@ def test_questions_reach_the_scorer(place, tmp_path):
         "few",
         "--per_segment",
         "true",
+        "--per_layer",
+        "true",
     ]
     asked(place, "attribute", "--out", out, "--query", "test", "--stage", 0, "--stderr", "true", *arguments)
     expected = of_run(
@@ -237,10 +239,11 @@ def test_questions_reach_the_scorer(place, tmp_path):
         segments=2,
         removal="few",
         per_segment=True,
+        per_layer=True,
         stderr=True,
     )
     written = InfluenceScores.load(out)
-    for name in ("values", "by_segment", "stderr"):
+    for name in ("values", "by_segment", "by_layer", "stderr"):
         assert torch.equal(getattr(written, name), getattr(expected, name))
 
 

@@ -98,6 +98,7 @@ def train_all(folder: Path, devices: int) -> None:
         if form != "without":
             for method in ("source", "influence", "tracin", "grad-cos"):
                 found[method] = trainer.attribute(QUERY, method=method).values
+            found["layers"] = trainer.attribute(QUERY, per_layer=True).by_layer
             found["earlier"] = trainer.attribute(QUERY, at=0.5).values
             with source.scorer(trainer) as scorer:
                 found["self"] = scorer.self_influence()

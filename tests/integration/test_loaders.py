@@ -80,9 +80,10 @@ def test_what_training_never_draws_has_no_score_and_no_weight(of_half, method):
 def test_some_of_a_part(of_half):
     trainer = of_half[0]
     whole = trainer.attribute(QUERIES).values
-    some = trainer.attribute(QUERIES, train_ids=[0, 22, 3], per_segment=True)
+    some = trainer.attribute(QUERIES, train_ids=[0, 22, 3], per_segment=True, per_layer=True)
     torch.testing.assert_close(some.values, whole[:, [0, 22, 3]])
-    torch.testing.assert_close(some.by_segment.sum(0), some.values)
+    for parts in (some.by_segment, some.by_layer):
+        torch.testing.assert_close(parts.sum(0), some.values)
     assert not trainer.attribute(QUERIES, train_ids=[0, 2]).values.any()
     with trainer.callbacks[0].scorer(trainer) as scorer:
         own = scorer.self_influence()

@@ -64,7 +64,7 @@ def test_two_ranks_give_what_one_gives_on_the_union(folders, form):
 @pytest.mark.parametrize("form", ["mean", "norm"])
 def test_all_ranks_have_the_scores_and_so_has_a_later_process(folders, form):
     first, second = results(folders, form, rank=0), results(folders, form, rank=1)
-    for key in ("source", "influence", "tracin", "grad-cos", "earlier", "self"):
+    for key in ("source", "influence", "tracin", "grad-cos", "layers", "earlier", "self"):
         assert torch.equal(first[key], second[key])
     scorer = SourceScorer.from_run(folders[2] / form, Net(form))
     for method in ("source", "influence"):  # factors are on disk; products of one rank or two are the same batches

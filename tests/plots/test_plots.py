@@ -60,6 +60,7 @@ CURVES = {"a": CosineCurve([1, 5], torch.tensor([0.5, 0.25]), torch.tensor([0.12
 DRAW = {
     "examples": lambda ax=None: plots.plot_examples(scores_of(), train=TRAIN, query=QUERY, ax=ax),
     "segments": lambda ax=None: plots.plot_segment_shares(scores_of(), ax=ax),
+    "layers": lambda ax=None: plots.plot_layer_shares(torch.rand(3, 4).softmax(0), ax=ax),
     "histogram": lambda ax=None: plots.plot_histogram(scores_of(), ax=ax),
     "concentration": lambda ax=None: plots.plot_concentration(scores_of(), ax=ax),
     "self-influence": lambda ax=None: plots.plot_self_influence(torch.rand(9), ax=ax),
@@ -244,9 +245,22 @@ def test_many_bars_and_segments_stay_legible():
     assert not [pair for pair in itertools.pairwise(boxes) if pair[0].overlaps(pair[1])]
 
 
-def test_scores_without_segments_are_named():
+@pytest.mark.parametrize("names", [["stem", "_head$^2$"], None])
+def test_bars_of_layers_add_up_and_have_their_names(names):
+    parts = torch.rand(2, 3, 10, generator=torch.Generator().manual_seed(1))
+    ax = scores_of(by_segment=None, by_layer=parts, metadata={"layers": names}).plot()
+    heights = np.array([[bar.get_height() for bar in bars] for bars in ax.containers])
+    np.testing.assert_allclose(heights, (parts.sum(2) / parts.sum((0, 2))).numpy(), rtol=1e-5)
+    expected = ["layer stem", r"layer _head\$^2\$"] if names else ["layer 0", "layer 1"]
+    assert legend(ax) == expected[::-1]
+    ax.figure.canvas.draw()
+
+
+def test_scores_without_segments_or_layers_are_named():
     with pytest.raises(MisconfigurationException, match="per_segment=True"):
         plots.plot_segment_shares(scores_of(by_segment=None))
+    with pytest.raises(MisconfigurationException, match="per_layer=True"):
+        plots.plot_layer_shares(scores_of())
 
 
 @pytest.mark.parametrize("measurement", ["loss", "margin"])
@@ -325,7 +339,10 @@ def test_without_segments_it_is_the_histogram():
         ({"query": QUERY}, "'examples' was given query. HINT"),
         ({"kind": "examples"}, "was given no examples. HINT"),
         ({"kind": "histogram", "query": QUERY, "train": TRAIN}, "'histogram' was given train and query. HINT"),
-        ({"kind": "heatmap"}, "no plot 'heatmap'. HINT: 'examples', 'segments', 'histogram', 'concentration'"),
+        (
+            {"kind": "heatmap"},
+            "no plot 'heatmap'. HINT: 'examples', 'segments', 'layers', 'histogram', 'concentration'",
+        ),
     ],
 )
 def test_wrong_choices_are_named(arguments, named):

@@ -97,6 +97,21 @@ def test_the_lists_are_the_scores_own(tmp_path, measurement):
     assert sum(data["histogram"]["counts"]) == scores.values.numel()
 
 
+@pytest.mark.parametrize("count", [2, 13, 40])
+def test_layers_are_the_twelve_largest_and_the_rest(tmp_path, count):
+    parts = torch.randn(count, 3, 10, generator=torch.Generator().manual_seed(2))
+    names = [HOSTILE[0], *(f"layer.{index}" for index in range(1, count))]
+    scores = replace(scores_of(), by_layer=parts, metadata={"layers": names})
+    scores.report(tmp_path / "r.html", train=Texts(), query=Texts())
+    for found, shares in zip(data_in(tmp_path / "r.html")["layers"], scores.layer_shares().T.tolist(), strict=True):
+        largest = sorted(sorted(range(count), key=lambda index: -shares[index])[:12])
+        assert [name for name, _ in found[:12]] == [names[index] for index in largest]
+        assert [share for _, share in found[:12]] == pytest.approx([shares[index] for index in largest])
+        others = {13: ["1 other layer"], 40: ["28 other layers"]}.get(count, [])
+        assert [name for name, _ in found[12:]] == others
+        assert sum(share for _, share in found) == pytest.approx(1)
+
+
 def test_pictures_and_sums_by_label(tmp_path):
     labels = torch.arange(10) % 3
     train = TensorDataset(torch.rand(10, 1, 8, 8), labels)
