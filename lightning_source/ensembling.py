@@ -56,12 +56,13 @@ def ensemble(scores: Sequence[InfluenceScores]) -> InfluenceScores:
     if len(shares) == len(scores) and len({len(share) for share in shares}) == 1:
         by_segment = _mean(shares)
     parts = [member.by_layer for member in scores if member.by_layer is not None]
+    layers = first.metadata.get("layers")
     by_layer = None
-    if len(parts) == len(scores) and all(s.metadata["layers"] == first.metadata["layers"] for s in scores):
+    if len(parts) == len(scores) and layers and all(member.metadata.get("layers") == layers for member in scores):
         by_layer = _mean(parts)
     metadata = {key: first.metadata[key] for key in _SHARED if key in first.metadata}
     if by_layer is not None:
-        metadata["layers"] = first.metadata["layers"]
+        metadata["layers"] = layers
     metadata["members"] = [member.metadata.get("run_id") for member in scores]
     metadata["options"] = [member.metadata.get("options") for member in scores]
     weights = [member.kernel_weights.double() for member in scores if member.kernel_weights is not None]

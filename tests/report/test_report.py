@@ -55,7 +55,9 @@ def data_in(path):
 def hostile(tmp_path):
     path = tmp_path / "a 'b' <c>&.html"
     query = [{"text": text} for text in HOSTILE[:3]]
-    scores_of().report(
+    scores = scores_of()
+    parts = (scores.values / len(HOSTILE)).expand(len(HOSTILE), -1, -1)
+    replace(scores, by_layer=parts, metadata=scores.metadata | {"layers": HOSTILE}).report(
         path,
         train=Texts(),
         query=query,
@@ -76,6 +78,7 @@ def test_hostile_texts_stay_texts(hostile):
     data = data_in(hostile)
     assert [data["examples"][str(n)]["text"] for n in range(len(HOSTILE))] == HOSTILE
     assert [entry["prediction"] for entry in data["queries"]] == HOSTILE[:3]
+    assert [name for name, _ in data["layers"][0]] == HOSTILE
 
 
 def test_the_file_names_nothing_outside_itself(hostile):
@@ -166,7 +169,14 @@ def full(tmp_path):
     scores = replace(
         scores,
         stderr=scores.values.abs() / 10,
-        metadata={**scores.metadata, "error_bar": bar, "coverage": 0.75, "left_out": left_out},
+        by_layer=(scores.values / 20).expand(20, -1, -1),
+        metadata={
+            **scores.metadata,
+            "error_bar": bar,
+            "coverage": 0.75,
+            "left_out": left_out,
+            "layers": [f"blocks.{index}" for index in range(20)],
+        },
     )
     scores.report(
         tmp_path / "full.html",
@@ -247,7 +257,8 @@ def test_every_control_in_a_browser(request, page):
                 assert (part in said) is (part != "±")  # errors are of single queries
             driver.execute_script("location.hash = '#query-0'")
             said = driver.find_element("id", "main").text
-            assert "±" in said
+            for part in ("±", "When: share of each segment", "Where: share of each layer", "8 other layers\n40.0%"):
+                assert part in said
             assert said.count("looks like ") == 2  # all ten examples are in both lists
         driver.execute_script("location.hash = '#query-1'")
         driver.find_element("id", "next").click()
