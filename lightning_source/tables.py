@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_source._lightning import MisconfigurationException
+from lightning_source.report import Scores
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -32,23 +32,13 @@ class ScoreRow(NamedTuple):
     stderr: float | None
 
 
-class Scores(Protocol):
-    """What tables take from scores; see ``InfluenceScores`` for the shapes."""
+class RowScores(Scores, Protocol):
+    """What tables take from scores; see ``InfluenceScores``."""
 
-    @property
-    def values(self) -> Tensor: ...  # noqa: D102
-    @property
-    def train_ids(self) -> Tensor: ...  # noqa: D102
-    @property
-    def query_ids(self) -> Tensor: ...  # noqa: D102
-    @property
-    def stderr(self) -> Tensor | None: ...  # noqa: D102
-    @property
-    def metadata(self) -> Mapping[str, object]: ...  # noqa: D102
     def rows(self, k: int) -> Iterator[ScoreRow]: ...  # noqa: D102
 
 
-def pandas_of(scores: Scores, k: int | None, train: object, columns: Sequence[str] | None) -> DataFrame:
+def pandas_of(scores: RowScores, k: int | None, train: object, columns: Sequence[str] | None) -> DataFrame:
     """``InfluenceScores.to_pandas``; its arguments are described there."""
     pandas = _package("pandas", "to_pandas")
     if k is not None:
@@ -63,7 +53,7 @@ def pandas_of(scores: Scores, k: int | None, train: object, columns: Sequence[st
     return pandas.DataFrame(scores.values.numpy(), index, header)
 
 
-def arrow_of(scores: Scores, k: int | None, train: object, columns: Sequence[str] | None) -> Table:
+def arrow_of(scores: RowScores, k: int | None, train: object, columns: Sequence[str] | None) -> Table:
     """``InfluenceScores.to_arrow``; its arguments are described there."""
     arrow = _package("pyarrow", "to_arrow")
     table = arrow.table(
@@ -76,7 +66,7 @@ def arrow_of(scores: Scores, k: int | None, train: object, columns: Sequence[str
     return table.replace_schema_metadata({"influence_scores": json.dumps(scores.metadata)})
 
 
-def html_of(scores: Scores) -> str:
+def html_of(scores: RowScores) -> str:
     """``InfluenceScores`` as notebooks show them: what they are, and the strongest examples of the first queries.
 
     Everything that is not written here is escaped.
@@ -99,7 +89,7 @@ def html_of(scores: Scores) -> str:
     return f"<table>{head}</table><table>{titles}{''.join(body)}</table>{more}"
 
 
-def _columns(scores: Scores, k: int | None, train: object, names: Sequence[str] | None) -> dict[str, Any]:
+def _columns(scores: RowScores, k: int | None, train: object, names: Sequence[str] | None) -> dict[str, Any]:
     """A table by columns: of each query's strongest examples, or of all pairs."""
     if k is None:
         queries, examples = scores.values.shape

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_source._lightning import MisconfigurationException
 from lightning_source.plots.canvas import HARMED, HELPED, NEUTRAL, axes_for
+from lightning_source.report import Scores
 from lightning_source.report.examples import Render, picture_or_text, query_example, training_example
 
 if TYPE_CHECKING:
@@ -23,15 +24,9 @@ _LETTER = 0.06  # width of a letter at 7 points
 Cell = tuple[Tensor | str, str, str]  # what is shown, the lines above it, their colour
 
 
-class RankedScores(Protocol):
+class RankedScores(Scores, Protocol):
     """What the picture takes from scores; see ``InfluenceScores``."""
 
-    @property
-    def values(self) -> Tensor: ...  # noqa: D102
-    @property
-    def query_ids(self) -> Tensor: ...  # noqa: D102
-    @property
-    def _lower_is_better(self) -> bool: ...
     def rows(self, k: int) -> Iterator[Any]: ...  # noqa: D102
 
 
