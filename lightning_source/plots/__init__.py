@@ -14,3 +14,4 @@ from lightning_source.plots.segments import plot_layer_shares as plot_layer_shar
 from lightning_source.plots.segments import plot_segment_shares as plot_segment_shares
 from lightning_source.plots.self_influence import plot_self_influence as plot_self_influence
 from lightning_source.plots.spectrum import plot_spectrum as plot_spectrum
+from lightning_source.plots.tokens import plot_tokens as plot_tokens
