@@ -26,7 +26,7 @@ from lightning_source.capture.objective import Measurement
 from lightning_source.recording.earlier import At
 from lightning_source.recording.scoring_store import ScoringStore, SharedStore, open_to_score
 from lightning_source.recording.store import RunStore, holds_run
-from lightning_source.runs.opening import open_as_of
+from lightning_source.runs.opening import at_moment
 from lightning_source.runs.run import Run
 from lightning_source.scorer import SourceScorer
 from lightning_source.scores import InfluenceScores
@@ -85,9 +85,9 @@ class AttributingCallback(Callback):
             )
         store: RunStore
         if ranks.world_size > 1:
-            store = SharedStore(lambda: open_as_of(path, at, stage), ranks)
+            store = SharedStore(lambda: at_moment(open_to_score(path), at, stage), ranks)
         elif at is not None:
-            store = open_as_of(path, at, stage)
+            store = at_moment(open_to_score(path), at, stage)
         elif self._in_memory is not None and self._in_memory.fails:
             store = self._in_memory
         else:

@@ -27,8 +27,9 @@ from lightning_source.estimators.source import self_influence
 from lightning_source.estimators.spread import Spread
 from lightning_source.recording.earlier import At
 from lightning_source.recording.manifest import Curvature, Settings
+from lightning_source.recording.scoring_store import open_to_score
 from lightning_source.runs.final_model import FurtherTraining, open_final_model, set_rate
-from lightning_source.runs.opening import open_as_of
+from lightning_source.runs.opening import at_moment
 from lightning_source.runs.run import Run
 from lightning_source.runs.stage import index_of
 from lightning_source.scores import SIGN, InfluenceScores
@@ -87,8 +88,8 @@ class SourceScorer:
         Raises:
             MisconfigurationException: no run, a damaged file, no finished segment, or a model that does not match.
         """
-        store = open_as_of(dirpath, at, stage)
-        stages = store.manifest.stages
+        whole = open_to_score(dirpath)
+        stages, store = whole.manifest.stages, at_moment(whole, at, stage)
         data: dict[int, Examples | None] = {}
         for key, train in (stage_data or {}).items():
             index = index_of(key, [record.name for record in stages])

@@ -93,13 +93,10 @@ def unknown_share(
     round_off = HALF_TOLERANCE if recording.half else TOLERANCE
     if not losses.calls:
         return 0.0, round_off
-    everything = recording.captured(losses.loss, size, True, {})
-    known = recording.captured(losses.recognised, size, False, {})
-    total, rest = 0.0, 0.0
-    for name, captured in everything.items():
-        unexplained = captured.gradients - known[name].gradients if name in known else captured.gradients
-        total += float(captured.gradients.square().sum())
-        rest += float(unexplained.square().sum())
+    total, rest = (
+        sum(float(captured.gradients.square().sum()) for captured in recording.captured(part, size, True, {}).values())
+        for part in (losses.loss, losses.rest)
+    )
     return (rest / total) ** 0.5 if total else 0.0, round_off
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_source._lightning import MisconfigurationException
 from lightning_source.capture.data import Examples
 from lightning_source.capture.objective import CallScale, Kind, Losses, ObjectiveSpec
+from lightning_source.capture.probe import HALF_TOLERANCE
 from lightning_source.passes.calibration import evaluate, gone_up, hook_ratio, weighted_otherwise
 from lightning_source.passes.factors import factor_ids
 from lightning_source.passes.rows import total_gradient
@@ -157,7 +158,10 @@ def _refuse_coupled(workspace: Workspace, batch: Losses, alone: Sequence[Losses]
     """A batch's gradient must be made of those of its examples alone, whatever it weighs each of them by."""
     known = replace(spec, rest=None)
     left = _unspanned(workspace, batch.data_target(known), [losses.data_target(known) for losses in alone])
-    if spec.rest is not None:
+    # Alone, what couples examples may be a constant, so that none of it is counted there.
+    parameters = block_parameters(workspace)
+    share = total_gradient(batch.rest, parameters).norm() / total_gradient(batch.loss, parameters).norm()
+    if spec.rest is not None or share > HALF_TOLERANCE:
         left = max(left, _unspanned(workspace, batch.rest, [losses.rest for losses in alone]))
     if left > COUPLED:
         raise MisconfigurationException(

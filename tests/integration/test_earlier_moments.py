@@ -85,6 +85,9 @@ def test_an_earlier_stage_and_the_way_into_a_later_one(tmp_path):
     carried = trainer.attribute(QUERY, at=3 * EPOCH, stage="first")
     assert carried.metadata["step"] == 3 * EPOCH
     assert not torch.allclose(carried.values, alone)
+    # The data of a stage that has not begun are not asked for.
+    early = SourceScorer.from_run(tmp_path / "run", Classifier(), at=EPOCH, stage_data={"second": classes()})
+    assert early.score(QUERY, classes()).metadata["stage"] == "first"
     with pytest.raises(MisconfigurationException, match=r'`stage="second"`|`stage=.second.`'):
         trainer.attribute(QUERY, at=EPOCH, stage="second")
 

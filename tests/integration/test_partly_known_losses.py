@@ -79,6 +79,11 @@ def between_passes(module, x, y):
     return F.nll_loss(one, y) + 0.5 * F.kl_div(one, other, log_target=True, reduction="batchmean")
 
 
+def of_another_pass(module, x, y):
+    """The layers run once more for what no recognised loss sees."""
+    return known(module, x, y) + 0.03 * module.net(0.5 * x).exp().sum(1).mean()
+
+
 @pytest.mark.check("loss", "a penalty beside a recognised loss", "scores of the whole loss")
 @pytest.mark.parametrize(
     ("loss", "in_the_end", "match"),
@@ -91,11 +96,21 @@ def between_passes(module, x, y):
             None,
         ),
         (between_passes, None, None),
+        (of_another_pass, None, None),
         (on_gradients(3), None, "none of torch's"),
         (on_gradients(1), None, "none of torch's"),
         (on_gradients(0.1), None, "none of torch's"),
     ],
-    ids=["on a layer", "small", "annealed", "between passes", "on gradients", "a third of it", "small on gradients"],
+    ids=[
+        "on a layer",
+        "small",
+        "annealed",
+        "between passes",
+        "another pass",
+        "on gradients",
+        "a third of it",
+        "small on gradients",
+    ],
 )
 def test_what_stands_beside_a_known_loss_counts(tmp_path, loss, in_the_end, match):
     """Examples are run one at a time only where no batch tells what each of them adds."""
