@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from code_blocks import blocks_of
 from helpers import Classifier, classes, fitted, mlp
 from layers.oracle import compare, floats
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -32,7 +33,7 @@ REPOSITORY = Path(__file__).parents[1]
 PAGE = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
 # Of each section by the last word of its heading, the first block of Python.
 EXAMPLES = {
-    section.splitlines()[0].split()[-1]: section.split("```python\n")[1].split("```")[0]
+    section.splitlines()[0].split()[-1]: blocks_of(section)[0].code
     for section in re.split(r"^##+ ", PAGE, flags=re.MULTILINE)
     if section.startswith("Add a")
 }

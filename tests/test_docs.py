@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from code_blocks import Block, blocks_of
 from helpers import Classifier, classes, quiet_trainer
 from torch.utils.data import DataLoader
 
@@ -15,11 +16,14 @@ REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
-def blocks_of(page: Path) -> list[str]:
-    """A page's blocks of Python, each at its own lines, so that an error names the line of the page."""
-    text = page.read_text(encoding="utf-8")
-    found = re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    return ["\n" * text[: match.start(1)].count("\n") + match[1] for match in found]
+# The blocks that no test runs, by page and mark, as a reader sees them, with what keeps them from running.
+NOT_RUN = {
+    ("recipes.md", 'title="not run: two processes"'): "a script that starts itself again for each rank",
+}
+
+
+def blocks(page: Path) -> list[Block]:
+    return blocks_of(page.read_text(encoding="utf-8"))
 
 
 class Data(L.LightningDataModule):
@@ -43,7 +47,7 @@ def of_the_reader(tmp_path: Path) -> dict[str, object]:
     return names | {"dataset": classes(), "train_dataset": classes(), "query": query, "query_batch": query}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_the_code_of_a_page_runs(tmp_path, monkeypatch, page):
     pytest.importorskip("peft")
     matplotlib = pytest.importorskip("matplotlib")
@@ -51,11 +55,31 @@ def test_the_code_of_a_page_runs(tmp_path, monkeypatch, page):
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": page.stem, **(of_the_reader(tmp_path) if page.stem == "README" else {})}
-    for block in blocks_of(page):
+    for block in blocks(page):
+        if block.mark:
+            continue
         if page.stem == "README":  # a hundred retrainings in two processes would find nothing that four do not
-            block = block.replace("random_subsets(100", "random_subsets(4").replace("range(5)", "range(1)")
-            block = block.replace("n_jobs=4", "n_jobs=1")
-        exec(compile(block, str(page), "exec"), names)
+            code = block.code.replace("random_subsets(100", "random_subsets(4").replace("range(5)", "range(1)")
+            block = block._replace(code=code.replace("n_jobs=4", "n_jobs=1"))
+        block.run(str(page), names)
+
+
+def test_what_does_not_run_is_marked_and_listed_with_its_reason():
+    marked = {(page.name, block.mark) for page in PAGES for block in blocks(page) if block.mark}
+    assert marked == set(NOT_RUN)
+    assert all(mark.startswith('title="not run: ') for _, mark in marked)
+
+
+def test_a_block_that_fails_names_the_line_of_its_page():
+    """The oracle is the traceback: the second block's error is on the page's line 6, and the marked block is seen."""
+    text = '# Page\n```python\nx = 1\n```\n```python\nx / 0\n```\n- item\n  ```py title="not run: a"\n  y\n  ```\n'
+    first, second, third = blocks_of(text)
+    names: dict[str, object] = {}
+    first.run("page.md", names)
+    with pytest.raises(ZeroDivisionError) as error:
+        second.run("page.md", names)
+    assert (error.traceback[-1].lineno + 1, names["x"]) == (6, 1)
+    assert (third.line, third.mark) == (10, 'title="not run: a"')
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
