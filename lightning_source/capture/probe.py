@@ -84,9 +84,9 @@ def _may_be_held_whole(block: Block, reason: str, size: int) -> bool:
 def unknown_share(
     module: nn.Module, objective: Objective, blocks: Sequence[Block], batch: Batch, size: int
 ) -> tuple[float, float]:
-    """Norm of the layers' output gradients that known elements do not explain, over that of all; and its round-off.
+    """Norm of what known elements do not explain of the layers' gradients, over that of all; and its round-off.
 
-    A penalty on the weights themselves, which belongs to no example, has no gradient there.
+    Gradients are taken from the layers' outputs, where a penalty on the weights, which belongs to no example, has none.
     """
     recording = GradientCapture(module, [block for block in blocks if not block.free])
     losses = objective.evaluate(batch, size, recording)
@@ -94,7 +94,7 @@ def unknown_share(
     if not losses.calls:
         return 0.0, round_off
     total, rest = (
-        sum(float(captured.gradients.square().sum()) for captured in recording.captured(part, size, True, {}).values())
+        sum(float(captured.squares().sum()) for captured in recording.captured(part, size, True, {}).values())
         for part in (losses.loss, losses.rest)
     )
     return (rest / total) ** 0.5 if total else 0.0, round_off
