@@ -70,6 +70,7 @@ DRAW = {
     "further training": lambda ax=None: plots.plot_further_training(CURVES, ax=ax),
     "curves": lambda ax=None: plot_curves([1, 5], {"a": [0.5, 0.25]}, {}, ax),
     "spectrum": lambda ax=None: plots.plot_spectrum(torch.rand(9), 2.0, ax=ax),
+    "tokens": lambda ax=None: plots.plot_tokens(torch.randn(2, 3), ax=ax),
     "scores": lambda ax=None: scores_of().plot(ax=ax),
 }
 
